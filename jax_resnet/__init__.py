@@ -1,0 +1,20 @@
+"""Residual networks in JAX, trained from one config file on one CPU or a TPU slice.
+
+`create_model` builds any network of the family as a Flax NNX module; `jax_resnet.train.train` runs a whole training.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jax_resnet.models.zoo import create_model
+
+__all__ = ["create_model"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:  # imported at first use: the command line answers a typing error without loading JAX
+    if name == "create_model":
+        from jax_resnet.models.zoo import create_model
+
+        return create_model
+    raise AttributeError(f"module 'jax_resnet' has no attribute {name!r}")

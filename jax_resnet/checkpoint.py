@@ -1,0 +1,120 @@
+"""The one place that knows Orbax: checkpoints of (state, config) in a workdir, saved while training goes on."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+
+from jax_resnet.errors import UserError
+from jax_resnet.state import TrainState
+
+BEST_BY = "accuracy_top1"
+
+
+def _best(metrics: Mapping[str, float]) -> float:
+    return metrics[BEST_BY]
+
+
+class Checkpoints:
+    """The checkpoints under workdir/checkpoints: the latest `keep_latest`, and the best by evaluated accuracy.
+
+    A context manager: leaving it waits until what was saved is on disk.
+    """
+
+    def __init__(self, workdir: Path, keep_latest: int = 2):
+        self.directory = workdir.absolute() / "checkpoints"
+        policy = keep.AnyPreservationPolicy([
+            keep.LatestN(keep_latest),
+            keep.BestN(get_metric_fn=_best, n=1, keep_checkpoints_without_metrics=False),
+        ])
+        # best_fn makes Orbax write the metrics, without which the best step is forgotten at a restart.
+        options = ocp.CheckpointManagerOptions(best_fn=_best, best_mode="max", preservation_policy=policy)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    def latest_step(self) -> int | None:
+        """The newest step saved whole, None if there is none."""
+        return self._manager.latest_step()
+
+    def steps(self) -> list[int]:
+        """All steps saved whole, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """The step with the highest accuracy of those that were evaluated, None if none was."""
+        return self._manager.best_step()
+
+    def save(self, step: int, state: TrainState, config: dict[str, Any], metrics: dict[str, float] | None) -> None:
+        """Starts saving; returns when the state's values have been copied. A step that is saved already is left."""
+        if step not in self._manager.all_steps():
+            items = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config))
+            self._manager.save(step, args=items, metrics=metrics, force=True)
+
+    def wait(self) -> None:
+        """Returns when everything is on disk; raises UserError if it could not be written."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError) as e:
+            raise UserError(f"{self.directory}: a checkpoint could not be written ({e})") from None
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state at `step`, on the devices and in the shardings of the abstract state `like`.
+
+        Raises UserError naming the parameters that differ when the network is another one, or the step when its files
+        are damaged.
+        """
+        try:
+            found = self._manager.item_metadata(step)["state"]
+        except Exception as e:  # whatever Orbax meets in damaged files
+            raise self._damaged(step, e) from None
+        if found is not None:
+            _check_same_tree(_shapes(found), _shapes(like), f"{self.directory}/{step}")
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
+        except Exception as e:
+            raise self._damaged(step, e) from None
+
+    def _damaged(self, step: int, error: Exception) -> UserError:
+        steps = [s for s in self._manager.all_steps() if s != step]
+        rest = f"to go on from step {max(steps)}, move that folder away" if steps else "no other step is saved"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        return UserError(f"{self.directory}/{step}: this checkpoint cannot be read ({reason}); {rest}")
+
+
+def read_config(workdir: Path) -> dict[str, Any] | None:
+    """The config a workdir was begun with, None if it was not. Raises UserError if the file is damaged."""
+    file = workdir / "config.json"
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{file}: cannot be read ({e})") from None
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    import jax
+
+    def name(path: Any) -> str:
+        return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+    tree = tree.tree if hasattr(tree, "tree") else tree
+    return {name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            if hasattr(leaf, "shape")}
+
+
+def _check_same_tree(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], where: str) -> None:
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            there, here = (tree.get(name, "absent") for tree in (found, wanted))
+            count = sum(found.get(n) != wanted.get(n) for n in found.keys() | wanted.keys())
+            raise UserError(f"{where}: of another network: {name} is {there} there, {here} here "
+                            f"({count} arrays differ); choose another workdir or the config it was made with")

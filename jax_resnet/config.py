@@ -1,0 +1,338 @@
+"""The default config, its durations, and everything that turns a user's config into one that can be trusted.
+
+A config file in configs/ calls `default()` and changes a few lines of it. Any value can be set on the command line,
+`--config.optimizer.learning_rate=0.4`; the type of the default is the type a value must have.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import placeholder
+
+from jax_resnet.errors import UserError, choose, did_you_mean
+
+UNITS = ("epochs", "steps", "examples")
+DTYPES = ("auto", "float32", "bfloat16")
+OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "adagrad")
+SCHEDULES = ("constant", "cosine", "linear", "polynomial", "exponential", "step")
+CROPS = ("random_resized", "pad", "none")
+PARAMETER_KINDS = ("kernel", "norm", "bias")
+
+# What may differ when a run goes on in its workdir: nothing here changes what is computed.
+MAY_CHANGE = ("stop_after_steps", "log_every", "eval", "checkpoint", "data.data_dir", "data.threads")
+
+
+def duration(epochs: float | None = None, steps: int | None = None, examples: int | None = None) -> ConfigDict:
+    """A length of training in exactly one of epochs, steps (optimizer updates) or examples."""
+    c = ConfigDict({"epochs": placeholder(float), "steps": placeholder(int), "examples": placeholder(int)})
+    c.epochs, c.steps, c.examples = epochs and float(epochs), steps, examples
+    return c
+
+
+def default() -> ConfigDict:
+    """Every key there is, with the value it has where a config file says nothing."""
+    c = ConfigDict()
+    c.seed = 0  # seeds the parameters, the order of the data and every augmentation
+    c.batch_size = 256  # examples in one update, over all devices
+    c.train = duration(epochs=90)  # the whole schedule
+    c.stop_after_steps = placeholder(int)  # leave at this step with a checkpoint; the schedule stays what it was
+    c.dtype = "auto"  # of activations: bfloat16 on TPU and GPU, float32 on CPU. The rest is always float32
+    c.label_smoothing = 0.0
+    c.log_every = 50  # steps
+
+    c.model = ConfigDict()
+    c.model.name = "resnet50"  # jax_resnet/models/zoo.py has the table; None below means: as the table says
+    c.model.num_classes = placeholder(int)  # None: as many as the data has
+    c.model.depths = placeholder(tuple)  # blocks of each stage
+    c.model.widths = placeholder(tuple)  # channels of the 3×3 convolutions of each stage
+    c.model.stem = placeholder(str)  # imagenet (7×7 stride 2, max pool) or cifar (3×3)
+    c.model.shortcut = placeholder(str)  # A (subsample, pad channels), B (projection) or D (average pool, projection)
+    c.model.pool = placeholder(str)  # avg or max, over the last feature map
+    c.model.dropout = 0.0  # before the head
+    c.model.zero_init_last = True  # start each block as the identity: scale 0 in its last norm
+    c.model.bn_group_size = placeholder(int)  # consecutive examples that share statistics; None: the whole batch
+    c.model.bn_momentum = 0.9  # share of the old value a running statistic keeps each step
+    c.model.bn_epsilon = 1e-5
+
+    c.data = ConfigDict()
+    c.data.name = "imagenet2012"  # a TFDS name, folder:PATH, npz:PATH or digits
+    c.data.data_dir = placeholder(str)  # where TFDS keeps datasets; None: its own default
+    c.data.train_split = placeholder(str)  # None: train
+    c.data.eval_split = placeholder(str)  # None: validation where there is one, else test
+    c.data.holdout = 0.0  # share of each class kept for evaluation, for a folder without splits
+    c.data.image_size = placeholder(int)  # None: that of the images, where all have the same
+    c.data.channels = 3  # 1 or 3; grey images are repeated, coloured ones weighted (ITU-R 601)
+    c.data.mean = (0.485, 0.456, 0.406)  # per channel, of pixels in [0, 1]
+    c.data.std = (0.229, 0.224, 0.225)
+    c.data.crop = "random_resized"  # of training images; or pad (shift by up to `pad`, zeros beyond), or none
+    c.data.crop_area = (0.08, 1.0)  # share of the image a random-resized crop covers
+    c.data.crop_ratio = (3 / 4, 4 / 3)  # its width over its height
+    c.data.pad = 4  # pixels
+    c.data.flip = True  # left-right, every other training image
+    c.data.eval_crop = 0.875  # evaluation: resize the short side to image_size / eval_crop, keep the centre
+    c.data.threads = 2  # batches read and decoded at the same time
+
+    c.optimizer = ConfigDict()
+    c.optimizer.name = "sgd"  # sgd, adam, adamw, rmsprop, adagrad
+    c.optimizer.learning_rate = 0.1  # the peak, for a batch of reference_batch
+    c.optimizer.reference_batch = 256  # the rate is scaled by batch_size / reference_batch; 0: not scaled
+    c.optimizer.momentum = 0.9  # sgd and rmsprop: v ← m·v + g, w ← w − rate·v
+    c.optimizer.nesterov = True
+    c.optimizer.beta1 = 0.9  # adam, adamw
+    c.optimizer.beta2 = 0.999  # adam, adamw; the decay of rmsprop's mean square
+    c.optimizer.epsilon = 1e-8  # adam, adamw, rmsprop, adagrad
+    c.optimizer.weight_decay = 1e-4  # added to the gradient; for adamw to the update (decoupled)
+    c.optimizer.no_decay = ("norm", "bias")  # kinds of parameters without decay: kernel, norm, bias
+
+    c.schedule = ConfigDict()
+    c.schedule.name = "cosine"  # constant, cosine, linear, polynomial, exponential, step: from the peak down
+    c.schedule.warmup = duration(epochs=5)  # linear from warmup_from × peak
+    c.schedule.warmup_from = 0.0
+    c.schedule.final = 0.0  # what is left of the peak at the end (not for constant and step)
+    c.schedule.power = 2.0  # polynomial
+    c.schedule.boundaries = (30 / 90, 60 / 90, 80 / 90)  # step: shares of the whole training, each ×factor
+    c.schedule.factor = 0.1
+
+    c.eval = ConfigDict()
+    c.eval.every = duration(epochs=1)
+    c.eval.batch_size = placeholder(int)  # None: batch_size
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = duration(epochs=1)  # besides the last step and every evaluation that is the best so far
+    c.checkpoint.keep = 2  # the latest; the best by accuracy is kept besides
+    return c
+
+
+def to_steps(length: ConfigDict, what: str, *, batch_size: int, num_examples: int) -> int:
+    """The duration `length` in steps: rounded to the nearest, at least 1 unless it is 0.
+
+    Raises UserError naming `what` when not exactly one unit is given, or it is negative.
+    """
+    given = {unit: length[unit] for unit in UNITS if length[unit] is not None}
+    if len(given) != 1:
+        found = " and ".join(f"{u}={v}" for u, v in given.items()) or "none of them"
+        raise UserError(f"config.{what}: give exactly one of {', '.join(UNITS)}; found {found}")
+    ((unit, value),) = given.items()
+    if value < 0:
+        raise UserError(f"config.{what}.{unit}={value} is negative")
+    steps = {"epochs": value * num_examples / batch_size, "steps": value, "examples": value / batch_size}[unit]
+    return max(1, round(steps)) if value else 0
+
+
+def validate(c: ConfigDict) -> None:
+    """Checks all that can be checked without the data; raises UserError with one line for the first fault."""
+    ref = default()
+    known = dict(_leaves(ref))
+    for key, _ in _leaves(c):
+        if key not in known:
+            raise UserError(f"config.{key}: no such key; {did_you_mean(key, known)}")
+    for key in known:
+        if key not in dict(_leaves(c)):
+            raise UserError(f"config.{key} is missing: start the config file from jax_resnet.config.default()")
+    choose("config.dtype", c.dtype, DTYPES)
+    choose("config.optimizer.name", c.optimizer.name, OPTIMIZERS)
+    choose("config.schedule.name", c.schedule.name, SCHEDULES)
+    choose("config.data.crop", c.data.crop, CROPS)
+    for kind in c.optimizer.no_decay:
+        choose("config.optimizer.no_decay", kind, PARAMETER_KINDS)
+    for key in ("batch_size", "log_every", "checkpoint.keep", "data.threads", "eval.batch_size", "stop_after_steps",
+                "model.num_classes", "model.bn_group_size", "data.image_size"):
+        value = _get(c, key)
+        if value is not None and value < 1:
+            raise UserError(f"config.{key}={value}: must be at least 1")
+    for key in ("optimizer.learning_rate", "model.bn_epsilon", "optimizer.epsilon"):
+        if _get(c, key) <= 0:
+            raise UserError(f"config.{key}={_get(c, key)}: must be more than 0")
+    for key in ("optimizer.weight_decay", "optimizer.reference_batch", "data.pad"):
+        if _get(c, key) < 0:
+            raise UserError(f"config.{key}={_get(c, key)}: must not be negative")
+    for key in ("label_smoothing", "model.dropout", "model.bn_momentum", "optimizer.momentum", "optimizer.beta1",
+                "optimizer.beta2", "data.holdout"):
+        if not 0 <= _get(c, key) < 1:
+            raise UserError(f"config.{key}={_get(c, key)}: must be at least 0 and less than 1")
+    if c.seed < 0 or c.seed >= 2**32:
+        raise UserError(f"config.seed={c.seed}: must be at least 0 and less than 2**32")
+    if c.data.channels not in (1, 3):
+        raise UserError(f"config.data.channels={c.data.channels}: must be 1 or 3")
+    for key in ("mean", "std"):
+        if len(c.data[key]) != c.data.channels or not all(isinstance(v, int | float) for v in c.data[key]):
+            raise UserError(f"config.data.{key}={c.data[key]}: needs {c.data.channels} numbers, one for each channel")
+    if min(c.data.std) <= 0:
+        raise UserError(f"config.data.std={c.data.std}: must be more than 0")
+    if not 0 < c.data.eval_crop <= 1:
+        raise UserError(f"config.data.eval_crop={c.data.eval_crop}: must be more than 0 and at most 1")
+    for key in ("crop_area", "crop_ratio"):
+        pair = c.data[key]
+        if len(pair) != 2 or not 0 < pair[0] <= pair[1] or (key == "crop_area" and pair[1] > 1):
+            raise UserError(f"config.data.{key}={pair}: must be two rising numbers more than 0"
+                            + (", at most 1" if key == "crop_area" else ""))
+    if c.schedule.name == "exponential" and c.schedule.final <= 0:
+        raise UserError("config.schedule.final: an exponential schedule needs more than 0")
+    if c.schedule.name == "step" and (
+        any(not 0 < b < 1 for b in c.schedule.boundaries) or list(c.schedule.boundaries) != sorted(c.schedule.boundaries)
+    ):
+        raise UserError(f"config.schedule.boundaries={c.schedule.boundaries}: rising shares of the training, "
+                        "between 0 and 1, such as 30/90, 60/90, 80/90")
+    group = c.model.bn_group_size
+    if group and c.batch_size % group:
+        raise UserError(f"config.model.bn_group_size={group} does not divide config.batch_size={c.batch_size}")
+    for what in ("train", "schedule.warmup", "eval.every", "checkpoint.every"):
+        steps = to_steps(_get(c, what), what, batch_size=c.batch_size, num_examples=c.batch_size)
+        if steps == 0 and what != "schedule.warmup":
+            raise UserError(f"config.{what} is 0: must be more")
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """One text for each key that differs in a way that changes what is computed: `batch_size: 128 there, 256 here`."""
+    a, b = dict(_leaves(old)), dict(_leaves(new))
+    return [
+        f"{key}: {a.get(key, 'absent')} there, {b.get(key, 'absent')} here"
+        for key in sorted(a.keys() | b.keys())
+        if _plain(a.get(key)) != _plain(b.get(key))
+        and not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
+    ]
+
+
+def to_json(c: ConfigDict) -> dict[str, Any]:
+    """The config as nested plain dicts, lists, numbers and strings."""
+    return json.loads(json.dumps(c.to_dict()))
+
+
+def from_json(values: dict[str, Any]) -> ConfigDict:
+    """The inverse of `to_json`: keys unknown to this version are kept, and reported by `validate`."""
+
+    def fill(c: ConfigDict, values: dict[str, Any]) -> ConfigDict:
+        with c.unlocked():
+            for key, value in values.items():
+                if isinstance(value, dict):
+                    c[key] = fill(c.get(key, ConfigDict()), value)
+                else:
+                    c[key] = tuple(value) if isinstance(value, list) else value
+        return c
+
+    return fill(default(), values)
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def config_dirs() -> list[Path]:
+    """Where the project's config files lie: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).resolve().parent
+    return [d for d in (package.parent / "configs", package / "configs") if d.is_dir()]
+
+
+def find_config(path: str) -> str:
+    """The existing file that `path` (with an optional `:argument`) means; raises UserError with near names.
+
+    Looked for as given, then in the project's configs/, with or without `.py`.
+    """
+    name, colon, argument = path.partition(":")
+    for candidate in (Path(name), *(d / part for d in config_dirs() for part in (name, Path(name).name))):
+        for file in (candidate, candidate.with_name(candidate.name + ".py") if candidate.name else candidate):
+            if file.is_file():
+                return f"{file}{colon}{argument}"
+    known = sorted(f.stem for d in config_dirs() for f in d.glob("*.py"))
+    raise UserError(f"--config: no file {name!r} here or among the project's configs; "
+                    + did_you_mean(Path(name).stem, known))
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the command line into `flags.FLAGS`; raises UserError with one line for any mistake in it.
+
+    Of a duration's units (epochs, steps, examples) the one on the command line replaces the one in the file.
+    """
+    try:
+        rest = flags.FLAGS(_with_found_config(list(argv)))
+    except UserError:
+        raise
+    except flags.UnrecognizedFlagError as e:
+        if e.flagname.startswith("config."):
+            raise UserError(f"--{e.flagname} needs a config to change: give --config=FILE") from None
+        keys = [f"config.{key}" for key, _ in _leaves(default())]
+        prefixed = [k for k in keys if k == f"config.{e.flagname}" or k.endswith(f".{e.flagname}")]
+        hint = f"did you mean --{prefixed[0]}?" if prefixed else did_you_mean(e.flagname, [*_own_flags(), *keys])
+        raise UserError(f"--{e.flagname}: no such flag; {hint}") from None
+    except (AttributeError, KeyError) as e:  # ml_collections, for a key that the config does not have
+        key = re.search(r"'(\w+)\\?'", str(e).replace("\\", ""))
+        given = next((a for a in argv if key and re.match(rf"--config\.([\w.]*\.)?{key[1]}\b", a)), "--config.…")
+        keys = [key for key, _ in _leaves(default())]
+        mistyped = given.removeprefix("--config.").partition("=")[0]
+        raise UserError(f"--config.{mistyped}: no such key; {_near_key(mistyped, keys)}") from None
+    except (flags.IllegalFlagValueError, TypeError) as e:
+        text = re.sub(r"^flag ", "", str(e))
+        match = re.match(r"(--config\.([\w.]+))=(.*?): ", text, re.S)
+        if match:
+            found, kind = default(), "value"
+            for part in match[2].split("."):
+                kind = found.get_type(part).__name__ if part in found else kind
+                found = found[part] if part in found else found
+            raise UserError(f"{match[1]}: {match[3]!r} is not of type {kind}; it is now "
+                            f"{found if not isinstance(found, ConfigDict) else 'a group of keys'}") from None
+        raise UserError(text) from None
+    except flags.Error as e:
+        raise UserError(str(e)) from None
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r}: not a flag; flags begin with --, values follow =")
+    if flags.FLAGS.config is not None:
+        _replace_units(flags.FLAGS.config, config_flags.get_override_values(flags.FLAGS["config"]))
+    return rest
+
+
+def _with_found_config(argv: list[str]) -> list[str]:
+    for i, arg in enumerate(argv):
+        if arg in ("--config", "-config") and i + 1 < len(argv):
+            argv[i + 1] = find_config(argv[i + 1])
+        elif re.match(r"--?config=", arg):
+            argv[i] = "--config=" + find_config(arg.partition("=")[2])
+        elif re.match(r"--?config$", arg):
+            raise UserError("--config: which file? For example --config configs/resnet20_digits.py")
+    return argv
+
+
+def _replace_units(c: ConfigDict, overrides: dict[str, Any]) -> None:
+    for key in overrides:
+        parent, _, unit = key.rpartition(".")
+        siblings = [u for u in UNITS if u != unit and f"{parent}.{u}" not in overrides]
+        if unit in UNITS and isinstance(_get(c, parent), ConfigDict):
+            for sibling in siblings:
+                _get(c, parent)[sibling] = None
+
+
+def _own_flags() -> list[str]:
+    return [f.name for f in flags.FLAGS.flags_by_module_dict().get(sys.argv[0], [])] + ["config", "workdir", "mode"]
+
+
+def _near_key(mistyped: str, keys: Iterable[str]) -> str:
+    """The whole key meant, also when the group was left out or mistyped."""
+    keys = list(keys)
+    last = mistyped.rpartition(".")[2]
+    same_leaf = [k for k in keys if k.rpartition(".")[2] == last]
+    hint = did_you_mean(mistyped, keys)
+    if not hint.startswith("did you mean") and same_leaf:
+        return did_you_mean(same_leaf[0], same_leaf)
+    return hint
+
+
+def _leaves(c: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key in c:
+        if isinstance(c[key], ConfigDict):
+            yield from _leaves(c[key], f"{prefix}{key}.")
+        else:
+            yield prefix + key, c[key]
+
+
+def _get(c: ConfigDict, key: str) -> Any:
+    for part in key.split("."):
+        c = c[part]
+    return c
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

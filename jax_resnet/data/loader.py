@@ -1,0 +1,64 @@
+"""Batches in the order of data/order.py: read on the host by threads, put on the devices ahead of need."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jax_resnet.data.order import train_indices
+from jax_resnet.data.source import Split
+from jax_resnet.parallel import global_batch, local_rows
+
+Batch = dict[str, np.ndarray]
+
+
+def train_batch(split: Split, step: int, *, seed: int, batch_size: int, rows: np.ndarray) -> Batch:
+    """Rows `rows` of the global batch of `step`: image uint8 [len(rows), H, W, C] and label int32 [len(rows)].
+
+    The randomness of host crops is keyed by (seed, epoch, record), so no other rows or threads change it.
+    """
+    indices, epochs = train_indices(seed, step, batch_size=batch_size, num_examples=len(split))
+    indices, epochs = indices[rows], epochs[rows]
+    rngs = [np.random.Generator(np.random.Philox(key=(seed << 32 | int(epoch), int(record))))
+            for epoch, record in zip(epochs, indices, strict=True)]
+    images, labels = split.read(indices, rngs)
+    return {"image": images, "label": labels}
+
+
+def train_batches(split: Split, *, start: int, stop: int, seed: int, batch_size: int, sharding: NamedSharding,
+                  threads: int) -> Iterator[dict[str, jax.Array]]:
+    """The batches of steps start … stop − 1, on the devices: image [batch_size, H, W, C] and label [batch_size]."""
+    rows = local_rows(sharding, batch_size)
+    # One Grain element is a whole batch: per-image elements cost 10 to 100 times more on small images.
+    steps = grain.MapDataset.range(start, stop).map(
+        lambda step: train_batch(split, int(step), seed=seed, batch_size=batch_size, rows=rows))
+    reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return _to_devices(iter(steps.to_iter_dataset(reading)), sharding)
+
+
+def eval_batches(split: Split, *, batch_size: int, sharding: NamedSharding, threads: int) -> Iterator[dict[str, jax.Array]]:
+    """The whole split in order; the last batch is filled up to batch_size with examples whose mask is False."""
+    rows = local_rows(sharding, batch_size)
+
+    def read(number: int) -> Batch:
+        position = number * batch_size + rows
+        mask = position < len(split)
+        images, labels = split.read(np.minimum(position, len(split) - 1), None)
+        return {"image": images, "label": labels, "mask": mask}
+
+    numbers = grain.MapDataset.range(-(-len(split) // batch_size)).map(lambda number: read(int(number)))
+    reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return _to_devices(iter(numbers.to_iter_dataset(reading)), sharding)
+
+
+def _to_devices(batches: Iterable[Batch], sharding: NamedSharding, ahead: int = 2) -> Iterator[dict[str, jax.Array]]:
+    """Puts each batch on the devices while the one `ahead` of it is computed."""
+    waiting: deque[dict[str, jax.Array]] = deque()
+    for batch in batches:
+        waiting.append(global_batch(sharding, batch))
+        if len(waiting) >= ahead:
+            yield waiting.popleft()
+    yield from waiting

@@ -1,0 +1,379 @@
+"""Datasets by name, as random-access splits that know their facts.
+
+A split answers `read(indices, rngs)` with uint8 images [B, H, W, C] and int32 labels [B]. Images that all have one size
+and fit are kept in memory; others are decoded when they are read.
+"""
+
+import contextlib
+import importlib
+import io
+import zipfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jax_resnet.data import images as image_ops
+from jax_resnet.errors import UserError, did_you_mean
+
+IN_MEMORY_BYTES = 2 << 30
+EVAL_SPLITS = ("validation", "val", "valid", "test")
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+class Split(Protocol):
+    """One part of a dataset."""
+
+    name: str
+    image_shape: tuple[int, int, int]
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: np.ndarray, rngs: Sequence[np.random.Generator] | None) -> tuple[np.ndarray, np.ndarray]:
+        """Images and labels of those records; `rngs`, one for each, crop for training, None for evaluation."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset's two splits and its classes."""
+
+    name: str
+    train: Split
+    eval: Split
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the labels tell apart."""
+        return len(self.class_names)
+
+
+@dataclass(frozen=True)
+class ArraySplit:
+    """Images of one size, in memory."""
+
+    name: str
+    images: np.ndarray  # uint8 [N, H, W, C]
+    labels: np.ndarray  # int32 [N]
+    random_crop: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None  # of training images, on the host
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width, channels."""
+        return self.images.shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: np.ndarray, rngs: Sequence[np.random.Generator] | None) -> tuple[np.ndarray, np.ndarray]:
+        """See Split."""
+        images = self.images[indices]
+        if rngs is not None and self.random_crop is not None:
+            for row, rng in enumerate(rngs):
+                images[row] = self.random_crop(images[row], rng)
+        return images, self.labels[indices]
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """Encoded images of any size, decoded when read. `records(indices)` gives bytes, label and a name for each."""
+
+    name: str
+    size: int
+    records: Callable[[Sequence[int]], list[tuple[bytes, int, str]]]
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    random_crop: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None
+    center_crop: Callable[[np.ndarray], np.ndarray]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def read(self, indices: np.ndarray, rngs: Sequence[np.random.Generator] | None) -> tuple[np.ndarray, np.ndarray]:
+        """See Split. Raises UserError naming the record that cannot be decoded or has a label out of range."""
+        images = np.empty((len(indices), *self.image_shape), np.uint8)
+        labels = np.empty(len(indices), np.int32)
+        for row, (data, label, name) in enumerate(self.records(indices.tolist())):
+            try:
+                image = image_ops.decode(data, self.image_shape[-1])
+            except ValueError as e:
+                raise UserError(f"{self.name} split: {name}: {e}; repair or remove it") from None
+            if not 0 <= label < self.num_classes:
+                raise UserError(f"{self.name} split: {name} has label {label}; "
+                                f"labels must lie in 0 … {self.num_classes - 1}")
+            crop_at_random = rngs is not None and self.random_crop is not None
+            images[row] = self.random_crop(image, rngs[row]) if crop_at_random else self.center_crop(image)  # type: ignore
+            labels[row] = label
+        return images, labels
+
+
+def open_dataset(c: ConfigDict) -> Dataset:
+    """Opens the dataset that `config.data` names.
+
+    Raises UserError, in one line, for a dataset that is unknown, not there, not prepared, empty, unreadable, or whose
+    labels are out of range.
+    """
+    kind, colon, path = c.name.partition(":")
+    if colon and kind == "npz":
+        dataset = _open_npz(path, c)
+    elif colon and kind == "folder":
+        dataset = _open_folder(path, c)
+    else:
+        dataset = _open_tfds(c.name, c)
+    for split in (dataset.train, dataset.eval):
+        if len(split) == 0:
+            raise UserError(f"config.data.name={c.name}: the {split.name} split is empty")
+    if dataset.train.image_shape != dataset.eval.image_shape:
+        raise UserError(f"config.data.name={c.name}: {dataset.train.name} images are {dataset.train.image_shape}, "
+                        f"{dataset.eval.name} images {dataset.eval.image_shape}; set config.data.image_size")
+    return dataset
+
+
+# ---- arrays in one file ----------------------------------------------------------------------------------------------
+
+
+def _open_npz(path: str, c: ConfigDict) -> Dataset:
+    names = ("x_train", "y_train", "x_test", "y_test")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if missing := [n for n in names if n not in getattr(file, "files", ())]:
+                raise UserError(f"npz:{path}: no array {missing[0]}; it must hold {', '.join(names)}")
+            arrays = {n: file[n] for n in names}
+    except FileNotFoundError:
+        raise UserError(f"npz:{path}: no such file") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as e:
+        raise UserError(f"npz:{path}: cannot be read as .npz ({e})") from None
+    for n in names:
+        kind = "uint8" if n.startswith("x") else "integer"
+        if not (arrays[n].dtype == np.uint8 or (kind == "integer" and np.issubdtype(arrays[n].dtype, np.integer))):
+            raise UserError(f"npz:{path}: {n} is {arrays[n].dtype}; it must be {kind}"
+                            + (" pixels, 0 … 255" if kind == "uint8" else ""))
+    labels = {n: arrays[n].reshape(-1) for n in names if n.startswith("y")}
+    highest = max((int(y.max()) for y in labels.values() if y.size), default=0)
+    return Dataset(
+        f"npz:{path}",
+        _in_memory("train", arrays["x_train"], labels["y_train"], highest + 1, c, f"npz:{path}"),
+        _in_memory("test", arrays["x_test"], labels["y_test"], highest + 1, c, f"npz:{path}"),
+        tuple(str(i) for i in range(highest + 1)),
+    )
+
+
+def _in_memory(name: str, images: np.ndarray, labels: np.ndarray, num_classes: int, c: ConfigDict,
+               source: str) -> ArraySplit:
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise UserError(f"{source}: {name} images have shape {images.shape}; they must be [N, H, W], "
+                        "[N, H, W, 1] or [N, H, W, 3]")
+    if len(images) != len(labels):
+        raise UserError(f"{source}: {len(images)} {name} images, but {len(labels)} labels")
+    bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if bad.size:
+        raise UserError(f"{source}: {name} label {labels[bad[0]]} of record {bad[0]} is out of range; "
+                        f"labels must lie in 0 … {num_classes - 1}")
+    images = image_ops.with_channels(images, c.channels)
+    size = c.image_size
+    if size and images.shape[1:3] != (size, size):
+        resized = np.empty((len(images), size, size, c.channels), np.uint8)
+        for i, image in enumerate(images):
+            resized[i] = image_ops.resize(image, size, size)
+        images = resized
+    if c.crop == "random_resized" and images.shape[1] != images.shape[2]:
+        raise UserError(f"{source}: random-resized crops are square, the images {images.shape[1:3]}; "
+                        "set config.data.image_size")
+    crop = _random_crop(c, images.shape[1]) if c.crop == "random_resized" else None
+    return ArraySplit(name, images, labels.astype(np.int32), crop)
+
+
+# ---- a folder of class folders ---------------------------------------------------------------------------------------
+
+
+def _open_folder(path: str, c: ConfigDict) -> Dataset:
+    root = Path(path).expanduser()
+    if not root.is_dir():
+        raise UserError(f"folder:{path}: no such folder")
+    subfolders = {d.name: d for d in sorted(root.iterdir()) if d.is_dir() and not d.name.startswith(".")}
+    train_name = c.train_split or "train"
+    eval_name = c.eval_split or next((n for n in EVAL_SPLITS if n in subfolders), None)
+    if train_name in subfolders:
+        if eval_name not in subfolders:
+            raise UserError(f"folder:{path}: {train_name}/ has no {eval_name or ' or '.join(EVAL_SPLITS)}/ beside it")
+        train_files = _class_files(subfolders[train_name], path)
+        eval_files = _class_files(subfolders[eval_name], path)
+        if strangers := eval_files.keys() - train_files.keys():
+            name = min(strangers)
+            raise UserError(f"folder:{path}: class {name!r} is in {eval_name}/ but not in {train_name}/; "
+                            + did_you_mean(name, train_files))
+    elif c.train_split or c.eval_split:
+        raise UserError(f"folder:{path}: no subfolder {train_name!r}; {did_you_mean(train_name, subfolders)}")
+    elif c.holdout:
+        train_name, eval_name = "train", "holdout"
+        train_files, eval_files = _hold_out(_class_files(root, path), c.holdout)
+    else:
+        raise UserError(f"folder:{path}: neither train/ and {EVAL_SPLITS[0]}/ in it nor a stated split; to keep a "
+                        "fifth of each class for evaluation: --config.data.holdout=0.2")
+    classes = tuple(train_files)
+    return Dataset(f"folder:{path}", _files_split(train_name, train_files, classes, c),
+                   _files_split(eval_name, eval_files, classes, c), classes)
+
+
+def _class_files(root: Path, path: str) -> dict[str, list[Path]]:
+    folders = sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
+    files = {d.name: sorted(f for f in d.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES) for d in folders}
+    if not files:
+        raise UserError(f"folder:{path}: {root} has no class folders in it")
+    for name, found in files.items():
+        if not found:
+            raise UserError(f"folder:{path}: {root / name} has no images in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return files
+
+
+def _hold_out(files: dict[str, list[Path]], share: float) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+    train, held = {}, {}
+    for name, found in files.items():
+        count = min(len(found) - 1, max(1, round(len(found) * share)))
+        order = np.random.Generator(np.random.Philox(key=0)).permutation(len(found))
+        held[name] = [found[i] for i in sorted(order[:count])]
+        train[name] = [found[i] for i in sorted(order[count:])]
+    return train, held
+
+
+def _files_split(name: str, files: dict[str, list[Path]], classes: Sequence[str], c: ConfigDict) -> EncodedSplit:
+    listed = [(file, label) for label, cls in enumerate(classes) for file in files.get(cls, [])]
+
+    def records(indices: Sequence[int]) -> list[tuple[bytes, int, str]]:
+        try:
+            return [(listed[i][0].read_bytes(), listed[i][1], str(listed[i][0])) for i in indices]
+        except OSError as e:
+            raise UserError(f"{name} split: {e.filename}: {e.strerror}") from None
+
+    return _encoded(name, len(listed), records, len(classes), c)
+
+
+def _encoded(name: str, size: int, records: Callable[[Sequence[int]], list[tuple[bytes, int, str]]], num_classes: int,
+             c: ConfigDict) -> EncodedSplit:
+    pixels, channels, eval_crop = c.image_size, c.channels, c.eval_crop
+    if pixels is None:
+        raise UserError(f"config.data.name={c.name}: its images differ in size; "
+                        "say which the network gets: --config.data.image_size=224")
+    return EncodedSplit(
+        name, size, records, (pixels, pixels, channels), num_classes,
+        _random_crop(c, pixels) if c.crop == "random_resized" else None,
+        lambda image: image_ops.resize_and_center_crop(image, pixels, eval_crop),
+    )
+
+
+def _random_crop(c: ConfigDict, size: int) -> Callable[[np.ndarray, np.random.Generator], np.ndarray]:
+    area, ratio = tuple(c.crop_area), tuple(c.crop_ratio)
+    return lambda image, rng: image_ops.random_resized_crop(image, size, area, ratio, rng)
+
+
+# ---- TensorFlow Datasets ---------------------------------------------------------------------------------------------
+
+
+def _open_tfds(name: str, c: ConfigDict) -> Dataset:
+    import tensorflow_datasets as tfds
+
+    builder = _digits_builder(c.data_dir) if name == "digits" else _tfds_builder(tfds, name, c.data_dir)
+    info = builder.info
+    image_key, label_key = info.supervised_keys if info.supervised_keys and len(info.supervised_keys) == 2 else ("", "")
+    features = dict(info.features) if isinstance(info.features, tfds.features.FeaturesDict) else {}
+    feature, label = features.get(image_key), features.get(label_key)
+    if not isinstance(feature, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
+        raise UserError(f"config.data.name={name}: not an image-classification dataset (its features: "
+                        f"{', '.join(features)})")
+    train = c.train_split or "train"
+    evaluation = c.eval_split or next((s for s in EVAL_SPLITS if s in info.splits), "test")
+    splits = []
+    for split in (train, evaluation):
+        try:
+            source = builder.as_data_source(split=split, decoders={image_key: tfds.decode.SkipDecoding()})
+        except (ValueError, KeyError, AssertionError) as e:
+            raise UserError(f"config.data.name={name}: no split {split!r}; "
+                            f"{did_you_mean(split, info.splits)} ({str(e).splitlines()[0]})") from None
+        except Exception as e:  # array_record's own errors have no common class
+            raise UserError(f"config.data.name={name}: its files in {builder.data_dir} cannot be read ({e}); "
+                            "delete that folder and prepare it again") from None
+
+        def records(indices: Sequence[int], source: Any = source, split: str = split) -> list[tuple[bytes, int, str]]:
+            try:
+                found = source.__getitems__(list(indices))
+            except Exception as e:
+                raise UserError(f"{split} split: records of {builder.data_dir} cannot be read ({e}); "
+                                "prepare the dataset again") from None
+            return [(r[image_key], int(r[label_key]), f"record {i}") for i, r in zip(indices, found, strict=True)]
+
+        shape = feature.shape
+        fixed = all(shape) and len(source) * int(np.prod(shape[:2])) * c.channels <= IN_MEMORY_BYTES
+        if fixed:
+            splits.append(_decode_all(split, len(source), records, shape[:2], label.num_classes, c, f"{name} ({split})"))
+        else:
+            splits.append(_encoded(split, len(source), records, label.num_classes, c))
+    return Dataset(name, splits[0], splits[1], tuple(label.names))
+
+
+def _decode_all(name: str, size: int, records: Callable[[Sequence[int]], list[tuple[bytes, int, str]]],
+                shape: tuple[int, int], num_classes: int, c: ConfigDict, source: str) -> ArraySplit:
+    images, labels = np.empty((size, *shape, c.channels), np.uint8), np.empty(size, np.int64)
+
+    def fill(start: int) -> None:
+        indices = range(start, min(start + 512, size))
+        for i, (data, label, record) in zip(indices, records(indices), strict=True):
+            try:
+                images[i], labels[i] = image_ops.decode(data, c.channels), label
+            except ValueError as e:
+                raise UserError(f"{source}: {record}: {e}; prepare the dataset again") from None
+
+    with ThreadPoolExecutor(c.threads) as pool:
+        list(pool.map(fill, range(0, size, 512)))
+    return _in_memory(name, images, labels, num_classes, c, source)
+
+
+def _digits_builder(data_dir: str | None) -> Any:
+    digits = importlib.import_module("jax_resnet.data.digits")  # importing it registers the builder with TFDS
+    try:
+        builder = digits.Digits(data_dir=data_dir, file_format="array_record")
+        if not builder.info.splits:
+            _prepare_quietly(builder)
+    except OSError as e:
+        raise UserError(f"digits: cannot be prepared in {data_dir or 'the default folder of TFDS'} ({e}); "
+                        "choose another: --config.data.data_dir=FOLDER") from None
+    return builder
+
+
+def _prepare_quietly(builder: Any) -> None:
+    import tensorflow_datasets as tfds
+
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
+    except Exception:  # another process may have prepared it in the meantime
+        if not type(builder)(data_dir=builder._data_dir_root, file_format="array_record").info.splits:
+            raise
+
+
+def _tfds_builder(tfds: Any, name: str, data_dir: str | None) -> Any:
+    at = f" --data_dir={data_dir}" if data_dir else ""
+    build = f"tfds build {name} --file_format=array_record{at}"
+    tools = "pip install 'jax-resnet-training[prepare]'"
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+        known = [*tfds.list_builders(with_community_datasets=False), "digits", "folder:PATH", "npz:PATH"]
+        raise UserError(f"config.data.name={name}: unknown dataset; {did_you_mean(name, known)}") from None
+    except ImportError as e:
+        raise UserError(f"config.data.name={name}: preparing it needs more packages ({e}): {tools} && {build}") from None
+    except (ValueError, OSError) as e:
+        raise UserError(f"config.data.name={name}: {str(e).splitlines()[0]}") from None
+    if not builder.info.splits:
+        raise UserError(f"config.data.name={name}: not prepared in {builder.data_dir}; prepare it with: {tools} && {build}")
+    if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        raise UserError(
+            f"config.data.name={name}: prepared as {builder.info.file_format.value}, which has no random access; convert "
+            f"it with: {tools} && tfds convert_format --dataset_dir={builder.data_dir} --out_file_format=array_record")
+    return builder

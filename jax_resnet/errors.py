@@ -1,0 +1,26 @@
+"""What a user did wrong, in one line."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: a command prints its one line, without a traceback, and exits with status 2."""
+
+
+def did_you_mean(name: str, known: Iterable[str], *, listed: int = 12) -> str:
+    """The end of an error line about an unknown `name`: the nearest known names, or the first `listed` of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    more = f" … ({len(known)} in all)" if len(known) > listed else ""
+    return f"known: {', '.join(known[:listed])}{more}" if known else "none are known"
+
+
+def choose(what: str, name: str, known: Iterable[str]) -> str:
+    """`name` if it is among `known`; raises UserError naming `what` and the nearest otherwise."""
+    known = list(known)
+    if name not in known:
+        raise UserError(f"{what}: unknown name {name!r}; {did_you_mean(str(name), known)}")
+    return name

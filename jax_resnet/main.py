@@ -1,0 +1,77 @@
+"""The command: `python -m jax_resnet.main --config configs/resnet20_digits.py`.
+
+--config.KEY=VALUE changes a value of the config; jax_resnet/config.py has them all.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from jax_resnet.config import parse_flags
+from jax_resnet.errors import UserError
+
+config_flags.DEFINE_config_file("config", None, "The config file, with `:argument` where it takes one.")
+flags.DEFINE_string("workdir", None, "Where the run is kept. Default: runs/CONFIG/DATA-seedN.")
+flags.DEFINE_enum("mode", "train", ["train", "eval"], "eval: evaluate a checkpoint of the workdir.")
+flags.DEFINE_string("checkpoint", "best", "With --mode=eval: best, latest or a step.")
+FLAGS = flags.FLAGS
+
+
+def run() -> None:
+    """Trains or evaluates as the flags say. Raises UserError for a user's mistake."""
+    if FLAGS.config is None and not (FLAGS.mode == "eval" and FLAGS.workdir):
+        raise UserError("--config is missing: give a file, for example --config configs/resnet20_digits.py")
+    workdir = Path(FLAGS.workdir or default_workdir())
+    from jax_resnet import train  # loads JAX, which a mistyped flag should not wait for
+
+    if FLAGS.mode == "eval":
+        train.evaluate_checkpoint(workdir, config=FLAGS.config, which=FLAGS.checkpoint)
+    else:
+        train.train(FLAGS.config, workdir)
+
+
+def default_workdir() -> Path:
+    """runs/CONFIG/DATA-seedN, the same for the same command."""
+    file, _, argument = config_flags.get_config_filename(FLAGS["config"]).partition(":")
+    name = Path(file).stem + (f"-{argument}" if argument else "")
+    data = re.sub(r"\W+", "_", Path(FLAGS.config.data.name.rpartition(":")[2]).stem)
+    return Path("runs") / name / f"{data}-seed{FLAGS.config.seed}"
+
+
+def main(argv: list[str]) -> int:
+    """Runs; a user's mistake is one line on stderr and status 2, a signal 128 + its number."""
+    del argv
+    logging.set_verbosity(logging.ERROR)  # Orbax, TFDS and JAX report at length
+    try:
+        run()
+    except UserError as e:
+        return fail(e)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as e:
+        if type(e).__name__ != "Interrupted":
+            raise
+        print(e, file=sys.stderr)
+        return 128 + e.signum  # type: ignore[attr-defined]
+    return 0
+
+
+def fail(error: UserError) -> int:
+    """Prints the one line."""
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        return parse_flags(argv)
+    except UserError as e:
+        sys.exit(fail(e))
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse)

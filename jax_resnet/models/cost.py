@@ -1,0 +1,32 @@
+"""What a network costs, counted from its trace, without compiling or running it."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def multiply_adds(function: Callable[..., Any], *args: Any) -> int:
+    """Multiply-adds of the convolutions and matrix products in `function(*args)`; args may be abstract.
+
+    Twice this number is the usual count of floating-point operations.
+    """
+    return _count(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _count(jaxpr: Any) -> int:
+    macs = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "conv_general_dilated":
+            kernel, numbers = eqn.invars[1].aval.shape, eqn.params["dimension_numbers"]
+            per_output = math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+            macs += math.prod(eqn.outvars[0].aval.shape) * per_output
+        elif eqn.primitive.name == "dot_general":
+            contracted = eqn.params["dimension_numbers"][0][0]
+            shape = eqn.invars[0].aval.shape
+            macs += math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[d] for d in contracted)
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+            if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
+                macs += _count(getattr(inner, "jaxpr", inner))
+    return macs

@@ -1,0 +1,97 @@
+"""Optimizers and schedules from config, all of them optax's."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from jax_resnet.errors import UserError
+
+# Each parameter is of the one kind whose rule its path fits; weight decay speaks of kinds.
+KIND_RULES = {
+    "kernel": r".*/kernel|kernel",
+    "norm": r"(.*/)?(bn\d*|norm)/(scale|bias)",
+    "bias": r"(.*/)?(?!bn\d*/|norm/)[^/]+/bias",
+}
+
+
+def parameter_kinds(params: Any) -> Any:
+    """The kind (kernel, norm, bias) of each parameter, as a tree of strings like `params`.
+
+    Raises ValueError naming a parameter that no rule, or more than one, covers.
+    """
+
+    def kind(path: Any, _: Any) -> str:
+        name = "/".join(str(key.key) for key in path)
+        kinds = [k for k, rule in KIND_RULES.items() if re.fullmatch(rule, name)]
+        if len(kinds) != 1:
+            raise ValueError(f"parameter {name}: covered by {len(kinds)} rules ({', '.join(kinds) or 'none'}), not one")
+        return kinds[0]
+
+    return jax.tree_util.tree_map_with_path(kind, params)
+
+
+def make_schedule(c: ConfigDict, *, peak: float, steps: int, warmup_steps: int) -> Callable[[Any], jax.Array]:
+    """The learning rate at each step of 0 … steps − 1.
+
+    Linear from peak · warmup_from over `warmup_steps`, then, with t the share of the rest that is done and f = final:
+    cosine  peak · (f + (1 − f) · (1 + cos πt) / 2);  linear and polynomial  peak · (f + (1 − f) · (1 − t)^power);
+    exponential  peak · f^t;  step  peak · factor for each boundary (a share of all steps) passed;  constant  peak.
+    """
+    if warmup_steps >= steps and warmup_steps > 0:
+        raise UserError(f"config.schedule.warmup is {warmup_steps} steps, the whole training {steps}; it must be shorter")
+
+    def schedule(step: Any) -> jax.Array:
+        done = jnp.asarray(step, jnp.float32)
+        t = jnp.clip((done - warmup_steps) / (steps - warmup_steps), 0.0, 1.0)
+        final = c.final
+        if c.name == "cosine":
+            share = final + (1 - final) * (1 + jnp.cos(jnp.pi * t)) / 2
+        elif c.name in ("linear", "polynomial"):
+            share = final + (1 - final) * (1 - t) ** (1.0 if c.name == "linear" else c.power)
+        elif c.name == "exponential":
+            share = final**t
+        elif c.name == "step":
+            passed = sum((jnp.asarray(step) >= round(b * steps)).astype(jnp.float32) for b in c.boundaries)
+            share = c.factor ** jnp.asarray(passed)
+        else:
+            share = jnp.ones(())
+        ramp = c.warmup_from + (1 - c.warmup_from) * done / max(warmup_steps, 1)
+        return peak * jnp.where(done < warmup_steps, ramp, share)
+
+    return schedule
+
+
+def peak_learning_rate(c: ConfigDict, batch_size: int) -> float:
+    """The highest rate: learning_rate · batch_size / reference_batch (Goyal et al. 2017), or unscaled if that is 0."""
+    return c.learning_rate * (batch_size / c.reference_batch if c.reference_batch else 1.0)
+
+
+def make_optimizer(c: ConfigDict, schedule: Callable[[Any], jax.Array]) -> optax.GradientTransformation:
+    """The optimizer that `config.optimizer` names.
+
+    Weight decay reaches the kinds of parameters not in `no_decay`. For adamw it is added to the update (decoupled,
+    Loshchilov and Hutter 2017), for the others to the gradient, before momentum and scaling (L2).
+    """
+
+    def decayed(params: Any) -> Any:
+        return jax.tree.map(lambda kind: kind not in c.no_decay, parameter_kinds(params))
+
+    decay = optax.add_decayed_weights(c.weight_decay, mask=decayed)
+    rate = optax.scale_by_learning_rate(schedule)
+    if c.name == "sgd":
+        momentum = optax.trace(c.momentum, nesterov=c.nesterov) if c.momentum else optax.identity()
+        return optax.chain(decay, momentum, rate)
+    if c.name in ("adam", "adamw"):
+        adam = optax.scale_by_adam(c.beta1, c.beta2, c.epsilon)
+        return optax.chain(adam, decay, rate) if c.name == "adamw" else optax.chain(decay, adam, rate)
+    if c.name == "rmsprop":
+        momentum = optax.trace(c.momentum, nesterov=c.nesterov) if c.momentum else optax.identity()
+        return optax.chain(decay, optax.scale_by_rms(c.beta2, c.epsilon), momentum, rate)
+    if c.name == "adagrad":
+        return optax.chain(decay, optax.scale_by_rss(initial_accumulator_value=0.0, eps=c.epsilon), rate)
+    raise UserError(f"config.optimizer.name: unknown {c.name!r}")

@@ -1,0 +1,41 @@
+"""Devices: the mesh, what is spread over it, and global batches from what one process has read."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jax_resnet.errors import UserError
+
+
+def data_mesh() -> Mesh:
+    """All devices of all processes on one axis, `data`."""
+    # Auto: shardings are propagated by XLA; jax.make_mesh would make the axis Explicit.
+    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of arrays [batch, …]: each device holds consecutive rows."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_divides(batch_size: int, mesh: Mesh, what: str) -> None:
+    """Raises UserError unless every device gets the same number of the batch's examples."""
+    if batch_size % mesh.size:
+        nearest = max(1, round(batch_size / mesh.size)) * mesh.size
+        raise UserError(f"{what}={batch_size} is not divisible by the {mesh.size} devices; the nearest is {nearest}")
+
+
+def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
+    """The rows of a global batch that this process's devices hold, ascending: int64 [local batch]."""
+    slices = sharding.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[s] for s in slices]))
+
+
+def global_batch(sharding: NamedSharding, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Global arrays over the mesh from this process's rows of them."""
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in local.items()}

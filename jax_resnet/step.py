@@ -1,0 +1,60 @@
+"""One update and one evaluation: pure functions of (state, batch)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from jax_resnet.data import device
+from jax_resnet.loss import cross_entropy
+from jax_resnet.metrics import Sums, classification_sums
+from jax_resnet.state import TrainState
+
+Batch = dict[str, jax.Array]
+
+
+def make_train_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, *, seed: int, mean: Sequence[float],
+                    std: Sequence[float], pad: int, flip: bool, label_smoothing: float,
+                    ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
+    """The update: (state, {image uint8 [N, H, W, C], label int32 [N]}) → (new state, sums over the batch).
+
+    All randomness comes from (seed, state.step) and the row in the global batch.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        augment_key, dropout_key = jax.random.split(key)
+        images = device.augment(batch["image"], augment_key, pad=pad, flip=flip)
+        images = device.normalise(images, mean, std)
+
+        def loss(params: Any) -> tuple[jax.Array, tuple[Any, Sums]]:
+            model: Any = nnx.merge(graph, params, state.batch_stats)
+            model.train()
+            logits = model(images, rngs=nnx.Rngs(dropout=dropout_key))
+            losses = cross_entropy(logits, batch["label"], label_smoothing)
+            stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+            return losses.mean(), (stats, classification_sums(logits, batch["label"], losses))
+
+        grads, (batch_stats, sums) = jax.grad(loss, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return replace(state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state), sums
+
+    return train_step
+
+
+def make_eval_step(graph: nnx.GraphDef, *, mean: Sequence[float], std: Sequence[float],
+                   ) -> Callable[[Any, Any, Batch], Sums]:
+    """The evaluation: (params, batch_stats, {image, label, mask bool [N]}) → sums over the rows where mask holds."""
+
+    def eval_step(params: Any, batch_stats: Any, batch: Batch) -> Sums:
+        model: Any = nnx.merge(graph, params, batch_stats)
+        model.eval()
+        logits = model(device.normalise(batch["image"], mean, std))
+        losses = cross_entropy(logits, batch["label"])
+        return classification_sums(logits, batch["label"], losses, batch["mask"])
+
+    return eval_step

@@ -1,0 +1,155 @@
+"""What a run shows and leaves behind: a bar or lines, metrics.jsonl, TensorBoard events, a picture, result.json."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+COLUMNS = ("step", "epoch", "split", "examples", "loss", "top-1", "top-5")
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Writes all of it or nothing."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(part, file)
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, less one that a killed process left half-written."""
+    rows = []
+    file = workdir / "metrics.jsonl"
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def accuracy_text(metrics: dict[str, Any]) -> str:
+    """`98.61 % (355 of 360)`."""
+    return f"{metrics['accuracy_top1']:.2%} ({metrics['correct_top1']:,} of {metrics['examples']:,})".replace("%", " %")
+
+
+class Telemetry:
+    """Reports one run from process 0; on the others every method does nothing.
+
+    `start_step` is the step the run goes on from: what was recorded after it, by a process that died, is dropped, so
+    each step stands once.
+    """
+
+    def __init__(self, workdir: Path, *, start_step: int, total_steps: int, steps_per_epoch: float):
+        self.active = jax.process_index() == 0
+        self.console = Console(highlight=False, soft_wrap=True, quiet=not self.active)
+        self._workdir, self._steps_per_epoch = workdir, steps_per_epoch
+        self._table_begun = False
+        self._began, self._before = time.monotonic(), 0.0
+        self._progress: Progress | None = None
+        if not self.active:
+            return
+        rows = [r for r in read_metrics(workdir) if r["step"] <= start_step] if start_step else []
+        self._before = rows[-1]["seconds"] if rows else 0.0
+        part = workdir / "metrics.jsonl.part"
+        part.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        os.replace(part, workdir / "metrics.jsonl")
+        self._lines = (workdir / "metrics.jsonl").open("a", buffering=1)
+        from tensorboardX import SummaryWriter
+
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("step {task.completed:,} of {task.total:,}"), BarColumn(), TextColumn("{task.description}"),
+                TimeRemainingColumn(), console=self.console, transient=True)
+            self._task = self._progress.add_task("compiling …", total=total_steps, completed=start_step)
+            self._progress.start()
+        self._total = total_steps
+
+    @property
+    def seconds(self) -> float:
+        """Wall seconds of the run, those before it was resumed included."""
+        return self._before + time.monotonic() - self._began
+
+    def close(self) -> None:
+        """Takes the bar away and closes the files."""
+        if self._progress:
+            self._progress.stop()
+        if self.active:
+            self._lines.close()
+            self._events.close()
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the bar if there is one."""
+        self.console.print(text, markup=False)
+
+    def header(self, rows: dict[str, str]) -> None:
+        """What is about to run."""
+        width = max(map(len, rows))
+        for name, text in rows.items():
+            self.say(f"{name:<{width}}  {text}")
+
+    def train(self, step: int, *, loss: float, accuracy: float, learning_rate: float,
+              images_per_second: float | None) -> None:
+        """Means over the steps since the last call; no speed for the first, whose time is the compiler's."""
+        speed = f"{images_per_second:,.0f} images/s" if images_per_second else "compiled"
+        text = f"loss {loss:.4f}  accuracy {accuracy:.2%}".replace("%", " %") + f"  {speed}"
+        if self._progress:
+            self._progress.update(self._task, completed=step, description=text)
+        else:
+            self.say(f"step {step:>{len(f'{self._total:,}')},} of {self._total:,}  {text}")
+        self._record("train", step, loss=loss, accuracy_top1=accuracy, learning_rate=learning_rate,
+                     images_per_second=images_per_second)
+
+    def evaluation(self, step: int, split: str, metrics: dict[str, Any]) -> None:
+        """One row of the table of evaluations."""
+        columns = [c for c in COLUMNS if c != "top-5" or "accuracy_top5" in metrics]
+        if not self._table_begun:
+            self.say("  ".join(f"{c:>10}" for c in columns))
+            self._table_begun = True
+        values = {"step": f"{step:,}", "epoch": f"{step / self._steps_per_epoch:.1f}", "split": split,
+                  "examples": f"{metrics['examples']:,}", "loss": f"{metrics['loss']:.4f}",
+                  "top-1": f"{100 * metrics['accuracy_top1']:.2f} %",
+                  "top-5": f"{100 * metrics.get('accuracy_top5', 0):.2f} %"}
+        self.say("  ".join(f"{values[c]:>10}" for c in columns))
+        self._record("eval", step, split=split, **metrics)
+
+    def result(self, step: int, splits: dict[str, Any], config: dict[str, Any]) -> None:
+        """Writes result.json and curves.png."""
+        if self.active:
+            write_json(self._workdir / "result.json",
+                       {"step": step, "splits": splits, "wall_seconds": round(self.seconds, 1), "config": config})
+            draw_curves(read_metrics(self._workdir), self._workdir / "curves.png")
+
+    def _record(self, kind: str, step: int, **values: Any) -> None:
+        if not self.active:
+            return
+        row = {"step": step, "kind": kind, "seconds": round(self.seconds, 3), **values}
+        self._lines.write(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n")
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._events.add_scalar(f"{kind}/{name}", value, step)
+
+
+def draw_curves(rows: list[dict[str, Any]], file: Path) -> None:
+    """Loss, accuracy and learning rate over the steps, as one PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for axes, title, name in zip(panels, ("loss", "accuracy", "learning rate"),
+                                 ("loss", "accuracy_top1", "learning_rate"), strict=True):
+        for kind in ("train", "eval"):
+            points = [(r["step"], r[name]) for r in rows if r["kind"] == kind and name in r]
+            if points:
+                split = next((r["split"] for r in rows if r["kind"] == kind and "split" in r), kind)
+                axes.plot(*zip(*points, strict=True), label=split, marker="." if len(points) < 50 else "")
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        if axes.lines and name != "learning_rate":
+            axes.legend()
+    figure.savefig(file, dpi=120)
