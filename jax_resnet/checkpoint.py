@@ -1,10 +1,10 @@
 """The one place that knows Orbax: checkpoints of (state, config) in a workdir, saved while training goes on."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
@@ -26,10 +26,12 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep_latest: int = 2):
         self.directory = workdir.absolute() / "checkpoints"
-        policy = keep.AnyPreservationPolicy([
-            keep.LatestN(keep_latest),
-            keep.BestN(get_metric_fn=_best, n=1, keep_checkpoints_without_metrics=False),
-        ])
+        policy = keep.AnyPreservationPolicy(
+            [
+                keep.LatestN(keep_latest),
+                keep.BestN(get_metric_fn=_best, n=1, keep_checkpoints_without_metrics=False),
+            ]
+        )
         # best_fn makes Orbax write the metrics, without which the best step is forgotten at a restart.
         options = ocp.CheckpointManagerOptions(best_fn=_best, best_mode="max", preservation_policy=policy)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
@@ -56,7 +58,8 @@ class Checkpoints:
         """Starts saving; returns when the state's values have been copied. A step that is saved already is left."""
         if step not in self._manager.all_steps():
             items = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config))
-            self._manager.save(step, args=items, metrics=metrics, force=True)
+            with jax.transfer_guard("allow"):  # Orbax copies to the host as it sees fit
+                self._manager.save(step, args=items, metrics=metrics, force=True)
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises UserError if it could not be written."""
@@ -89,26 +92,16 @@ class Checkpoints:
         return UserError(f"{self.directory}/{step}: this checkpoint cannot be read ({reason}); {rest}")
 
 
-def read_config(workdir: Path) -> dict[str, Any] | None:
-    """The config a workdir was begun with, None if it was not. Raises UserError if the file is damaged."""
-    file = workdir / "config.json"
-    try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as e:
-        raise UserError(f"{file}: cannot be read ({e})") from None
-
-
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    import jax
-
     def name(path: Any) -> str:
         return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
     tree = tree.tree if hasattr(tree, "tree") else tree
-    return {name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-            if hasattr(leaf, "shape")}
+    return {
+        name(path): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if hasattr(leaf, "shape")
+    }
 
 
 def _check_same_tree(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], where: str) -> None:
@@ -116,5 +109,7 @@ def _check_same_tree(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[
         if found.get(name) != wanted.get(name):
             there, here = (tree.get(name, "absent") for tree in (found, wanted))
             count = sum(found.get(n) != wanted.get(n) for n in found.keys() | wanted.keys())
-            raise UserError(f"{where}: of another network: {name} is {there} there, {here} here "
-                            f"({count} arrays differ); choose another workdir or the config it was made with")
+            raise UserError(
+                f"{where}: of another network: {name} is {there} there, {here} here "
+                f"({count} arrays differ); choose another workdir or the config it was made with"
+            )

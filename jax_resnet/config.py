@@ -104,13 +104,13 @@ def default() -> ConfigDict:
     c.eval.batch_size = placeholder(int)  # None: batch_size
 
     c.checkpoint = ConfigDict()
-    c.checkpoint.every = duration(epochs=1)  # besides the last step and every evaluation that is the best so far
+    c.checkpoint.every = duration(epochs=1)  # besides every evaluation and the last step
     c.checkpoint.keep = 2  # the latest; the best by accuracy is kept besides
     return c
 
 
-def to_steps(length: ConfigDict, what: str, *, batch_size: int, num_examples: int) -> int:
-    """The duration `length` in steps: rounded to the nearest, at least 1 unless it is 0.
+def in_steps(length: ConfigDict, what: str, *, batch_size: int, num_examples: int) -> float:
+    """The duration `length` in steps, not rounded.
 
     Raises UserError naming `what` when not exactly one unit is given, or it is negative.
     """
@@ -121,8 +121,7 @@ def to_steps(length: ConfigDict, what: str, *, batch_size: int, num_examples: in
     ((unit, value),) = given.items()
     if value < 0:
         raise UserError(f"config.{what}.{unit}={value} is negative")
-    steps = {"epochs": value * num_examples / batch_size, "steps": value, "examples": value / batch_size}[unit]
-    return max(1, round(steps)) if value else 0
+    return {"epochs": value * num_examples / batch_size, "steps": value, "examples": value / batch_size}[unit]
 
 
 def validate(c: ConfigDict) -> None:
@@ -141,8 +140,17 @@ def validate(c: ConfigDict) -> None:
     choose("config.data.crop", c.data.crop, CROPS)
     for kind in c.optimizer.no_decay:
         choose("config.optimizer.no_decay", kind, PARAMETER_KINDS)
-    for key in ("batch_size", "log_every", "checkpoint.keep", "data.threads", "eval.batch_size", "stop_after_steps",
-                "model.num_classes", "model.bn_group_size", "data.image_size"):
+    for key in (
+        "batch_size",
+        "log_every",
+        "checkpoint.keep",
+        "data.threads",
+        "eval.batch_size",
+        "stop_after_steps",
+        "model.num_classes",
+        "model.bn_group_size",
+        "data.image_size",
+    ):
         value = _get(c, key)
         if value is not None and value < 1:
             raise UserError(f"config.{key}={value}: must be at least 1")
@@ -152,8 +160,15 @@ def validate(c: ConfigDict) -> None:
     for key in ("optimizer.weight_decay", "optimizer.reference_batch", "data.pad"):
         if _get(c, key) < 0:
             raise UserError(f"config.{key}={_get(c, key)}: must not be negative")
-    for key in ("label_smoothing", "model.dropout", "model.bn_momentum", "optimizer.momentum", "optimizer.beta1",
-                "optimizer.beta2", "data.holdout"):
+    for key in (
+        "label_smoothing",
+        "model.dropout",
+        "model.bn_momentum",
+        "optimizer.momentum",
+        "optimizer.beta1",
+        "optimizer.beta2",
+        "data.holdout",
+    ):
         if not 0 <= _get(c, key) < 1:
             raise UserError(f"config.{key}={_get(c, key)}: must be at least 0 and less than 1")
     if c.seed < 0 or c.seed >= 2**32:
@@ -170,21 +185,23 @@ def validate(c: ConfigDict) -> None:
     for key in ("crop_area", "crop_ratio"):
         pair = c.data[key]
         if len(pair) != 2 or not 0 < pair[0] <= pair[1] or (key == "crop_area" and pair[1] > 1):
-            raise UserError(f"config.data.{key}={pair}: must be two rising numbers more than 0"
-                            + (", at most 1" if key == "crop_area" else ""))
+            raise UserError(
+                f"config.data.{key}={pair}: must be two rising numbers more than 0"
+                + (", at most 1" if key == "crop_area" else "")
+            )
     if c.schedule.name == "exponential" and c.schedule.final <= 0:
         raise UserError("config.schedule.final: an exponential schedule needs more than 0")
-    if c.schedule.name == "step" and (
-        any(not 0 < b < 1 for b in c.schedule.boundaries) or list(c.schedule.boundaries) != sorted(c.schedule.boundaries)
-    ):
-        raise UserError(f"config.schedule.boundaries={c.schedule.boundaries}: rising shares of the training, "
-                        "between 0 and 1, such as 30/90, 60/90, 80/90")
+    boundaries = c.schedule.boundaries
+    if list(boundaries) != sorted(boundaries) or any(not 0 < b < 1 for b in boundaries):
+        raise UserError(
+            f"config.schedule.boundaries={boundaries}: rising shares of the training, "
+            "between 0 and 1, such as 30/90, 60/90, 80/90"
+        )
     group = c.model.bn_group_size
     if group and c.batch_size % group:
         raise UserError(f"config.model.bn_group_size={group} does not divide config.batch_size={c.batch_size}")
     for what in ("train", "schedule.warmup", "eval.every", "checkpoint.every"):
-        steps = to_steps(_get(c, what), what, batch_size=c.batch_size, num_examples=c.batch_size)
-        if steps == 0 and what != "schedule.warmup":
+        if not in_steps(_get(c, what), what, batch_size=1, num_examples=1) and what != "schedule.warmup":
             raise UserError(f"config.{what} is 0: must be more")
 
 
@@ -239,8 +256,9 @@ def find_config(path: str) -> str:
             if file.is_file():
                 return f"{file}{colon}{argument}"
     known = sorted(f.stem for d in config_dirs() for f in d.glob("*.py"))
-    raise UserError(f"--config: no file {name!r} here or among the project's configs; "
-                    + did_you_mean(Path(name).stem, known))
+    raise UserError(
+        f"--config: no file {name!r} here or among the project's configs; " + did_you_mean(Path(name).stem, known)
+    )
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -272,9 +290,11 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
             found, kind = default(), "value"
             for part in match[2].split("."):
                 kind = found.get_type(part).__name__ if part in found else kind
-                found = found[part] if part in found else found
-            raise UserError(f"{match[1]}: {match[3]!r} is not of type {kind}; it is now "
-                            f"{found if not isinstance(found, ConfigDict) else 'a group of keys'}") from None
+                found = found.get(part, found)
+            raise UserError(
+                f"{match[1]}: {match[3]!r} is not of type {kind}; it is now "
+                f"{found if not isinstance(found, ConfigDict) else 'a group of keys'}"
+            ) from None
         raise UserError(text) from None
     except flags.Error as e:
         raise UserError(str(e)) from None

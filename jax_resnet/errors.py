@@ -8,6 +8,14 @@ class UserError(Exception):
     """A mistake in what the user gave: a command prints its one line, without a traceback, and exits with status 2."""
 
 
+class Interrupted(Exception):
+    """A signal ended the run; its state is saved. The text says how to go on, `signum` which signal it was."""
+
+    def __init__(self, text: str, signum: int):
+        super().__init__(text)
+        self.signum = signum
+
+
 def did_you_mean(name: str, known: Iterable[str], *, listed: int = 12) -> str:
     """The end of an error line about an unknown `name`: the nearest known names, or the first `listed` of them."""
     known = sorted(known)

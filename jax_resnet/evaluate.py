@@ -1,27 +1,79 @@
 """Exact evaluation: every example of a split once, whatever the batch and the mesh."""
 
-from collections.abc import Callable
+import os
+import time
+from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
 
+from jax_resnet.checkpoint import Checkpoints
+from jax_resnet.config import to_json
 from jax_resnet.data.loader import eval_batches
-from jax_resnet.data.source import Split
-from jax_resnet.metrics import Sums, summary, total
+from jax_resnet.errors import UserError
+from jax_resnet.job import Job
+from jax_resnet.metrics import Sums, accuracy_text, summary, total
 from jax_resnet.state import TrainState
+from jax_resnet.workdir import check_same_config, read_config, write_json
 
 IN_FLIGHT = 4  # steps the host may run ahead: enough to hide it, few enough that their batches fit on the device
 
 
-def evaluate(eval_step: Callable[..., Sums], state: TrainState, split: Split, *, batch_size: int,
-             sharding: NamedSharding, threads: int) -> dict[str, Any]:
-    """examples, correct_top1, accuracy_top1, accuracy_top5 (more than 5 classes) and loss over the whole of `split`."""
+def evaluate(job: Job, state: TrainState) -> dict[str, Any]:
+    """examples, correct_top1, accuracy_top1, accuracy_top5 (more than 5 classes) and loss over the evaluation split."""
+    config, split = job.config, job.data.eval
     sums: list[Sums] = []
-    for batch in eval_batches(split, batch_size=batch_size, sharding=sharding, threads=threads):
-        sums.append(eval_step(state.params, state.batch_stats, batch))
+    for batch in eval_batches(
+        split,
+        batch_size=config.eval.batch_size or config.batch_size,
+        sharding=job.sharding,
+        threads=config.data.threads,
+    ):
+        sums.append(job.eval_step(state.params, state.batch_stats, batch))
         jax.block_until_ready(sums[-IN_FLIGHT:][0])
     totals = total(sums)
     if totals["examples"] != len(split):
         raise RuntimeError(f"evaluated {totals['examples']} examples of the {split.name} split, which has {len(split)}")
     return summary(totals)
+
+
+def evaluate_checkpoint(
+    workdir: str | os.PathLike[str], *, config: ConfigDict | None = None, which: str = "best"
+) -> dict[str, Any]:
+    """Evaluates a checkpoint of `workdir`: "best", "latest" or a step. Writes eval.json and returns its content.
+
+    The config is the one the run was begun with; one that is given must agree with it in all that is computed.
+    """
+    workdir = Path(workdir)
+    stored = read_config(workdir)
+    if stored is None:
+        raise UserError(f"{workdir}: no run has been begun here (no config.json)")
+    config = config or stored
+    check_same_config(stored, config, workdir)
+    if not (workdir / "checkpoints").is_dir():
+        raise UserError(f"{workdir}: no checkpoint has been saved yet")
+    job = Job.of(config)
+    with Checkpoints(workdir) as checkpoints:
+        named = {"best": checkpoints.best_step() or checkpoints.latest_step(), "latest": checkpoints.latest_step()}
+        if which not in named and not which.isdigit():
+            raise UserError(f"--checkpoint={which}: must be best, latest or a step")
+        step = named[which] if which in named else int(which)
+        if step is None or step not in checkpoints.steps():
+            known = ", ".join(map(str, checkpoints.steps())) or "none"
+            raise UserError(f"{workdir}: no checkpoint at step {which}; saved: {known}")
+        began = time.monotonic()
+        metrics = evaluate(job, checkpoints.restore(step, job.abstract_state))
+    result = {
+        "step": step,
+        "splits": {job.data.eval.name: metrics},
+        "wall_seconds": round(time.monotonic() - began, 1),
+        "config": to_json(config),
+    }
+    if jax.process_index() == 0:
+        write_json(workdir / "eval.json", result)
+        print(
+            f"step {step:,}: {job.data.eval.name} accuracy {accuracy_text(metrics)}, loss {metrics['loss']:.4f}, "
+            f"in {workdir / 'eval.json'}"
+        )
+    return result

@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jax_resnet.config import parse_flags
-from jax_resnet.errors import UserError
+from jax_resnet.errors import Interrupted, UserError
 
 config_flags.DEFINE_config_file("config", None, "The config file, with `:argument` where it takes one.")
 flags.DEFINE_string("workdir", None, "Where the run is kept. Default: runs/CONFIG/DATA-seedN.")
@@ -25,12 +25,15 @@ def run() -> None:
     if FLAGS.config is None and not (FLAGS.mode == "eval" and FLAGS.workdir):
         raise UserError("--config is missing: give a file, for example --config configs/resnet20_digits.py")
     workdir = Path(FLAGS.workdir or default_workdir())
-    from jax_resnet import train  # loads JAX, which a mistyped flag should not wait for
-
+    # JAX is loaded here: a mistyped flag should not wait for it.
     if FLAGS.mode == "eval":
-        train.evaluate_checkpoint(workdir, config=FLAGS.config, which=FLAGS.checkpoint)
+        from jax_resnet.evaluate import evaluate_checkpoint
+
+        evaluate_checkpoint(workdir, config=FLAGS.config, which=FLAGS.checkpoint)
     else:
-        train.train(FLAGS.config, workdir)
+        from jax_resnet.train import train
+
+        train(FLAGS.config, workdir)
 
 
 def default_workdir() -> Path:
@@ -52,11 +55,9 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except Exception as e:
-        if type(e).__name__ != "Interrupted":
-            raise
+    except Interrupted as e:
         print(e, file=sys.stderr)
-        return 128 + e.signum  # type: ignore[attr-defined]
+        return 128 + e.signum
     return 0
 
 

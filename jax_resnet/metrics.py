@@ -13,8 +13,8 @@ Sums = dict[str, jax.Array]
 def classification_sums(logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: jax.Array | None = None) -> Sums:
     """How many examples, how many right among the first 1 and 5, and the summed loss, over the rows where mask holds.
 
-    logits [N, classes], labels [N], losses [N], mask bool [N] → scalars: counts int32, loss float32. Of equal logits the
-    lower class comes first; a logit that is not a number is never right. Top 5 only for more than 5 classes.
+    logits [N, classes], labels [N], losses [N], mask bool [N] → scalars: counts int32, loss float32. Of equal logits
+    the lower class comes first; a logit that is not a number is never right. Top 5 only for more than 5 classes.
     """
     mask = jnp.ones(labels.shape, bool) if mask is None else mask
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
@@ -53,3 +53,8 @@ def summary(totals: dict[str, float | int]) -> dict[str, float | int]:
         result["accuracy_top5"] = totals["correct_top5"] / count if count else math.nan
     result["loss"] = totals["loss"] / count if count else math.nan
     return result
+
+
+def accuracy_text(metrics: dict[str, float | int]) -> str:
+    """`98.61 % (355 of 360)`."""
+    return f"{metrics['accuracy_top1']:.2%} ({metrics['correct_top1']:,} of {metrics['examples']:,})".replace("%", " %")

@@ -43,7 +43,7 @@ def make_schedule(c: ConfigDict, *, peak: float, steps: int, warmup_steps: int) 
     exponential  peak · f^t;  step  peak · factor for each boundary (a share of all steps) passed;  constant  peak.
     """
     if warmup_steps >= steps and warmup_steps > 0:
-        raise UserError(f"config.schedule.warmup is {warmup_steps} steps, the whole training {steps}; it must be shorter")
+        raise UserError(f"config.schedule.warmup is {warmup_steps} steps, the whole training {steps}: make it shorter")
 
     def schedule(step: Any) -> jax.Array:
         done = jnp.asarray(step, jnp.float32)

@@ -22,8 +22,9 @@ class TrainState:
     opt_state: Any
 
 
-def make_state(make_model: Callable[[nnx.Rngs], nnx.Module], optimizer: optax.GradientTransformation, seed: int,
-               sharding: Sharding) -> tuple[nnx.GraphDef, TrainState, Callable[[], TrainState]]:
+def make_state(
+    make_model: Callable[[nnx.Rngs], nnx.Module], optimizer: optax.GradientTransformation, seed: int, sharding: Sharding
+) -> tuple[nnx.GraphDef, TrainState, Callable[[], TrainState]]:
     """The model's graph, the abstract state (shapes with shardings), and what makes the state on the devices.
 
     Nothing is computed here: a restored run never makes the parameters it would throw away.
@@ -31,12 +32,13 @@ def make_state(make_model: Callable[[nnx.Rngs], nnx.Module], optimizer: optax.Gr
     graphs: list[nnx.GraphDef] = []
 
     def init(key: jax.Array) -> TrainState:
-        graph, params, stats, rest = nnx.split(make_model(nnx.Rngs(params=key)), nnx.Param, nnx.BatchStat, ...)
+        graph, *states = nnx.split(make_model(nnx.Rngs(params=key)), nnx.Param, nnx.BatchStat, ...)
+        params, stats, rest = states
         if jax.tree.leaves(rest):
             raise ValueError("the model holds state that is neither a parameter nor a batch statistic")
         graphs.append(graph)
-        params = nnx.to_pure_dict(params)
-        return TrainState(jnp.zeros((), jnp.int32), params, nnx.to_pure_dict(stats), optimizer.init(params))
+        pure = nnx.to_pure_dict(params)
+        return TrainState(jnp.zeros((), jnp.int32), pure, nnx.to_pure_dict(stats), optimizer.init(pure))
 
     def fresh() -> TrainState:
         return jax.jit(lambda: init(jax.random.key(seed)), out_shardings=sharding)()

@@ -16,9 +16,17 @@ from jax_resnet.state import TrainState
 Batch = dict[str, jax.Array]
 
 
-def make_train_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, *, seed: int, mean: Sequence[float],
-                    std: Sequence[float], pad: int, flip: bool, label_smoothing: float,
-                    ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
+def make_train_step(
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    pad: int,
+    flip: bool,
+    label_smoothing: float,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """The update: (state, {image uint8 [N, H, W, C], label int32 [N]}) → (new state, sums over the batch).
 
     All randomness comes from (seed, state.step) and the row in the global batch.
@@ -46,8 +54,12 @@ def make_train_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation
     return train_step
 
 
-def make_eval_step(graph: nnx.GraphDef, *, mean: Sequence[float], std: Sequence[float],
-                   ) -> Callable[[Any, Any, Batch], Sums]:
+def make_eval_step(
+    graph: nnx.GraphDef,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Callable[[Any, Any, Batch], Sums]:
     """The evaluation: (params, batch_stats, {image, label, mask bool [N]}) → sums over the rows where mask holds."""
 
     def eval_step(params: Any, batch_stats: Any, batch: Batch) -> Sums:

@@ -10,14 +10,10 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jax_resnet.job import Plan
+from jax_resnet.workdir import write_json
+
 COLUMNS = ("step", "epoch", "split", "examples", "loss", "top-1", "top-5")
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Writes all of it or nothing."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(part, file)
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
@@ -32,11 +28,6 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def accuracy_text(metrics: dict[str, Any]) -> str:
-    """`98.61 % (355 of 360)`."""
-    return f"{metrics['accuracy_top1']:.2%} ({metrics['correct_top1']:,} of {metrics['examples']:,})".replace("%", " %")
-
-
 class Telemetry:
     """Reports one run from process 0; on the others every method does nothing.
 
@@ -44,10 +35,10 @@ class Telemetry:
     each step stands once.
     """
 
-    def __init__(self, workdir: Path, *, start_step: int, total_steps: int, steps_per_epoch: float):
+    def __init__(self, workdir: Path, plan: Plan, start_step: int):
         self.active = jax.process_index() == 0
         self.console = Console(highlight=False, soft_wrap=True, quiet=not self.active)
-        self._workdir, self._steps_per_epoch = workdir, steps_per_epoch
+        self._workdir, self._plan = workdir, plan
         self._table_begun = False
         self._began, self._before = time.monotonic(), 0.0
         self._progress: Progress | None = None
@@ -64,19 +55,25 @@ class Telemetry:
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
         if self.console.is_terminal:
             self._progress = Progress(
-                TextColumn("step {task.completed:,} of {task.total:,}"), BarColumn(), TextColumn("{task.description}"),
-                TimeRemainingColumn(), console=self.console, transient=True)
-            self._task = self._progress.add_task("compiling …", total=total_steps, completed=start_step)
+                TextColumn("step {task.completed:,} of {task.total:,}"),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self._task = self._progress.add_task("compiling …", total=plan.steps, completed=start_step)
             self._progress.start()
-        self._total = total_steps
 
     @property
     def seconds(self) -> float:
         """Wall seconds of the run, those before it was resumed included."""
         return self._before + time.monotonic() - self._began
 
-    def close(self) -> None:
-        """Takes the bar away and closes the files."""
+    def __enter__(self) -> "Telemetry":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._progress:
             self._progress.stop()
         if self.active:
@@ -93,17 +90,24 @@ class Telemetry:
         for name, text in rows.items():
             self.say(f"{name:<{width}}  {text}")
 
-    def train(self, step: int, *, loss: float, accuracy: float, learning_rate: float,
-              images_per_second: float | None) -> None:
+    def train(
+        self, step: int, *, loss: float, accuracy: float, learning_rate: float, images_per_second: float | None
+    ) -> None:
         """Means over the steps since the last call; no speed for the first, whose time is the compiler's."""
         speed = f"{images_per_second:,.0f} images/s" if images_per_second else "compiled"
         text = f"loss {loss:.4f}  accuracy {accuracy:.2%}".replace("%", " %") + f"  {speed}"
         if self._progress:
             self._progress.update(self._task, completed=step, description=text)
         else:
-            self.say(f"step {step:>{len(f'{self._total:,}')},} of {self._total:,}  {text}")
-        self._record("train", step, loss=loss, accuracy_top1=accuracy, learning_rate=learning_rate,
-                     images_per_second=images_per_second)
+            self.say(f"step {step:>{len(f'{self._plan.steps:,}')},} of {self._plan.steps:,}  {text}")
+        self._record(
+            "train",
+            step,
+            loss=loss,
+            accuracy_top1=accuracy,
+            learning_rate=learning_rate,
+            images_per_second=images_per_second,
+        )
 
     def evaluation(self, step: int, split: str, metrics: dict[str, Any]) -> None:
         """One row of the table of evaluations."""
@@ -111,18 +115,25 @@ class Telemetry:
         if not self._table_begun:
             self.say("  ".join(f"{c:>10}" for c in columns))
             self._table_begun = True
-        values = {"step": f"{step:,}", "epoch": f"{step / self._steps_per_epoch:.1f}", "split": split,
-                  "examples": f"{metrics['examples']:,}", "loss": f"{metrics['loss']:.4f}",
-                  "top-1": f"{100 * metrics['accuracy_top1']:.2f} %",
-                  "top-5": f"{100 * metrics.get('accuracy_top5', 0):.2f} %"}
+        values = {
+            "step": f"{step:,}",
+            "epoch": f"{step / self._plan.steps_per_epoch:.1f}",
+            "split": split,
+            "examples": f"{metrics['examples']:,}",
+            "loss": f"{metrics['loss']:.4f}",
+            "top-1": f"{100 * metrics['accuracy_top1']:.2f} %",
+            "top-5": f"{100 * metrics.get('accuracy_top5', 0):.2f} %",
+        }
         self.say("  ".join(f"{values[c]:>10}" for c in columns))
         self._record("eval", step, split=split, **metrics)
 
     def result(self, step: int, splits: dict[str, Any], config: dict[str, Any]) -> None:
         """Writes result.json and curves.png."""
         if self.active:
-            write_json(self._workdir / "result.json",
-                       {"step": step, "splits": splits, "wall_seconds": round(self.seconds, 1), "config": config})
+            write_json(
+                self._workdir / "result.json",
+                {"step": step, "splits": splits, "wall_seconds": round(self.seconds, 1), "config": config},
+            )
             draw_curves(read_metrics(self._workdir), self._workdir / "curves.png")
 
     def _record(self, kind: str, step: int, **values: Any) -> None:
@@ -141,8 +152,9 @@ def draw_curves(rows: list[dict[str, Any]], file: Path) -> None:
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     panels = figure.subplots(1, 3)
-    for axes, title, name in zip(panels, ("loss", "accuracy", "learning rate"),
-                                 ("loss", "accuracy_top1", "learning_rate"), strict=True):
+    for axes, title, name in zip(
+        panels, ("loss", "accuracy", "learning rate"), ("loss", "accuracy_top1", "learning_rate"), strict=True
+    ):
         for kind in ("train", "eval"):
             points = [(r["step"], r[name]) for r in rows if r["kind"] == kind and name in r]
             if points:

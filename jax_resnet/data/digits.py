@@ -21,10 +21,12 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             description=__doc__,
-            features=tfds.features.FeaturesDict({
-                "image": tfds.features.Image(shape=(8, 8, 1)),
-                "label": tfds.features.ClassLabel(num_classes=10),
-            }),
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(8, 8, 1)),
+                    "label": tfds.features.ClassLabel(num_classes=10),
+                }
+            ),
             supervised_keys=("image", "label"),
         )
 
@@ -36,9 +38,12 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         intensities, labels = load_digits(return_X_y=True)  # 0 … 16, row by row
         images = np.round(intensities.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
         train, test, train_labels, test_labels = train_test_split(
-            images, labels, test_size=0.2, stratify=labels, random_state=0)
-        return {"train": self._generate_examples(train, train_labels),
-                "test": self._generate_examples(test, test_labels)}
+            images, labels, test_size=0.2, stratify=labels, random_state=0
+        )
+        return {
+            "train": self._generate_examples(train, train_labels),
+            "test": self._generate_examples(test, test_labels),
+        }
 
     def _generate_examples(self, images: np.ndarray, labels: np.ndarray) -> Iterator[tuple[int, dict[str, Any]]]:
         import cv2

@@ -1,5 +1,7 @@
 """One image at a time, on the host: bytes to uint8 pixels, crops, sizes."""
 
+import math
+
 import cv2
 import numpy as np
 import simplejpeg
@@ -11,7 +13,10 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def decode(data: bytes, channels: int) -> np.ndarray:
-    """An encoded image (JPEG, PNG, or what else OpenCV reads) as uint8 [H, W, channels]. Raises ValueError if it is none."""
+    """An encoded image (JPEG, PNG, or what else OpenCV reads) as uint8 [H, W, channels].
+
+    Raises ValueError if it is none.
+    """
     if data[:3] == b"\xff\xd8\xff":
         try:
             return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY")
@@ -50,20 +55,21 @@ def resize_and_center_crop(image: np.ndarray, size: int, crop: float) -> np.ndar
     return image[top : top + size, left : left + size]
 
 
-def random_resized_crop(image: np.ndarray, size: int, area: tuple[float, float], ratio: tuple[float, float],
-                        rng: np.random.Generator) -> np.ndarray:
+def random_resized_crop(
+    image: np.ndarray, size: int, area: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> np.ndarray:
     """A rectangle of random area and aspect, resized to size × size (Szegedy et al. 2014, section 6).
 
-    Ten tries at a rectangle that fits, area share uniform, aspect log-uniform; then the largest centred one whose aspect
-    is allowed.
+    Ten tries at a rectangle that fits, area share uniform, aspect log-uniform; then the largest centred one whose
+    aspect is allowed.
     """
     height, width = image.shape[:2]
     shares = rng.uniform(*area, size=10)
-    aspects = np.exp(rng.uniform(*np.log(ratio), size=10))
+    aspects = np.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1]), size=10))
     corner = rng.uniform(size=2)
     widths = np.round(np.sqrt(height * width * shares * aspects)).astype(int)
     heights = np.round(np.sqrt(height * width * shares / aspects)).astype(int)
-    fits = (0 < widths) & (widths <= width) & (0 < heights) & (heights <= height)
+    fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
     if fits.any():
         h, w = int(heights[fits.argmax()]), int(widths[fits.argmax()])
         top, left = int(corner[0] * (height - h + 1)), int(corner[1] * (width - w + 1))

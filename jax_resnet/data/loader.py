@@ -22,24 +22,30 @@ def train_batch(split: Split, step: int, *, seed: int, batch_size: int, rows: np
     """
     indices, epochs = train_indices(seed, step, batch_size=batch_size, num_examples=len(split))
     indices, epochs = indices[rows], epochs[rows]
-    rngs = [np.random.Generator(np.random.Philox(key=(seed << 32 | int(epoch), int(record))))
-            for epoch, record in zip(epochs, indices, strict=True)]
+    rngs = [
+        np.random.Generator(np.random.Philox(key=(seed << 32 | int(epoch), int(record))))
+        for epoch, record in zip(epochs, indices, strict=True)
+    ]
     images, labels = split.read(indices, rngs)
     return {"image": images, "label": labels}
 
 
-def train_batches(split: Split, *, start: int, stop: int, seed: int, batch_size: int, sharding: NamedSharding,
-                  threads: int) -> Iterator[dict[str, jax.Array]]:
+def train_batches(
+    split: Split, *, start: int, stop: int, seed: int, batch_size: int, sharding: NamedSharding, threads: int
+) -> Iterator[dict[str, jax.Array]]:
     """The batches of steps start … stop − 1, on the devices: image [batch_size, H, W, C] and label [batch_size]."""
     rows = local_rows(sharding, batch_size)
     # One Grain element is a whole batch: per-image elements cost 10 to 100 times more on small images.
     steps = grain.MapDataset.range(start, stop).map(
-        lambda step: train_batch(split, int(step), seed=seed, batch_size=batch_size, rows=rows))
+        lambda step: train_batch(split, int(step), seed=seed, batch_size=batch_size, rows=rows)
+    )
     reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     return _to_devices(iter(steps.to_iter_dataset(reading)), sharding)
 
 
-def eval_batches(split: Split, *, batch_size: int, sharding: NamedSharding, threads: int) -> Iterator[dict[str, jax.Array]]:
+def eval_batches(
+    split: Split, *, batch_size: int, sharding: NamedSharding, threads: int
+) -> Iterator[dict[str, jax.Array]]:
     """The whole split in order; the last batch is filled up to batch_size with examples whose mask is False."""
     rows = local_rows(sharding, batch_size)
 

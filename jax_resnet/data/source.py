@@ -28,8 +28,15 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".p
 class Split(Protocol):
     """One part of a dataset."""
 
-    name: str
-    image_shape: tuple[int, int, int]
+    @property
+    def name(self) -> str:
+        """What the dataset calls it."""
+        ...
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width, channels."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -103,8 +110,9 @@ class EncodedSplit:
             except ValueError as e:
                 raise UserError(f"{self.name} split: {name}: {e}; repair or remove it") from None
             if not 0 <= label < self.num_classes:
-                raise UserError(f"{self.name} split: {name} has label {label}; "
-                                f"labels must lie in 0 … {self.num_classes - 1}")
+                raise UserError(
+                    f"{self.name} split: {name} has label {label}; labels must lie in 0 … {self.num_classes - 1}"
+                )
             crop_at_random = rngs is not None and self.random_crop is not None
             images[row] = self.random_crop(image, rngs[row]) if crop_at_random else self.center_crop(image)  # type: ignore
             labels[row] = label
@@ -128,8 +136,10 @@ def open_dataset(c: ConfigDict) -> Dataset:
         if len(split) == 0:
             raise UserError(f"config.data.name={c.name}: the {split.name} split is empty")
     if dataset.train.image_shape != dataset.eval.image_shape:
-        raise UserError(f"config.data.name={c.name}: {dataset.train.name} images are {dataset.train.image_shape}, "
-                        f"{dataset.eval.name} images {dataset.eval.image_shape}; set config.data.image_size")
+        raise UserError(
+            f"config.data.name={c.name}: {dataset.train.name} images are {dataset.train.image_shape}, "
+            f"{dataset.eval.name} images {dataset.eval.image_shape}; set config.data.image_size"
+        )
     return dataset
 
 
@@ -150,8 +160,10 @@ def _open_npz(path: str, c: ConfigDict) -> Dataset:
     for n in names:
         kind = "uint8" if n.startswith("x") else "integer"
         if not (arrays[n].dtype == np.uint8 or (kind == "integer" and np.issubdtype(arrays[n].dtype, np.integer))):
-            raise UserError(f"npz:{path}: {n} is {arrays[n].dtype}; it must be {kind}"
-                            + (" pixels, 0 … 255" if kind == "uint8" else ""))
+            raise UserError(
+                f"npz:{path}: {n} is {arrays[n].dtype}; it must be {kind}"
+                + (" pixels, 0 … 255" if kind == "uint8" else "")
+            )
     labels = {n: arrays[n].reshape(-1) for n in names if n.startswith("y")}
     highest = max((int(y.max()) for y in labels.values() if y.size), default=0)
     return Dataset(
@@ -162,19 +174,23 @@ def _open_npz(path: str, c: ConfigDict) -> Dataset:
     )
 
 
-def _in_memory(name: str, images: np.ndarray, labels: np.ndarray, num_classes: int, c: ConfigDict,
-               source: str) -> ArraySplit:
+def _in_memory(
+    name: str, images: np.ndarray, labels: np.ndarray, num_classes: int, c: ConfigDict, source: str
+) -> ArraySplit:
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
-        raise UserError(f"{source}: {name} images have shape {images.shape}; they must be [N, H, W], "
-                        "[N, H, W, 1] or [N, H, W, 3]")
+        raise UserError(
+            f"{source}: {name} images have shape {images.shape}; they must be [N, H, W], [N, H, W, 1] or [N, H, W, 3]"
+        )
     if len(images) != len(labels):
         raise UserError(f"{source}: {len(images)} {name} images, but {len(labels)} labels")
     bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if bad.size:
-        raise UserError(f"{source}: {name} label {labels[bad[0]]} of record {bad[0]} is out of range; "
-                        f"labels must lie in 0 … {num_classes - 1}")
+        raise UserError(
+            f"{source}: {name} label {labels[bad[0]]} of record {bad[0]} is out of range; "
+            f"labels must lie in 0 … {num_classes - 1}"
+        )
     images = image_ops.with_channels(images, c.channels)
     size = c.image_size
     if size and images.shape[1:3] != (size, size):
@@ -183,8 +199,9 @@ def _in_memory(name: str, images: np.ndarray, labels: np.ndarray, num_classes: i
             resized[i] = image_ops.resize(image, size, size)
         images = resized
     if c.crop == "random_resized" and images.shape[1] != images.shape[2]:
-        raise UserError(f"{source}: random-resized crops are square, the images {images.shape[1:3]}; "
-                        "set config.data.image_size")
+        raise UserError(
+            f"{source}: random-resized crops are square, the images {images.shape[1:3]}; set config.data.image_size"
+        )
     crop = _random_crop(c, images.shape[1]) if c.crop == "random_resized" else None
     return ArraySplit(name, images, labels.astype(np.int32), crop)
 
@@ -206,19 +223,27 @@ def _open_folder(path: str, c: ConfigDict) -> Dataset:
         eval_files = _class_files(subfolders[eval_name], path)
         if strangers := eval_files.keys() - train_files.keys():
             name = min(strangers)
-            raise UserError(f"folder:{path}: class {name!r} is in {eval_name}/ but not in {train_name}/; "
-                            + did_you_mean(name, train_files))
+            raise UserError(
+                f"folder:{path}: class {name!r} is in {eval_name}/ but not in {train_name}/; "
+                + did_you_mean(name, train_files)
+            )
     elif c.train_split or c.eval_split:
         raise UserError(f"folder:{path}: no subfolder {train_name!r}; {did_you_mean(train_name, subfolders)}")
     elif c.holdout:
         train_name, eval_name = "train", "holdout"
         train_files, eval_files = _hold_out(_class_files(root, path), c.holdout)
     else:
-        raise UserError(f"folder:{path}: neither train/ and {EVAL_SPLITS[0]}/ in it nor a stated split; to keep a "
-                        "fifth of each class for evaluation: --config.data.holdout=0.2")
+        raise UserError(
+            f"folder:{path}: neither train/ and {EVAL_SPLITS[0]}/ in it nor a stated split; to keep a "
+            "fifth of each class for evaluation: --config.data.holdout=0.2"
+        )
     classes = tuple(train_files)
-    return Dataset(f"folder:{path}", _files_split(train_name, train_files, classes, c),
-                   _files_split(eval_name, eval_files, classes, c), classes)
+    return Dataset(
+        f"folder:{path}",
+        _files_split(train_name, train_files, classes, c),
+        _files_split(eval_name, eval_files, classes, c),
+        classes,
+    )
 
 
 def _class_files(root: Path, path: str) -> dict[str, list[Path]]:
@@ -254,14 +279,25 @@ def _files_split(name: str, files: dict[str, list[Path]], classes: Sequence[str]
     return _encoded(name, len(listed), records, len(classes), c)
 
 
-def _encoded(name: str, size: int, records: Callable[[Sequence[int]], list[tuple[bytes, int, str]]], num_classes: int,
-             c: ConfigDict) -> EncodedSplit:
+def _encoded(
+    name: str,
+    size: int,
+    records: Callable[[Sequence[int]], list[tuple[bytes, int, str]]],
+    num_classes: int,
+    c: ConfigDict,
+) -> EncodedSplit:
     pixels, channels, eval_crop = c.image_size, c.channels, c.eval_crop
     if pixels is None:
-        raise UserError(f"config.data.name={c.name}: its images differ in size; "
-                        "say which the network gets: --config.data.image_size=224")
+        raise UserError(
+            f"config.data.name={c.name}: its images differ in size; "
+            "say which the network gets: --config.data.image_size=224"
+        )
     return EncodedSplit(
-        name, size, records, (pixels, pixels, channels), num_classes,
+        name,
+        size,
+        records,
+        (pixels, pixels, channels),
+        num_classes,
         _random_crop(c, pixels) if c.crop == "random_resized" else None,
         lambda image: image_ops.resize_and_center_crop(image, pixels, eval_crop),
     )
@@ -284,40 +320,53 @@ def _open_tfds(name: str, c: ConfigDict) -> Dataset:
     features = dict(info.features) if isinstance(info.features, tfds.features.FeaturesDict) else {}
     feature, label = features.get(image_key), features.get(label_key)
     if not isinstance(feature, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
-        raise UserError(f"config.data.name={name}: not an image-classification dataset (its features: "
-                        f"{', '.join(features)})")
+        raise UserError(
+            f"config.data.name={name}: not an image-classification dataset (its features: {', '.join(features)})"
+        )
     train = c.train_split or "train"
     evaluation = c.eval_split or next((s for s in EVAL_SPLITS if s in info.splits), "test")
-    splits = []
+    splits: list[Split] = []
     for split in (train, evaluation):
         try:
             source = builder.as_data_source(split=split, decoders={image_key: tfds.decode.SkipDecoding()})
         except (ValueError, KeyError, AssertionError) as e:
-            raise UserError(f"config.data.name={name}: no split {split!r}; "
-                            f"{did_you_mean(split, info.splits)} ({str(e).splitlines()[0]})") from None
+            raise UserError(
+                f"config.data.name={name}: no split {split!r}; "
+                f"{did_you_mean(split, info.splits)} ({str(e).splitlines()[0]})"
+            ) from None
         except Exception as e:  # array_record's own errors have no common class
-            raise UserError(f"config.data.name={name}: its files in {builder.data_dir} cannot be read ({e}); "
-                            "delete that folder and prepare it again") from None
+            raise UserError(
+                f"config.data.name={name}: its files in {builder.data_dir} cannot be read ({e}); "
+                "delete that folder and prepare it again"
+            ) from None
 
         def records(indices: Sequence[int], source: Any = source, split: str = split) -> list[tuple[bytes, int, str]]:
             try:
                 found = source.__getitems__(list(indices))
             except Exception as e:
-                raise UserError(f"{split} split: records of {builder.data_dir} cannot be read ({e}); "
-                                "prepare the dataset again") from None
+                raise UserError(
+                    f"{split} split: records of {builder.data_dir} cannot be read ({e}); prepare the dataset again"
+                ) from None
             return [(r[image_key], int(r[label_key]), f"record {i}") for i, r in zip(indices, found, strict=True)]
 
         shape = feature.shape
         fixed = all(shape) and len(source) * int(np.prod(shape[:2])) * c.channels <= IN_MEMORY_BYTES
         if fixed:
-            splits.append(_decode_all(split, len(source), records, shape[:2], label.num_classes, c, f"{name} ({split})"))
+            splits.append(_decode_all(split, len(source), records, shape[:2], label.num_classes, c, name))
         else:
             splits.append(_encoded(split, len(source), records, label.num_classes, c))
     return Dataset(name, splits[0], splits[1], tuple(label.names))
 
 
-def _decode_all(name: str, size: int, records: Callable[[Sequence[int]], list[tuple[bytes, int, str]]],
-                shape: tuple[int, int], num_classes: int, c: ConfigDict, source: str) -> ArraySplit:
+def _decode_all(
+    name: str,
+    size: int,
+    records: Callable[[Sequence[int]], list[tuple[bytes, int, str]]],
+    shape: tuple[int, int],
+    num_classes: int,
+    c: ConfigDict,
+    source: str,
+) -> ArraySplit:
     images, labels = np.empty((size, *shape, c.channels), np.uint8), np.empty(size, np.int64)
 
     def fill(start: int) -> None:
@@ -340,8 +389,10 @@ def _digits_builder(data_dir: str | None) -> Any:
         if not builder.info.splits:
             _prepare_quietly(builder)
     except OSError as e:
-        raise UserError(f"digits: cannot be prepared in {data_dir or 'the default folder of TFDS'} ({e}); "
-                        "choose another: --config.data.data_dir=FOLDER") from None
+        raise UserError(
+            f"digits: cannot be prepared in {data_dir or 'the default folder of TFDS'} ({e}); "
+            "choose another: --config.data.data_dir=FOLDER"
+        ) from None
     return builder
 
 
@@ -367,13 +418,17 @@ def _tfds_builder(tfds: Any, name: str, data_dir: str | None) -> Any:
         known = [*tfds.list_builders(with_community_datasets=False), "digits", "folder:PATH", "npz:PATH"]
         raise UserError(f"config.data.name={name}: unknown dataset; {did_you_mean(name, known)}") from None
     except ImportError as e:
-        raise UserError(f"config.data.name={name}: preparing it needs more packages ({e}): {tools} && {build}") from None
+        raise UserError(f"config.data.name={name}: preparing it needs more ({e}): {tools} && {build}") from None
     except (ValueError, OSError) as e:
         raise UserError(f"config.data.name={name}: {str(e).splitlines()[0]}") from None
     if not builder.info.splits:
-        raise UserError(f"config.data.name={name}: not prepared in {builder.data_dir}; prepare it with: {tools} && {build}")
+        raise UserError(
+            f"config.data.name={name}: not prepared in {builder.data_dir}; to prepare it: {tools} && {build}"
+        )
+    convert = f"tfds convert_format --dataset_dir={builder.data_dir} --out_file_format=array_record"
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         raise UserError(
-            f"config.data.name={name}: prepared as {builder.info.file_format.value}, which has no random access; convert "
-            f"it with: {tools} && tfds convert_format --dataset_dir={builder.data_dir} --out_file_format=array_record")
+            f"config.data.name={name}: prepared as {builder.info.file_format.value}, which has no random access; "
+            f"to convert it: {tools} && {convert}"
+        )
     return builder

@@ -24,8 +24,16 @@ class Shortcut(nnx.Module):
     Pre-activation blocks leave out the norm.
     """
 
-    def __init__(self, in_features: int, out_features: int, stride: int, kind: str, *, conv: ConvFactory,
-                 norm: NormFactory | None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        stride: int,
+        kind: str,
+        *,
+        conv: ConvFactory,
+        norm: NormFactory | None,
+    ):
         self.kind, self.stride, self.new_channels = kind, stride, out_features - in_features
         if kind not in ("A", "B", "D"):
             raise ValueError(f"shortcut {kind!r}: must be A, B or D")
@@ -52,8 +60,17 @@ class BasicBlock(nnx.Module):
 
     expansion = 1
 
-    def __init__(self, in_features: int, planes: int, stride: int, *, shortcut: str, zero_init_last: bool,
-                 conv: ConvFactory, norm: NormFactory):
+    def __init__(
+        self,
+        in_features: int,
+        planes: int,
+        stride: int,
+        *,
+        shortcut: str,
+        zero_init_last: bool,
+        conv: ConvFactory,
+        norm: NormFactory,
+    ):
         self.conv1, self.bn1 = conv(in_features, planes, 3, stride=stride), norm(planes)
         self.conv2, self.bn2 = conv(planes, planes, 3), norm(planes, zero_scale=zero_init_last)
         self.shortcut = _shortcut(in_features, planes, stride, shortcut, conv=conv, norm=norm)
@@ -73,8 +90,19 @@ class Bottleneck(nnx.Module):
 
     expansion = 4
 
-    def __init__(self, in_features: int, planes: int, stride: int, *, shortcut: str, zero_init_last: bool,
-                 conv: ConvFactory, norm: NormFactory, inner: int | None = None, stride_in_1x1: bool = False):
+    def __init__(
+        self,
+        in_features: int,
+        planes: int,
+        stride: int,
+        *,
+        shortcut: str,
+        zero_init_last: bool,
+        conv: ConvFactory,
+        norm: NormFactory,
+        inner: int | None = None,
+        stride_in_1x1: bool = False,
+    ):
         inner, out = inner or planes, planes * self.expansion
         self.conv1, self.bn1 = conv(in_features, inner, 1, stride=stride if stride_in_1x1 else 1), norm(inner)
         self.conv2, self.bn2 = conv(inner, inner, 3, stride=1 if stride_in_1x1 else stride), norm(inner)
@@ -93,8 +121,9 @@ class PreActBasicBlock(nnx.Module):
 
     expansion = 1
 
-    def __init__(self, in_features: int, planes: int, stride: int, *, shortcut: str, conv: ConvFactory,
-                 norm: NormFactory):
+    def __init__(
+        self, in_features: int, planes: int, stride: int, *, shortcut: str, conv: ConvFactory, norm: NormFactory
+    ):
         self.bn1, self.conv1 = norm(in_features), conv(in_features, planes, 3, stride=stride)
         self.bn2, self.conv2 = norm(planes), conv(planes, planes, 3)
         self.shortcut = _shortcut(in_features, planes, stride, shortcut, conv=conv, norm=None)
@@ -111,8 +140,17 @@ class PreActBottleneck(nnx.Module):
 
     expansion = 4
 
-    def __init__(self, in_features: int, planes: int, stride: int, *, shortcut: str, conv: ConvFactory,
-                 norm: NormFactory, inner: int | None = None):
+    def __init__(
+        self,
+        in_features: int,
+        planes: int,
+        stride: int,
+        *,
+        shortcut: str,
+        conv: ConvFactory,
+        norm: NormFactory,
+        inner: int | None = None,
+    ):
         inner, out = inner or planes, planes * self.expansion
         self.bn1, self.conv1 = norm(in_features), conv(in_features, inner, 1)
         self.bn2, self.conv2 = norm(inner), conv(inner, inner, 3, stride=stride)
@@ -127,8 +165,9 @@ class PreActBottleneck(nnx.Module):
         return y + (x if self.shortcut is None else self.shortcut(active))
 
 
-def _shortcut(in_features: int, out_features: int, stride: int, kind: str, *, conv: ConvFactory,
-              norm: NormFactory | None) -> Shortcut | None:
+def _shortcut(
+    in_features: int, out_features: int, stride: int, kind: str, *, conv: ConvFactory, norm: NormFactory | None
+) -> Shortcut | None:
     if stride == 1 and in_features == out_features:
         return None
     return Shortcut(in_features, out_features, stride, kind, conv=conv, norm=norm)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.extend.core import jaxprs_in_params
 
 
 def multiply_adds(function: Callable[..., Any], *args: Any) -> int:
@@ -26,7 +27,5 @@ def _count(jaxpr: Any) -> int:
             contracted = eqn.params["dimension_numbers"][0][0]
             shape = eqn.invars[0].aval.shape
             macs += math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[d] for d in contracted)
-        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
-            if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
-                macs += _count(getattr(inner, "jaxpr", inner))
+        macs += sum(_count(inner) for inner in jaxprs_in_params(eqn.params))
     return macs

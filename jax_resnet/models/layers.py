@@ -9,17 +9,33 @@ from jax.typing import DTypeLike
 kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-def conv(in_features: int, out_features: int, kernel_size: int, *, stride: int = 1,
-         dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> nnx.Conv:
+def conv(
+    in_features: int,
+    out_features: int,
+    kernel_size: int,
+    *,
+    stride: int = 1,
+    dtype: DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
     """A square convolution without bias, padded by kernel_size // 2 on every side.
 
     XLA's SAME pads a stride-2 convolution on the right and bottom only, which gives other numbers than the networks
     published in torch: on ResNet-50 by 7 % of the largest logit.
     """
     pad = kernel_size // 2
-    return nnx.Conv(in_features, out_features, (kernel_size, kernel_size), strides=stride,
-                    padding=((pad, pad), (pad, pad)), use_bias=False, dtype=dtype, param_dtype=jnp.float32,
-                    kernel_init=kaiming_normal, rngs=rngs)
+    return nnx.Conv(
+        in_features,
+        out_features,
+        (kernel_size, kernel_size),
+        strides=stride,
+        padding=((pad, pad), (pad, pad)),
+        use_bias=False,
+        dtype=dtype,
+        param_dtype=jnp.float32,
+        kernel_init=kaiming_normal,
+        rngs=rngs,
+    )
 
 
 class BatchNorm(nnx.Module):
@@ -33,8 +49,15 @@ class BatchNorm(nnx.Module):
     Statistics and the affine map are float32 whatever the input's dtype; the result is cast to it once.
     """
 
-    def __init__(self, features: int, *, group_size: int | None = None, momentum: float = 0.9, epsilon: float = 1e-5,
-                 zero_scale: bool = False):
+    def __init__(
+        self,
+        features: int,
+        *,
+        group_size: int | None = None,
+        momentum: float = 0.9,
+        epsilon: float = 1e-5,
+        zero_scale: bool = False,
+    ):
         self.scale = nnx.Param(jnp.zeros(features) if zero_scale else jnp.ones(features))
         self.bias = nnx.Param(jnp.zeros(features))
         self.mean = nnx.BatchStat(jnp.zeros(features))

@@ -12,7 +12,6 @@ from jax.typing import DTypeLike
 
 from jax_resnet.models import blocks, layers
 
-
 BLOCKS: dict[tuple[str, bool], Any] = {  # block, preactivation
     ("basic", False): blocks.BasicBlock,
     ("basic", True): blocks.PreActBasicBlock,
@@ -36,7 +35,7 @@ class ResNetSpec:
     inner_factor: float = 1.0  # width of a bottleneck's inside over `widths`: 2 in wide_resnet50_2
     pool: Literal["avg", "max"] = "avg"
     dropout: float = 0.0
-    zero_init_last: bool = True  # Goyal et al. 2017, section 5.1; pre-activation blocks end in a convolution, not a norm
+    zero_init_last: bool = True  # Goyal et al. 2017, section 5.1; pre-activation blocks do not end in a norm
     bn_group_size: int | None = None
     bn_momentum: float = 0.9
     bn_epsilon: float = 1e-5
@@ -49,8 +48,12 @@ class ResNetSpec:
             object.__setattr__(self, name, values)
         if len(self.depths) != len(self.widths):
             raise ValueError(f"depths={self.depths} and widths={self.widths}: one of each for every stage")
-        for name, known in (("block", ("basic", "bottleneck")), ("stem", ("imagenet", "cifar")),
-                            ("shortcut", ("A", "B", "D")), ("pool", ("avg", "max"))):
+        for name, known in (
+            ("block", ("basic", "bottleneck")),
+            ("stem", ("imagenet", "cifar")),
+            ("shortcut", ("A", "B", "D")),
+            ("pool", ("avg", "max")),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be {' or '.join(known)}")
         if self.stride_in_1x1 and (self.block != "bottleneck" or self.preactivation):
@@ -98,16 +101,25 @@ class Stage(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """A residual network, with parameters under stable names: `stem/conv1/kernel`, `stage1/block0/bn1/scale`, `head/bias`.
+    """A residual network.
 
+    Parameters have stable names, such as `stem/conv1/kernel`, `stage1/block0/bn1/scale`, `head/bias`.
     Activations have `dtype`; parameters, batch statistics, pooled features and logits are float32.
     """
 
-    def __init__(self, spec: ResNetSpec, *, num_classes: int, in_channels: int = 3, dtype: DTypeLike = jnp.float32,
-                 rngs: nnx.Rngs):
+    def __init__(
+        self,
+        spec: ResNetSpec,
+        *,
+        num_classes: int,
+        in_channels: int = 3,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         conv = partial(layers.conv, dtype=dtype, rngs=rngs)
-        norm = partial(layers.BatchNorm, group_size=spec.bn_group_size, momentum=spec.bn_momentum,
-                       epsilon=spec.bn_epsilon)
+        norm = partial(
+            layers.BatchNorm, group_size=spec.bn_group_size, momentum=spec.bn_momentum, epsilon=spec.bn_epsilon
+        )
         self.spec, self.num_classes, self.in_channels, self.dtype = spec, num_classes, in_channels, dtype
         self.stem = Stem(in_channels, spec, conv=conv, norm=norm)
         block = BLOCKS[spec.block, spec.preactivation]

@@ -30,7 +30,10 @@ ZOO: dict[str, ResNetSpec] = {
     "wide_resnet50_2": ResNetSpec(**IMAGENET_DEPTHS[50], inner_factor=2.0),
     "wide_resnet101_2": ResNetSpec(**IMAGENET_DEPTHS[101], inner_factor=2.0),
     # He et al. 2015, section 4.2: 6n+2 layers, three stages of n blocks, shortcuts without parameters.
-    **{f"cifar_resnet{d}": ResNetSpec(**CIFAR, depths=((d - 2) // 6,) * 3, shortcut="A") for d in (20, 32, 44, 56, 110, 1202)},
+    **{
+        f"cifar_resnet{d}": ResNetSpec(**CIFAR, depths=((d - 2) // 6,) * 3, shortcut="A")
+        for d in (20, 32, 44, 56, 110, 1202)
+    },
     # Zagoruyko and Komodakis 2016: 6n+4 layers, widths ×k, pre-activation.
     "wrn_16_4": ResNetSpec(**CIFAR | {"widths": (64, 128, 256)}, depths=(2, 2, 2), preactivation=True),
     "wrn_28_10": ResNetSpec(**CIFAR | {"widths": (160, 320, 640)}, depths=(4, 4, 4), preactivation=True),
@@ -56,10 +59,18 @@ def model_spec(name: str, **overrides: Any) -> ResNetSpec:
         raise UserError(f"model {name!r}: {e}") from None
 
 
-def create_model(name: str, *, num_classes: int, rngs: nnx.Rngs, in_channels: int = 3,
-                 dtype: DTypeLike = jnp.float32, **overrides: Any) -> ResNet:
-    """Builds the network called `name`: normalised float images [N, H, W, in_channels] → float32 logits [N, num_classes].
+def create_model(
+    name: str,
+    *,
+    num_classes: int,
+    rngs: nnx.Rngs,
+    in_channels: int = 3,
+    dtype: DTypeLike = jnp.float32,
+    **overrides: Any,
+) -> ResNet:
+    """Builds the network called `name`, which maps images to logits.
 
+    It takes normalised float images [N, H, W, in_channels] and gives float32 [N, num_classes].
     `overrides` replace fields of `ResNetSpec`: depths, widths, stem, shortcut, pool, dropout, bn_group_size …
     A new model is in training mode, where batch norm uses the batch's statistics; `model.eval()` switches to the
     running ones. Images must be at least `model.spec.total_stride` pixels a side to be of use.
@@ -70,8 +81,9 @@ def create_model(name: str, *, num_classes: int, rngs: nnx.Rngs, in_channels: in
 
     Raises UserError for an unknown name or option.
     """
-    return ResNet(model_spec(name, **overrides), num_classes=num_classes, in_channels=in_channels, dtype=dtype,
-                  rngs=rngs)
+    return ResNet(
+        model_spec(name, **overrides), num_classes=num_classes, in_channels=in_channels, dtype=dtype, rngs=rngs
+    )
 
 
 def _by_rule(name: str) -> ResNetSpec | None:
@@ -86,6 +98,7 @@ def _by_rule(name: str) -> ResNetSpec | None:
         if depth < 10 or (depth - 4) % 6 or k < 1:
             near = max(10, 6 * round((depth - 4) / 6) + 4)
             raise UserError(f"model {name!r}: a wide ResNet has 6n+4 layers; the nearest depth is {near}")
-        return ResNetSpec(**CIFAR | {"widths": (16 * k, 32 * k, 64 * k)}, depths=((depth - 4) // 6,) * 3,
-                          preactivation=True)
+        return ResNetSpec(
+            **CIFAR | {"widths": (16 * k, 32 * k, 64 * k)}, depths=((depth - 4) // 6,) * 3, preactivation=True
+        )
     return None

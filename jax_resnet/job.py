@@ -1,0 +1,178 @@
+"""A config made ready to run on the devices at hand."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from jax_resnet import parallel
+from jax_resnet.config import in_steps, validate
+from jax_resnet.data.source import Dataset, open_dataset
+from jax_resnet.errors import UserError
+from jax_resnet.models.cost import multiply_adds
+from jax_resnet.models.zoo import create_model, model_spec
+from jax_resnet.optim import make_optimizer, make_schedule, peak_learning_rate
+from jax_resnet.state import make_state
+from jax_resnet.step import make_eval_step, make_train_step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A config's durations in steps. The periods are not rounded, so that they stay in step with the epochs."""
+
+    steps: int
+    warmup_steps: int
+    eval_every: float
+    save_every: float
+    steps_per_epoch: float
+
+    @classmethod
+    def of(cls, c: ConfigDict, num_examples: int) -> "Plan":
+        """Raises UserError naming the duration that is at fault."""
+        length = partial(in_steps, batch_size=c.batch_size, num_examples=num_examples)
+        return cls(
+            steps=max(1, round(length(c.train, "train"))),
+            warmup_steps=round(length(c.schedule.warmup, "schedule.warmup")),
+            eval_every=length(c.eval.every, "eval.every"),
+            save_every=length(c.checkpoint.every, "checkpoint.every"),
+            steps_per_epoch=num_examples / c.batch_size,
+        )
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the state after `step` updates is evaluated."""
+        return step == self.steps or _passes(step, self.eval_every)
+
+    def saves(self, step: int) -> bool:
+        """Whether it is saved; what is evaluated always is, so that the best can be restored."""
+        return self.evaluates(step) or _passes(step, self.save_every)
+
+
+def _passes(step: int, period: float) -> bool:
+    return int(step / period) > int((step - 1) / period)
+
+
+class Job:
+    """A config made ready to run on the devices at hand: the data, the jitted steps, the shapes of the state."""
+
+    @classmethod
+    def of(cls, c: ConfigDict) -> "Job":
+        """Raises UserError for what is wrong with the config, the data or their fit, before anything is compiled."""
+        validate(c)
+        overrides = {k: v for k, v in c.model.items() if k not in ("name", "num_classes")}
+        spec = model_spec(c.model.name, **overrides)
+        mesh = parallel.data_mesh()
+        parallel.check_divides(c.batch_size, mesh, "config.batch_size")
+        parallel.check_divides(c.eval.batch_size or c.batch_size, mesh, "config.eval.batch_size")
+        if c.data.image_size and c.data.image_size < spec.total_stride:
+            raise _too_small(c.model.name, c.data.image_size, spec.total_stride)
+        data = open_dataset(c.data)
+        if min(data.train.image_shape[:2]) < spec.total_stride:
+            raise _too_small(c.model.name, min(data.train.image_shape[:2]), spec.total_stride)
+        if c.batch_size > len(data.train):
+            raise UserError(
+                f"config.batch_size={c.batch_size} is larger than the {data.train.name} split of "
+                f"{c.data.name}, {len(data.train)} examples"
+            )
+        if c.model.num_classes and c.model.num_classes != data.num_classes:
+            raise UserError(
+                f"config.model.num_classes={c.model.num_classes}, but {c.data.name} has {data.num_classes} "
+                "classes; leave it out to take the data's"
+            )
+        return cls(c, data, mesh, overrides)
+
+    def __init__(self, c: ConfigDict, data: Dataset, mesh: jax.sharding.Mesh, overrides: dict[str, Any]):
+        self.config, self.data, self.plan = c, data, Plan.of(c, len(data.train))
+        self.mesh, self.sharding, whole = mesh, parallel.batch_sharding(mesh), parallel.replicated(mesh)
+        self.dtype = activation_dtype(c.dtype)
+        schedule = make_schedule(
+            c.schedule,
+            peak=peak_learning_rate(c.optimizer, c.batch_size),
+            steps=self.plan.steps,
+            warmup_steps=self.plan.warmup_steps,
+        )
+        self.learning_rate = jax.jit(schedule)
+        optimizer = make_optimizer(c.optimizer, schedule)
+        make_model = partial(
+            create_model,
+            c.model.name,
+            num_classes=data.num_classes,
+            in_channels=c.data.channels,
+            dtype=self.dtype,
+            **overrides,
+        )
+        self.graph, self.abstract_state, self.fresh_state = make_state(
+            lambda rngs: make_model(rngs=rngs), optimizer, c.seed, whole
+        )
+        pixels = {"mean": tuple(c.data.mean), "std": tuple(c.data.std)}
+        self.train_step = jax.jit(
+            make_train_step(
+                self.graph,
+                optimizer,
+                seed=c.seed,
+                pad=c.data.pad if c.data.crop == "pad" else 0,
+                flip=c.data.flip,
+                label_smoothing=c.label_smoothing,
+                **pixels,
+            ),
+            in_shardings=(whole, self.sharding),
+            out_shardings=whole,
+            donate_argnums=0,
+        )
+        self.eval_step = jax.jit(
+            make_eval_step(self.graph, **pixels), in_shardings=(whole, whole, self.sharding), out_shardings=whole
+        )
+
+    def header(self, workdir: Path, start: int) -> dict[str, str]:
+        """What is about to run, a line for each heading."""
+        c, data, plan = self.config, self.data, self.plan
+        height, width, channels = data.train.image_shape
+        image = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
+
+        def forward(params: Any, stats: Any, image: Any) -> Any:
+            model: Any = nnx.merge(self.graph, params, stats)
+            model.eval()
+            return model(image)
+
+        macs = multiply_adds(forward, self.abstract_state.params, self.abstract_state.batch_stats, image)
+        parameters = sum(p.size for p in jax.tree.leaves(self.abstract_state.params))
+        device, count = jax.devices()[0], jax.device_count()
+        group = c.model.bn_group_size
+        header = {
+            "model": f"{c.model.name}, {_short(parameters)} parameters, {_short(2 * macs)}FLOPs an image",
+            "data": f"{data.name}: {len(data.train):,} {data.train.name}, {len(data.eval):,} {data.eval.name}, "
+            f"{data.num_classes} classes, {height}×{width}×{channels}",
+            "devices": f"{count} × {device.device_kind}, activations {jnp.dtype(self.dtype).name}",
+            "batch": f"{c.batch_size:,} ({c.batch_size // count:,} per device), batch norm over "
+            + (f"groups of {group}" if group else "all of it"),
+            "steps": f"{plan.steps:,} ({plan.steps / plan.steps_per_epoch:.4g} epochs), evaluated every "
+            f"{plan.eval_every:,.4g}, {c.optimizer.name} with {c.schedule.name} schedule",
+            "workdir": str(workdir),
+        }
+        return header | ({"resumed": f"from step {start:,}"} if start else {})
+
+
+def activation_dtype(name: str) -> Any:
+    """config.dtype as a dtype: "auto" is bfloat16 on TPU and GPU, float32 on CPU, which only emulates bfloat16."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def _too_small(model: str, size: int, stride: int) -> UserError:
+    return UserError(
+        f"config.data.image_size: {model} takes images of at least {stride} pixels a side, these have "
+        f"{size}; give --config.data.image_size={stride} or more, or --config.model.stem=cifar"
+    )
+
+
+def _short(number: float) -> str:
+    """1234567 → '1.23 M'."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} "

@@ -1,0 +1,30 @@
+"""Being asked to stop: note it, let the loop save, and leave."""
+
+import os
+import signal
+import threading
+from typing import Any
+
+
+class Signals:
+    """Notes the first SIGINT or SIGTERM, so that the loop can save and leave; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.received = 0
+
+    def __enter__(self) -> "Signals":
+        self._previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._previous[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, _: Any) -> None:
+        self.received = signum
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        os.write(2, b"\nstopping: the step at hand ends, then its state is saved; once more to leave at once\n")
