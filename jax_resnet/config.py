@@ -7,6 +7,7 @@ A config file in configs/ calls `default()` and changes a few lines of it. Any v
 import json
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -298,6 +299,10 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         raise UserError(text) from None
     except flags.Error as e:
         raise UserError(str(e)) from None
+    except Exception as e:  # from the config file itself
+        last = traceback.extract_tb(e.__traceback__)[-1]
+        where = f"{e.filename}, line {e.lineno}" if isinstance(e, SyntaxError) else f"{last.filename}, line {last.lineno}"
+        raise UserError(f"--config: {type(e).__name__} in {where}: {e}") from None
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r}: not a flag; flags begin with --, values follow =")
     if flags.FLAGS.config is not None:

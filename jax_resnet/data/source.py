@@ -21,6 +21,7 @@ from jax_resnet.data import images as image_ops
 from jax_resnet.errors import UserError, did_you_mean
 
 IN_MEMORY_BYTES = 2 << 30
+PREPARE = "pip install tensorflow apache-beam mlcroissant"  # what TFDS's own command line imports; the extra `prepare`
 EVAL_SPLITS = ("validation", "val", "valid", "test")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
@@ -410,25 +411,26 @@ def _prepare_quietly(builder: Any) -> None:
 
 def _tfds_builder(tfds: Any, name: str, data_dir: str | None) -> Any:
     at = f" --data_dir={data_dir}" if data_dir else ""
-    build = f"tfds build {name} --file_format=array_record{at}"
-    tools = "pip install 'jax-resnet-training[prepare]'"
+    build = f"{PREPARE} && tfds build {name} --file_format=array_record{at}"
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
         known = [*tfds.list_builders(with_community_datasets=False), "digits", "folder:PATH", "npz:PATH"]
         raise UserError(f"config.data.name={name}: unknown dataset; {did_you_mean(name, known)}") from None
     except ImportError as e:
-        raise UserError(f"config.data.name={name}: preparing it needs more ({e}): {tools} && {build}") from None
+        raise UserError(f"config.data.name={name}: preparing it needs more ({e}): {build}") from None
     except (ValueError, OSError) as e:
         raise UserError(f"config.data.name={name}: {str(e).splitlines()[0]}") from None
     if not builder.info.splits:
-        raise UserError(
-            f"config.data.name={name}: not prepared in {builder.data_dir}; to prepare it: {tools} && {build}"
-        )
-    convert = f"tfds convert_format --dataset_dir={builder.data_dir} --out_file_format=array_record"
+        raise UserError(f"config.data.name={name}: not prepared in {builder.data_dir}; to prepare it: {build}")
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
+        version = Path(builder.data_dir)  # ROOT/name[/config]/version
+        root = version.parents[len(Path(builder.info.full_name).parts) - 1]
+        converted = root / "array_record"
         raise UserError(
-            f"config.data.name={name}: prepared as {builder.info.file_format.value}, which has no random access; "
-            f"to convert it: {tools} && {convert}"
+            f"config.data.name={name}: prepared as {builder.info.file_format.value}, which has no random access; to "
+            f"convert it: {PREPARE} && tfds convert_format --dataset_version_dir={version} "
+            f"--out_dir={converted / version.relative_to(root)} --out_file_format=array_record, "
+            f"and then give --config.data.data_dir={converted}"
         )
     return builder

@@ -37,8 +37,6 @@ class Shortcut(nnx.Module):
         self.kind, self.stride, self.new_channels = kind, stride, out_features - in_features
         if kind not in ("A", "B", "D"):
             raise ValueError(f"shortcut {kind!r}: must be A, B or D")
-        if kind == "A" and self.new_channels < 0:
-            raise ValueError("shortcut A cannot take channels away")
         if kind != "A":
             self.conv = conv(in_features, out_features, 1, stride=1 if kind == "D" else stride)
             if norm is not None:

@@ -56,6 +56,10 @@ class ResNetSpec:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be {' or '.join(known)}")
+        expansion = BLOCKS[self.block, self.preactivation].expansion
+        outputs = [self.stem_width, *(width * expansion for width in self.widths)]
+        if self.shortcut == "A" and outputs != sorted(outputs):
+            raise ValueError(f"shortcut A cannot take channels away, and widths={self.widths} would have it do so")
         if self.stride_in_1x1 and (self.block != "bottleneck" or self.preactivation):
             raise ValueError("stride_in_1x1: only post-activation bottlenecks have the choice")
 

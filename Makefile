@@ -1,0 +1,43 @@
+# make train    a virtual environment, the package, and the main job on the embedded digits
+# make test     the same for the tests;  SLOW=1 runs the slow ones too
+# CONFIG=configs/resnet_cifar.py:20  ARGS="--config.seed=1"  EXTRAS=dev,cuda  PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+CONFIG ?= configs/resnet20_digits.py
+ARGS ?=
+EXTRAS ?=
+BIN = $(VENV)/bin
+comma := ,
+SELECT = $(if $(SLOW),,-m "not slow")
+
+.PHONY: train eval test lint clean
+train: $(VENV)/installed
+	$(BIN)/python -m jax_resnet.main --config $(CONFIG) $(ARGS)
+
+eval: $(VENV)/installed
+	$(BIN)/python -m jax_resnet.main --mode=eval --config $(CONFIG) $(ARGS)
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest $(SELECT) $(ARGS)
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; name another: make PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".$(if $(EXTRAS),[$(EXTRAS)])"
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev$(if $(EXTRAS),$(comma)$(EXTRAS))]"
+	@touch $@ $(VENV)/installed

@@ -1,0 +1,86 @@
+"""The number of devices changes nothing but speed: the same batches, losses, counts; few collectives."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, main_env, run_main
+
+from jax_resnet.telemetry import read_metrics
+
+TINY = ROOT / "tests" / "tiny.py"
+# Sums over a batch are taken in another order on another number of devices; over 20 steps of SGD, float32 rounding grows
+# to about 1e-5 of the loss.
+TOLERANCE = 2e-4
+
+
+def run(npz: Path, workdir: Path, devices: int, *more: str) -> list[dict]:
+    done = run_main(f"--config={TINY}:{npz}", f"--workdir={workdir}", "--config.log_every=1",
+                    "--config.eval.batch_size=8", *more, devices=devices)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"{devices} × cpu" in done.stdout
+    return read_metrics(workdir)
+
+
+def column(rows: list[dict], kind: str, name: str) -> list[float]:
+    return [row[name] for row in rows if row["kind"] == kind]
+
+
+@pytest.mark.parametrize("more", [[], ["--config.model.bn_group_size=2", "--config.model.dropout=0.3"]])
+def test_one_and_eight_devices(tiny_npz: Path, tmp_path: Path, more: list[str]) -> None:
+    one, eight = (run(tiny_npz, tmp_path / str(n), n, *more) for n in (1, 8))
+    assert column(one, "train", "step") == column(eight, "train", "step") == list(range(1, 21))
+    np.testing.assert_allclose(column(one, "train", "loss"), column(eight, "train", "loss"), rtol=TOLERANCE)
+    assert column(one, "train", "loss")[-1] < column(one, "train", "loss")[0]  # it is a training, not a constant
+    for rows in (one, eight):  # batches of 8 do not divide the 37 test images
+        assert column(rows, "eval", "examples") == [37, 37, 37]
+    np.testing.assert_allclose(column(one, "eval", "loss"), column(eight, "eval", "loss"), rtol=TOLERANCE)
+
+
+def test_stopped_on_eight_devices_resumed_on_two(tiny_npz: Path, tmp_path: Path) -> None:
+    whole = run(tiny_npz, tmp_path / "whole", 8)
+    run(tiny_npz, tmp_path / "split", 8, "--config.stop_after_steps=11")
+    split = run(tiny_npz, tmp_path / "split", 2)
+    assert column(split, "train", "step") == list(range(1, 21))
+    assert column(split, "train", "loss")[:11] == column(whole, "train", "loss")[:11]
+    np.testing.assert_allclose(column(split, "train", "loss"), column(whole, "train", "loss"), rtol=TOLERANCE)
+    np.testing.assert_allclose(column(split, "train", "accuracy_top1"), column(whole, "train", "accuracy_top1"))
+
+
+COLLECTIVES = """
+import jax, jax.numpy as jnp, optax
+from jax_resnet import parallel
+from jax_resnet.models.zoo import create_model
+from jax_resnet.state import make_state
+from jax_resnet.step import make_train_step
+mesh = parallel.data_mesh()
+rows, whole, optimizer = parallel.batch_sharding(mesh), parallel.replicated(mesh), optax.sgd(0.1, momentum=0.9)
+make = lambda rngs: create_model("resnet50", num_classes=1000, dtype=jnp.bfloat16, bn_group_size=GROUP, rngs=rngs)
+graph, state, _ = make_state(make, optimizer, 0, whole)
+step = make_train_step(graph, optimizer, seed=0, mean=(0.5,) * 3, std=(0.2,) * 3, pad=4, flip=True, label_smoothing=0.1)
+batch = {"image": jax.ShapeDtypeStruct((16, 64, 64, 3), jnp.uint8, sharding=rows),
+         "label": jax.ShapeDtypeStruct((16,), jnp.int32, sharding=rows)}
+step = jax.jit(step, in_shardings=(whole, rows), out_shardings=whole, donate_argnums=0)
+print(step.lower(state, batch).compile().as_text())
+"""
+
+
+def collectives(group: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", COLLECTIVES.replace("GROUP", group)], env=main_env(4),
+                          capture_output=True, text=True, timeout=300, check=True)  # fmt: skip
+    names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    return re.findall(rf"= .*? ({names})(?:-start)?\(", done.stdout)
+
+
+def test_resnet50_on_four_devices_with_per_device_groups_has_three_collectives() -> None:
+    found = collectives("4")
+    assert set(found) == {"all-reduce"}
+    assert len(found) <= 3
+
+
+@pytest.mark.slow
+def test_resnet50_on_four_devices_with_global_statistics_reduces_in_every_norm() -> None:
+    assert len(collectives("None")) >= 53  # what the test above would count if groups did not stay on their device

@@ -1,0 +1,88 @@
+"""The jitted step: compiled once, nothing moved implicitly, a function of (state, batch)."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from jax_resnet.data.loader import train_batches
+from jax_resnet.job import Job
+from jax_resnet.train import train
+
+
+def batches(job: Job, stop: int, start: int = 0) -> Any:
+    c = job.config
+    return train_batches(job.data.train, start=start, stop=stop, seed=c.seed, batch_size=c.batch_size,
+                         sharding=job.sharding, threads=1)  # fmt: skip
+
+
+def test_moves_nothing_implicitly_and_compiles_once(tiny_config: ConfigDict) -> None:
+    job = Job.of(tiny_config)
+    state = job.fresh_state()
+    with jax.transfer_guard("disallow"):
+        for batch in batches(job, 4):
+            state, _ = job.train_step(state, batch)
+    assert job.train_step._cache_size() == 1
+    on_host = jax.device_get(batch)
+    with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        job.train_step(state, on_host)  # the guard does guard
+
+
+def test_a_longer_run_compiles_no_more(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    compiled = []
+    listener = lambda event, _, **__: compiled.append(event) if "backend_compile" in event else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    counts = []
+    for steps in (9, 20, 20):
+        compiled.clear()
+        tiny_config.train.steps = steps
+        train(tiny_config, tmp_path / f"{len(counts)}")
+        counts.append(len(compiled))
+    assert counts[1] > 0
+    assert counts[1] == counts[2]
+    assert counts[1] <= counts[0]  # steps, evaluations and checkpoints that come more than once add nothing
+
+
+def test_state_is_donated(tiny_config: ConfigDict) -> None:
+    job = Job.of(tiny_config)
+    state = job.fresh_state()
+    new, _ = job.train_step(state, next(batches(job, 1)))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+    assert int(new.step) == 1
+
+
+def test_same_seed_same_numbers_other_seed_others(tiny_config: ConfigDict) -> None:
+    def after_three_steps(seed: int) -> np.ndarray:
+        tiny_config.seed = seed
+        job = Job.of(tiny_config)
+        state = job.fresh_state()
+        for batch in batches(job, 3):
+            state, _ = job.train_step(state, batch)
+        return np.asarray(state.params["head"]["kernel"])
+
+    first = after_three_steps(5)
+    np.testing.assert_array_equal(first, after_three_steps(5))
+    assert not np.array_equal(first, after_three_steps(6))
+
+
+def test_bfloat16_keeps_parameters_statistics_and_optimizer_in_float32(tiny_config: ConfigDict) -> None:
+    tiny_config.dtype = "bfloat16"
+    job = Job.of(tiny_config)
+    state, sums = job.train_step(job.fresh_state(), next(batches(job, 1)))
+    floats = [x for x in jax.tree.leaves(state) if np.issubdtype(x.dtype, np.floating) or x.dtype == jax.numpy.bfloat16]
+    assert {x.dtype.name for x in floats} == {"float32"}
+    assert sums["loss"].dtype == np.float32
+    text = str(jax.make_jaxpr(job.train_step)(state, next(batches(job, 1))))
+    convolutions = [line for line in text.splitlines() if "conv_general_dilated[" in line]
+    assert convolutions
+    assert all("bf16[" in line for line in convolutions)
+
+
+def test_a_nan_ends_the_run_in_one_line(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    tiny_config.optimizer.learning_rate = 1e20
+    with pytest.raises(Exception, match=r"the loss is nan at step \d+.*learning_rate") as e:
+        train(tiny_config, tmp_path)
+    assert type(e.value).__name__ == "UserError"

@@ -1,0 +1,21 @@
+"""The config of tests that run the command: an 8-layer net on a .npz of 12-pixel images. Argument: the .npz file."""
+
+from ml_collections import ConfigDict
+
+from jax_resnet.config import default, duration
+
+
+def get_config(npz: str) -> ConfigDict:
+    c = default()
+    c.batch_size = 16
+    c.train = duration(steps=20)
+    c.log_every = 5
+    c.model.name = "cifar_resnet8"
+    c.model.widths = (16, 16, 24)
+    c.data.name = f"npz:{npz}"
+    c.data.channels, c.data.mean, c.data.std = 1, (0.3,), (0.2,)
+    c.data.crop, c.data.pad = "pad", 1
+    c.optimizer.reference_batch = 16
+    c.schedule.warmup = duration(steps=4)
+    c.eval.every = c.checkpoint.every = duration(steps=8)
+    return c
