@@ -34,7 +34,8 @@ class Checkpoints:
         )
         # best_fn makes Orbax write the metrics, without which the best step is forgotten at a restart.
         options = ocp.CheckpointManagerOptions(best_fn=_best, best_mode="max", preservation_policy=policy)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self

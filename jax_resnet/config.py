@@ -8,7 +8,7 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ def validate(c: ConfigDict) -> None:
     known = dict(_leaves(ref))
     for key, _ in _leaves(c):
         if key not in known:
-            raise UserError(f"config.{key}: no such key; {did_you_mean(key, known)}")
+            raise UserError(f"config.{key}: no such key; {_near_key(key, list(known))}")
     for key in known:
         if key not in dict(_leaves(c)):
             raise UserError(f"config.{key} is missing: start the config file from jax_resnet.config.default()")
@@ -267,6 +267,7 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
     Of a duration's units (epochs, steps, examples) the one on the command line replaces the one in the file.
     """
+    keys = [key for key, _ in _leaves(default())]
     try:
         rest = flags.FLAGS(_with_found_config(list(argv)))
     except UserError:
@@ -274,35 +275,27 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     except flags.UnrecognizedFlagError as e:
         if e.flagname.startswith("config."):
             raise UserError(f"--{e.flagname} needs a config to change: give --config=FILE") from None
-        keys = [f"config.{key}" for key, _ in _leaves(default())]
-        prefixed = [k for k in keys if k == f"config.{e.flagname}" or k.endswith(f".{e.flagname}")]
-        hint = f"did you mean --{prefixed[0]}?" if prefixed else did_you_mean(e.flagname, [*_own_flags(), *keys])
+        prefixed = [k for k in keys if k == e.flagname or k.endswith(f".{e.flagname}")]
+        own = ["config", *(flag.name for flag in flags.FLAGS.get_flags_for_module(sys.argv[0]))]
+        hint = f"did you mean --config.{prefixed[0]}?" if prefixed else did_you_mean(e.flagname, own)
         raise UserError(f"--{e.flagname}: no such flag; {hint}") from None
     except (AttributeError, KeyError) as e:  # ml_collections, for a key that the config does not have
-        key = re.search(r"'(\w+)\\?'", str(e).replace("\\", ""))
-        given = next((a for a in argv if key and re.match(rf"--config\.([\w.]*\.)?{key[1]}\b", a)), "--config.…")
-        keys = [key for key, _ in _leaves(default())]
-        mistyped = given.removeprefix("--config.").partition("=")[0]
+        unknown = re.search(r"'(\w+)", str(e))
+        mistyped = next((m[1] for a in argv if (m := re.match(r"--?config\.([\w.]+)", a)) and m[1] not in keys), None)
+        if not unknown or not mistyped or unknown[1] not in mistyped:
+            raise _config_file_fault(e) from None
         raise UserError(f"--config.{mistyped}: no such key; {_near_key(mistyped, keys)}") from None
     except (flags.IllegalFlagValueError, TypeError) as e:
-        text = re.sub(r"^flag ", "", str(e))
-        match = re.match(r"(--config\.([\w.]+))=(.*?): ", text, re.S)
-        if match:
-            found, kind = default(), "value"
-            for part in match[2].split("."):
-                kind = found.get_type(part).__name__ if part in found else kind
-                found = found.get(part, found)
-            raise UserError(
-                f"{match[1]}: {match[3]!r} is not of type {kind}; it is now "
-                f"{found if not isinstance(found, ConfigDict) else 'a group of keys'}"
+        match = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(e), re.S)
+        if not match:
+            raise (
+                _config_file_fault(e) if isinstance(e, TypeError) else UserError(str(e).removeprefix("flag "))
             ) from None
-        raise UserError(text) from None
+        raise _wrong_type(match[1], match[2], keys) from None
     except flags.Error as e:
         raise UserError(str(e)) from None
-    except Exception as e:  # from the config file itself
-        last = traceback.extract_tb(e.__traceback__)[-1]
-        where = f"{e.filename}, line {e.lineno}" if isinstance(e, SyntaxError) else f"{last.filename}, line {last.lineno}"
-        raise UserError(f"--config: {type(e).__name__} in {where}: {e}") from None
+    except Exception as e:
+        raise _config_file_fault(e) from None
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r}: not a flag; flags begin with --, values follow =")
     if flags.FLAGS.config is not None:
@@ -312,11 +305,12 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 def _with_found_config(argv: list[str]) -> list[str]:
     for i, arg in enumerate(argv):
-        if arg in ("--config", "-config") and i + 1 < len(argv):
-            argv[i + 1] = find_config(argv[i + 1])
-        elif re.match(r"--?config=", arg):
+        if re.match(r"--?config=", arg):
             argv[i] = "--config=" + find_config(arg.partition("=")[2])
         elif re.match(r"--?config$", arg):
+            if i + 1 < len(argv) and not argv[i + 1].startswith("-"):
+                argv[i + 1] = find_config(argv[i + 1])
+                continue
             raise UserError("--config: which file? For example --config configs/resnet20_digits.py")
     return argv
 
@@ -330,19 +324,30 @@ def _replace_units(c: ConfigDict, overrides: dict[str, Any]) -> None:
                 _get(c, parent)[sibling] = None
 
 
-def _own_flags() -> list[str]:
-    return [f.name for f in flags.FLAGS.flags_by_module_dict().get(sys.argv[0], [])] + ["config", "workdir", "mode"]
+def _config_file_fault(e: Exception) -> UserError:
+    last = traceback.extract_tb(e.__traceback__)[-1]
+    file, line = (e.filename, e.lineno) if isinstance(e, SyntaxError) else (last.filename, last.lineno)
+    return UserError(f"--config: {type(e).__name__} in {file}, line {line}: {e}")
 
 
-def _near_key(mistyped: str, keys: Iterable[str]) -> str:
+def _wrong_type(key: str, value: str, keys: Sequence[str]) -> UserError:
+    inside = [k for k in keys if k.startswith(f"{key}.")]
+    if inside:
+        return UserError(f"--config.{key}={value}: {key} is a group of keys; set one, such as --config.{inside[0]}")
+    group, _, name = key.rpartition(".")
+    parent = _get(default(), group) if group else default()
+    example = f"; for example --config.{key}={parent[name]}" if parent[name] is not None else ""
+    return UserError(f"--config.{key}={value}: must be of type {parent.get_type(name).__name__}{example}")
+
+
+def _near_key(mistyped: str, keys: Sequence[str]) -> str:
     """The whole key meant, also when the group was left out or mistyped."""
-    keys = list(keys)
+    groups = {key[:i] for key in keys for i, c in enumerate(key) if c == "."}
+    hint = did_you_mean(mistyped, [*keys, *groups])
+    if hint.startswith("did you mean"):
+        return hint
     last = mistyped.rpartition(".")[2]
-    same_leaf = [k for k in keys if k.rpartition(".")[2] == last]
-    hint = did_you_mean(mistyped, keys)
-    if not hint.startswith("did you mean") and same_leaf:
-        return did_you_mean(same_leaf[0], same_leaf)
-    return hint
+    return did_you_mean(last, [k for k in keys if k.rpartition(".")[2] == last] or keys)
 
 
 def _leaves(c: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -18,9 +18,11 @@ class Interrupted(Exception):
 
 def did_you_mean(name: str, known: Iterable[str], *, listed: int = 12) -> str:
     """The end of an error line about an unknown `name`: the nearest known names, or the first `listed` of them."""
-    known = sorted(known)
+    known = sorted(set(known))
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    if near:
+    if near:  # the best, and what is nearly as good
+        likeness = [difflib.SequenceMatcher(None, found, name).ratio() for found in near]
+        near = [found for found, ratio in zip(near, likeness, strict=True) if ratio > likeness[0] - 0.05]
         return f"did you mean {' or '.join(near)}?"
     more = f" … ({len(known)} in all)" if len(known) > listed else ""
     return f"known: {', '.join(known[:listed])}{more}" if known else "none are known"

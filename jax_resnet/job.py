@@ -15,6 +15,7 @@ from jax_resnet.config import in_steps, validate
 from jax_resnet.data.source import Dataset, open_dataset
 from jax_resnet.errors import UserError
 from jax_resnet.models.cost import multiply_adds
+from jax_resnet.models.resnet import ResNetSpec
 from jax_resnet.models.zoo import create_model, model_spec
 from jax_resnet.optim import make_optimizer, make_schedule, peak_learning_rate
 from jax_resnet.state import make_state
@@ -69,10 +70,10 @@ class Job:
         parallel.check_divides(c.batch_size, mesh, "config.batch_size")
         parallel.check_divides(c.eval.batch_size or c.batch_size, mesh, "config.eval.batch_size")
         if c.data.image_size and c.data.image_size < spec.total_stride:
-            raise _too_small(c.model.name, c.data.image_size, spec.total_stride)
+            raise _too_small(c.model.name, c.data.image_size, spec)
         data = open_dataset(c.data)
         if min(data.train.image_shape[:2]) < spec.total_stride:
-            raise _too_small(c.model.name, min(data.train.image_shape[:2]), spec.total_stride)
+            raise _too_small(c.model.name, min(data.train.image_shape[:2]), spec)
         if c.batch_size > len(data.train):
             raise UserError(
                 f"config.batch_size={c.batch_size} is larger than the {data.train.name} split of "
@@ -163,10 +164,11 @@ def activation_dtype(name: str) -> Any:
     return jnp.dtype(name)
 
 
-def _too_small(model: str, size: int, stride: int) -> UserError:
+def _too_small(model: str, size: int, spec: ResNetSpec) -> UserError:
+    stem = ", or --config.model.stem=cifar" if spec.stem == "imagenet" else ""
     return UserError(
-        f"config.data.image_size: {model} takes images of at least {stride} pixels a side, these have "
-        f"{size}; give --config.data.image_size={stride} or more, or --config.model.stem=cifar"
+        f"config.data.image_size: {model} takes images of at least {spec.total_stride} pixels a side, "
+        f"these have {size}; give --config.data.image_size={spec.total_stride} or more{stem}"
     )
 
 

@@ -12,8 +12,8 @@ from conftest import ROOT, main_env, run_main
 from jax_resnet.telemetry import read_metrics
 
 TINY = ROOT / "tests" / "tiny.py"
-# Sums over a batch are taken in another order on another number of devices; over 20 steps of SGD, float32 rounding grows
-# to about 1e-5 of the loss.
+# Sums over a batch are taken in another order on another number of devices; over 20 steps of SGD that
+# rounding grows to about 1e-5 of the loss.
 TOLERANCE = 2e-4
 
 

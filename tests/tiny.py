@@ -15,6 +15,7 @@ def get_config(npz: str) -> ConfigDict:
     c.data.name = f"npz:{npz}"
     c.data.channels, c.data.mean, c.data.std = 1, (0.3,), (0.2,)
     c.data.crop, c.data.pad = "pad", 1
+    c.data.flip = False
     c.optimizer.reference_batch = 16
     c.schedule.warmup = duration(steps=4)
     c.eval.every = c.checkpoint.every = duration(steps=8)

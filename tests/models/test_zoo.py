@@ -1,4 +1,6 @@
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +29,13 @@ def abstract(name, num_classes=10, **options):
 def filled(name, **options):
     """The model with random parameters and statistics, in evaluation mode."""
     model, r = nnx.clone(abstract(name, **options)), np.random.RandomState(0)
-    values = jax.tree.map(lambda x: jnp.float32(r.uniform(0.1, 0.5, x.shape)), nnx.to_pure_dict(nnx.state(model)))
-    nnx.update(model, values)
+    nnx.update(model, jax.tree.map(lambda x: jnp.float32(r.uniform(-0.3, 0.7, x.shape)), pure(model)))
+    nnx.update(model, jax.tree.map(jnp.abs, pure(model, nnx.BatchStat)))
     return model
+
+
+def pure(model, kind=(nnx.Param, nnx.BatchStat)):
+    return nnx.to_pure_dict(nnx.state(model, kind))
 
 
 def shapes(model, kind=nnx.Param):
@@ -37,41 +43,50 @@ def shapes(model, kind=nnx.Param):
 
 
 def parameter_count(model):
-    return sum(int(np.prod(shape)) for shape in shapes(model).values())
+    return sum(math.prod(shape) for shape in shapes(model).values())
 
 
 def images(n=2, size=8, channels=3):
     return jnp.float32(np.random.RandomState(1).randn(n, size, size, channels))
 
 
-def run(model, x):
-    return jax.jit(lambda model, x: model(x))(model, x)
+@jax.jit
+def run(module, x):
+    return module(x)
 
 
 def feature_maps(model, x):
-    """What the stem and each stage give, as shapes and dtypes."""
-    maps = [jax.eval_shape(model.stem, x)]
-    for i in range(len(model.spec.depths)):
-        maps.append(jax.eval_shape(getattr(model, f"stage{i + 1}"), maps[-1]))
+    """Shapes and dtypes of what the stem and each stage give."""
+    maps = []
+    for module in (model.stem, *(getattr(model, f"stage{i + 1}") for i in range(len(model.spec.depths)))):
+        x = jax.eval_shape(run, module, x)
+        maps.append(x)
     return maps
+
+
+def macs(model, n, size):
+    return multiply_adds(run, model, jax.ShapeDtypeStruct((n, size, size, 3), jnp.float32))
 
 
 @pytest.mark.parametrize(
     ("name", "classes", "expected"),
     [
-        ("resnet18", 1000, 11_689_512),  # torchvision's documentation of its weights
+        # torchvision's documentation
+        ("resnet18", 1000, 11_689_512),
         ("resnet34", 1000, 21_797_672),
         ("resnet50", 1000, 25_557_032),
         ("resnet101", 1000, 44_549_160),
         ("resnet152", 1000, 60_192_808),
         ("wide_resnet50_2", 1000, 68_883_240),
         ("wide_resnet101_2", 1000, 126_886_696),
-        ("resnet50_v1", 1000, 25_557_032),
-        ("resnetv2_50", 1000, 25_549_352),  # timm
-        ("wrn_16_4", 10, 2_748_890),  # Zagoruyko and Komodakis 2016, table 4: 2.7M, 36.5M, 2.2M
+        # timm
+        ("resnetv2_50", 1000, 25_549_352),
+        # Zagoruyko and Komodakis 2016, table 4: 2.7M, 36.5M, 2.2M
+        ("wrn_16_4", 10, 2_748_890),
         ("wrn_28_10", 10, 36_479_194),
         ("wrn_40_2", 10, 2_243_546),
-        ("cifar_resnet20", 10, 269_722),  # He et al. 2015, table 6: 0.27M, 0.46M, 0.66M, 0.85M, 1.7M, 19.4M
+        # He et al. 2015, table 6: 0.27M, 0.46M, 0.66M, 0.85M, 1.7M, 19.4M
+        ("cifar_resnet20", 10, 269_722),
         ("cifar_resnet32", 10, 464_154),
         ("cifar_resnet44", 10, 658_586),
         ("cifar_resnet56", 10, 853_018),
@@ -187,12 +202,12 @@ def test_multiply_adds_layer_by_layer():
     stage1 = 8**2 * (4 * 8 + 9 * 8 * 8 + 8 * 32 + 4 * 32)
     stage2 = 8**2 * 32 * 16 + 4**2 * (9 * 16 * 16 + 16 * 64 + 32 * 64)
     head = 64 * 10
-    assert multiply_adds(model, images(1, 32)) == stem + stage1 + stage2 + head
-    assert multiply_adds(model, images(3, 32)) == 3 * (stem + stage1 + stage2 + head)
+    assert macs(model, 1, 32) == stem + stage1 + stage2 + head
+    assert macs(model, 3, 32) == 3 * (stem + stage1 + stage2 + head)
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"),  # at 224 px: torchvision's documentation of its weights
+    ("name", "millions"),  # at 224 px; torchvision's documentation
     [
         ("resnet18", 1814),
         ("resnet34", 3664),
@@ -204,15 +219,12 @@ def test_multiply_adds_layer_by_layer():
     ],
 )
 def test_published_multiply_adds(name, millions):
-    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    assert round(multiply_adds(abstract(name, 1000), image) / 1e6) == millions
+    assert round(macs(abstract(name, 1000), 1, 224) / 1e6) == millions
 
 
 def test_v1_halves_the_image_before_the_first_1x1():
-    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     saved = 3 * (56**2 - 28**2) * 256 * 128  # alike in stages 2, 3 and 4
-    v1, v15 = (multiply_adds(abstract(name), image) for name in ("resnet50_v1", "resnet50"))
-    assert v1 == v15 - saved
+    assert macs(abstract("resnet50_v1"), 1, 224) == macs(abstract("resnet50"), 1, 224) - saved
 
 
 def test_overrides_shape_the_network():
@@ -269,43 +281,127 @@ def test_odd_image_sizes(block, preactivation, kind, stem, sizes):
     assert [m.shape[1:3] for m in feature_maps(model, images(2, 33))] == [(size, size) for size in sizes]
 
 
-@pytest.mark.parametrize("block", ["basic", "bottleneck"])
-def test_zero_init_makes_each_block_start_as_its_shortcut(block):
-    widths = (16, 32) if block == "basic" else (4, 8)  # both lead from 16 to 16 to 32 channels
-    shape = {"block": block, "depths": (1, 1), "widths": widths, "stem": "cifar", "stem_width": 16, "shortcut": "A"}
-    model = create_model("resnet18", num_classes=10, rngs=nnx.Rngs(0), **shape)
-    x = np.asarray(images(2, 6, 16))
-    assert_array_equal(model.stage1.block0(jnp.asarray(x)), np.maximum(x, 0))
-    assert_array_equal(model.stage2.block0(jnp.asarray(x)), np.maximum(pad_channels(x[:, ::2, ::2], 8, 8), 0))
+def as_it_starts(name, **options):
+    """The new model, except that its kernels come from `filled`: to compile their random draws takes seconds."""
 
-    plain = create_model("resnet18", num_classes=10, rngs=nnx.Rngs(0), **shape, zero_init_last=False)
-    assert not np.allclose(plain.stage1.block0(jnp.asarray(x)), np.maximum(x, 0), atol=0.1)
+    @jax.jit
+    def start():
+        model = create_model(name, num_classes=10, rngs=nnx.Rngs(0), **options)
+        return nnx.to_pure_dict(nnx.state(model, lambda path, _: path[-1] != "kernel"))
+
+    model = filled(name, **options)
+    nnx.update(model, start())
+    return model
+
+
+def test_where_statistics_and_head_start():
+    model = as_it_starts("cifar_resnet8", **TINY)
+    for leaf, value in (("mean", 0), ("var", 1), ("bias", 0)):
+        starts = [v[...] for path, v in nnx.to_flat_state(nnx.state(model)) if path[-1] == leaf]
+        assert len(starts) >= 5
+        assert all((start == value).all() for start in starts)
+    kernel = jax.jit(lambda: create_model("resnet18", num_classes=1000, rngs=nnx.Rngs(0)).head.kernel[...])()
+    assert np.std(kernel) == pytest.approx(0.01, rel=0.01)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_zero_init_makes_each_block_start_as_its_shortcut(block, training):
+    widths = (16, 32) if block == "basic" else (4, 8)  # both lead from 16 to 16 to 32 channels
+    options = {"block": block, "depths": (1, 1), "widths": widths, "stem": "cifar", "stem_width": 16, "shortcut": "A"}
+    model = as_it_starts("resnet18", **options)
+    plain = as_it_starts("resnet18", **options, zero_init_last=False)
+    for m in (model, plain):
+        m.train() if training else m.eval()
+    x = np.asarray(images(2, 6, 16))
+    assert_array_equal(run(model.stage1.block0, x), np.maximum(x, 0))
+    assert_array_equal(run(model.stage2.block0, x), np.maximum(pad_channels(x[:, ::2, ::2], 8, 8), 0))
+    assert not np.allclose(run(plain.stage1.block0, x), np.maximum(x, 0), atol=0.1)
 
 
 @pytest.mark.parametrize("pool", ["avg", "max"])
-def test_pool_and_head(pool):
-    model, x = filled("wrn_10_1", **TINY, pool=pool), images()
-    features = np.asarray(run(lambda x: model.stage2(model.stage1(model.stem(x))), x) if False else x)
-    assert features is not None
+def test_head_is_affine_in_the_pooled_features(pool):
+    model, x = filled("cifar_resnet8", **TINY, pool=pool), images()
+    features = np.asarray(run(model.stage2, run(model.stage1, run(model.stem, x))))
+    pooled = features.mean((1, 2)) if pool == "avg" else features.max((1, 2))
+    expected = pooled @ np.asarray(model.head.kernel[...]) + np.asarray(model.head.bias[...])
+    assert_allclose(run(model, x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_in_training_scales_what_it_keeps():
-    options = TINY | {"depths": (1, 1, 1), "widths": (4, 8, 16)}
-    kept, dropping = filled("cifar_resnet8", **options), filled("cifar_resnet8", **options, dropout=0.25)
-    for model in (kept, dropping):
+    whole, dropping = (filled("cifar_resnet8", num_classes=8, **TINY, dropout=rate) for rate in (0.0, 0.25))
+    for model in (whole, dropping):
         model.train()
-        model.head.kernel[...] = jnp.eye(16, 10)
-        model.head.bias[...] = jnp.zeros(10)
-    x = images(64)
-    features, dropped = kept(x), np.asarray(dropping(x, rngs=nnx.Rngs(dropout=0)))
-    assert (features > 0.01).all()
-    assert_allclose(dropped[dropped != 0], (features / 0.75)[dropped != 0], rtol=1e-4)
-    assert np.mean(dropped == 0) == pytest.approx(0.25, abs=0.06)
-    assert (dropping(x, rngs=nnx.Rngs(dropout=1)) != dropped).any()
+        model.head.kernel[...], model.head.bias[...] = jnp.eye(8), jnp.zeros(8)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def pooled(model, seed):
+        return model(images(128), rngs=nnx.Rngs(dropout=seed))
+
+    features, left = pooled(whole, 0), pooled(dropping, 0)
+    kept = left != 0
+    assert_allclose(left[kept], features[kept] / 0.75, rtol=1e-5)
+    assert np.mean(kept[features > 0]) == pytest.approx(0.75, abs=0.05)
+    assert (pooled(dropping, 1) != left).any()
     with pytest.raises(ValueError, match="rngs"):
-        dropping(x)
+        run(dropping, images())
 
 
 def test_dropout_is_off_in_evaluation():
     x = images()
-    assert_array_equal(filled("wrn_10_1", dropout=0.5, **TINY)(x), filled("wrn_10_1", **TINY)(x))
+    assert_array_equal(run(filled("wrn_10_1", dropout=0.5, **TINY), x), run(filled("wrn_10_1", **TINY), x))
+
+
+def test_training_moves_every_statistic():
+    model = filled("wrn_10_1", **TINY)
+    model.train()
+
+    @jax.jit
+    def after(model, x):
+        model(x)
+        return pure(model, nnx.BatchStat)
+
+    moved = jax.tree.map(lambda a, b: bool((a != b).all()), pure(model, nnx.BatchStat), after(model, images()))
+    assert all(jax.tree.leaves(moved)), moved
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8", "wrn_10_1"])
+def test_bfloat16_activations_and_float32_logits(name):
+    half, full = filled(name, **TINY, dtype=jnp.bfloat16), filled(name, **TINY)
+    assert [m.dtype for m in feature_maps(half, images())] == [jnp.bfloat16] * 3
+    assert {v.dtype for v in jax.tree.leaves(pure(half))} == {jnp.dtype("float32")}
+    logits = run(half, images())
+    assert logits.dtype == jnp.float32
+    assert_allclose(logits, run(full, images()), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "line"),
+    [
+        ("resnet5o", {}, "did you mean resnet50"),
+        ("wideresnet50_2", {}, "did you mean wide_resnet50_2"),
+        ("zzz", {}, "known: cifar_resnet110"),
+        ("cifar_resnet21", {}, "6n+2 layers; the nearest depth is 20"),
+        ("cifar_resnet2", {}, "the nearest depth is 8"),
+        ("wrn_27_10", {}, "6n+4 layers; the nearest depth is 28"),
+        ("resnet50", {"shortcuts": "A"}, "no option 'shortcuts'; did you mean shortcut"),
+        ("resnet50", {"shortcut": "C"}, "shortcut='C': must be A or B or D"),
+        ("resnet50", {"stem": "mnist"}, "stem='mnist': must be imagenet or cifar"),
+        ("resnet50", {"pool": "sum"}, "pool='sum': must be avg or max"),
+        ("resnet50", {"block": "basics"}, "block='basics': must be basic or bottleneck"),
+        ("resnet50", {"depths": (3, 4)}, "depths=(3, 4) and widths=(64, 128, 256, 512)"),
+        ("resnet50", {"depths": (3, 4, 6, 0)}, "depths=(3, 4, 6, 0): must be whole numbers, at least 1"),
+        ("resnet18", {"widths": (64, 128, 256, 51.2)}, "widths=(64, 128, 256, 51.2)"),
+        ("resnet18", {"stride_in_1x1": True}, "stride_in_1x1: only post-activation bottlenecks"),
+    ],
+)
+def test_user_errors_name_what_is_near(name, options, line):
+    with pytest.raises(UserError, match=re.escape(line)) as error:
+        create_model(name, num_classes=10, rngs=nnx.Rngs(0), **options)
+    assert f"model {name!r}" in str(error.value)
+
+
+def test_package_exports_create_model():
+    assert jax_resnet.create_model is create_model
+    with pytest.raises(AttributeError, match="create_modle"):
+        _ = jax_resnet.create_modle

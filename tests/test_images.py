@@ -1,0 +1,319 @@
+"""Decoding, resizing and cropping, against arrays made by hand.
+
+Coordinate images show where pixels come from: channel 0 holds the row, channel 1 the column.
+"""
+
+import base64
+import math
+
+import cv2
+import numpy as np
+import pytest
+import simplejpeg
+
+from jax_resnet.data.images import decode, random_resized_crop, resize, resize_and_center_crop, with_channels
+
+# A 16×16 CMYK JPEG of the colour (200, 100, 50), made once with PIL; neither simplejpeg nor OpenCV can write one.
+CMYK_JPEG = base64.b64decode(
+    "/9j/7gAOQWRvYmUAZAAAAAAA/9sAQwADAgIDAgIDAwMDBAMDBAUIBQUEBAUKBwcGCAwKDAwLCgsLDQ4SEA0OEQ4LCxAWEBETFBUV"
+    "FQwPFxgWFBgSFBUU/8AAFAgAEAAQBEMRAE0RAFkRAEsRAP/EABcAAQEBAQAAAAAAAAAAAAAAAAAIBwn/xAAUEAEAAAAAAAAAAAAA"
+    "AAAAAAAA/9oADgRDAE0AWQBLAAA/ALAZoi91TAAAAf/Z"
+)
+
+
+def coordinates(height: int, width: int, step: int = 1) -> np.ndarray:
+    rows, columns = np.mgrid[:height, :width] * step
+    return np.stack([rows, columns, np.full_like(rows, 7)], axis=-1).astype(np.uint8)
+
+
+def smooth(height: int, width: int, channels: int = 3) -> np.ndarray:
+    """A colour gradient that JPEG keeps within a few units."""
+    rows, columns = np.mgrid[:height, :width]
+    image = np.stack([rows * 255 / height, columns * 255 / width, np.full(rows.shape, 90)], axis=-1)
+    return np.ascontiguousarray(image[..., :channels].astype(np.uint8))
+
+
+def png(image: np.ndarray) -> bytes:
+    """`image` [H, W], RGB or RGBA, as PNG."""
+    order = {2: ..., 3: (..., [2, 1, 0]), 4: (..., [2, 1, 0, 3])}[image.shape[-1] if image.ndim == 3 else 2]
+    return cv2.imencode(".png", image[order])[1].tobytes()
+
+
+def luma(image: np.ndarray) -> np.ndarray:
+    return (image @ np.array([0.299, 0.587, 0.114]))[..., None]
+
+
+# ---- decoding --------------------------------------------------------------------------------------------------------
+
+
+def test_png_is_decoded_exactly():
+    image = np.random.default_rng(0).integers(0, 256, (9, 13, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(decode(png(image), 3), image)
+
+
+def test_jpeg_is_decoded_in_the_order_red_green_blue():
+    image = smooth(40, 24)
+    found = decode(simplejpeg.encode_jpeg(image, quality=95), 3)
+    assert found.dtype == np.uint8
+    np.testing.assert_allclose(found.astype(int), image, atol=6)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_png_and_grey_jpeg_have_as_many_channels_as_asked_for(channels):
+    grey = smooth(16, 24, 1)
+    np.testing.assert_array_equal(decode(png(grey[..., 0]), channels), grey.repeat(channels, axis=-1))
+    found = decode(simplejpeg.encode_jpeg(grey, quality=95, colorspace="GRAY"), channels)
+    np.testing.assert_allclose(found.astype(int), grey.repeat(channels, axis=-1), atol=4)
+
+
+def test_colour_png_and_colour_jpeg_become_grey_by_luma():
+    image = smooth(16, 24)
+    np.testing.assert_allclose(decode(png(image), 1), luma(image), atol=0.6)
+    np.testing.assert_allclose(decode(simplejpeg.encode_jpeg(image, quality=95), 1), luma(image), atol=5)
+
+
+def test_alpha_is_left_out():
+    image = smooth(8, 8)
+    transparent = np.concatenate([image, np.full((8, 8, 1), 3, np.uint8)], axis=-1)
+    np.testing.assert_array_equal(decode(png(transparent), 3), image)
+
+
+def test_16_bit_png_keeps_its_high_byte():
+    image = smooth(8, 8)
+    np.testing.assert_array_equal(decode(png(image.astype(np.uint16) * 257), 3), image)
+
+
+@pytest.mark.parametrize("suffix", [".bmp", ".tiff", ".webp", ".ppm"])
+def test_other_formats_are_decoded(suffix):
+    image = smooth(16, 16)
+    lossless = [cv2.IMWRITE_WEBP_QUALITY, 101] if suffix == ".webp" else []
+    data = cv2.imencode(suffix, image[..., ::-1], lossless)[1].tobytes()
+    np.testing.assert_array_equal(decode(data, 3), image)
+
+
+def test_cmyk_jpeg_is_decoded():
+    found = decode(CMYK_JPEG, 3)
+    assert found.shape == (16, 16, 3)
+    np.testing.assert_allclose(found.astype(int), np.broadcast_to([200, 100, 50], (16, 16, 3)), atol=4)
+    np.testing.assert_allclose(decode(CMYK_JPEG, 1), luma(found), atol=0.6)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"abc", b"\xff\xd8\xff", b"\xff\xd8\xff" + b"x" * 100, b"\x89PNG\r\n\x1a\n" + b"x" * 50, b"\0" * 1000],
+    ids=["nothing", "text", "JPEG mark", "JPEG mark and noise", "PNG mark and noise", "zeros"],
+)
+def test_what_is_no_image_raises(data):
+    with pytest.raises(ValueError, match=rf"not an image that can be decoded \({len(data)} bytes\)"):
+        decode(data, 3)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.9, 0.99])
+@pytest.mark.parametrize("progressive", [0, 1], ids=["baseline", "progressive"])
+def test_truncated_jpeg_raises_and_gives_no_grey_rows(share, progressive):
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_PROGRESSIVE, progressive])[1].tobytes()
+    assert decode(data, 3).shape == (64, 64, 3)
+    with pytest.raises(ValueError, match="can be decoded"):
+        decode(data[: int(len(data) * share)], 3)
+
+
+@pytest.mark.xfail(strict=True, reason="simplejpeg refuses it, then OpenCV fills the missing rows with grey")
+def test_jpeg_that_lacks_its_second_half_but_has_an_end_raises():
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = simplejpeg.encode_jpeg(image)
+    with pytest.raises(ValueError, match=r"decoded|end"):
+        decode(data[: len(data) // 2] + b"\xff\xd9", 3)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.99])
+def test_truncated_png_raises(share):
+    data = png(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    with pytest.raises(ValueError, match="can be decoded"):
+        decode(data[: int(len(data) * share)], 3)
+
+
+# ---- channels --------------------------------------------------------------------------------------------------------
+
+
+def test_as_many_channels_as_there_are_changes_nothing():
+    image = smooth(4, 4)
+    np.testing.assert_array_equal(with_channels(image, 3), image)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (2, 4, 5)], ids=["image", "batch"])
+def test_grey_is_repeated(shape):
+    grey = np.random.default_rng(0).integers(0, 256, (*shape, 1), dtype=np.uint8)
+    found = with_channels(grey, 3)
+    assert found.shape == (*shape, 3)
+    assert all(np.array_equal(found[..., c], grey[..., 0]) for c in range(3))
+
+
+@pytest.mark.parametrize(
+    ("colour", "grey"),
+    [((255, 255, 255), 255), ((0, 0, 0), 0), ((255, 0, 0), 76), ((0, 255, 0), 150), ((0, 0, 255), 29)],
+)
+def test_colour_is_weighted_to_grey(colour, grey):
+    found = with_channels(np.full((2, 3, 3), colour, np.uint8), 1)
+    assert found.dtype == np.uint8
+    assert found.shape == (2, 3, 1)
+    assert set(found.ravel()) == {grey}
+
+
+# ---- resize ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resize_to_its_own_size_changes_nothing(channels):
+    image = smooth(5, 7, channels)
+    np.testing.assert_array_equal(resize(image, 5, 7), image)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_halving_averages_over_areas(channels):
+    image = np.random.default_rng(0).integers(0, 256, (12, 18, channels), dtype=np.uint8)
+    means = image.reshape(4, 3, 6, 3, channels).mean((1, 3))
+    found = resize(image, 4, 6)
+    assert found.shape == (4, 6, channels)
+    np.testing.assert_allclose(found, means, atol=0.6)
+
+
+def linear(size_in: int, size_out: int) -> np.ndarray:
+    """Where bilinear resizing reads, between pixel centres and no further than the last."""
+    return np.clip((np.arange(size_out) + 0.5) * size_in / size_out - 0.5, 0, size_in - 1)
+
+
+@pytest.mark.parametrize(("to_height", "to_width"), [(30, 20), (15, 33), (7, 11), (20, 7)])
+def test_other_resizes_are_linear_between_pixel_centres(to_height, to_width):
+    image = coordinates(10, 12, step=20)
+    found = resize(image, to_height, to_width)
+    np.testing.assert_allclose(found[..., 0], np.tile(linear(10, to_height) * 20, (to_width, 1)).T, atol=1)
+    np.testing.assert_allclose(found[..., 1], np.tile(linear(12, to_width) * 20, (to_height, 1)), atol=1)
+
+
+# ---- the crop of evaluation ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "top", "left"),
+    [(40, 60, 0, 10), (60, 40, 10, 0), (40, 40, 0, 0), (40, 45, 0, 2), (43, 40, 1, 0)],
+    ids=["landscape", "portrait", "square", "odd width", "odd height"],
+)
+def test_centre_is_cut_out_where_the_short_side_fits(height, width, top, left):
+    image = coordinates(height, width)
+    found = resize_and_center_crop(image, 40, 1.0)
+    np.testing.assert_array_equal(found, image[top : top + 40, left : left + 40])
+
+
+@pytest.mark.parametrize(("height", "width", "top", "left"), [(32, 48, 2, 10), (48, 32, 10, 2)])
+def test_a_margin_is_left_around_the_crop(height, width, top, left):
+    image = coordinates(height, width)  # the short side is 28 / 0.875 = 32 already
+    np.testing.assert_array_equal(resize_and_center_crop(image, 28, 0.875), image[top : top + 28, left : left + 28])
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 96), (96, 64)])
+def test_a_large_image_is_averaged_down_then_cut(height, width):
+    image = coordinates(height, width, step=2)
+    halved = image.reshape(height // 2, 2, width // 2, 2, 3).mean((1, 3))
+    top, left = (height // 2 - 28) // 2, (width // 2 - 28) // 2
+    np.testing.assert_array_equal(
+        resize_and_center_crop(image, 28, 0.875), halved[top : top + 28, left : left + 28].astype(np.uint8)
+    )
+
+
+@pytest.mark.parametrize(("height", "width", "to"), [(8, 12, (32, 48)), (12, 8, (48, 32)), (24, 24, (32, 32))])
+def test_an_image_smaller_than_the_crop_is_enlarged(height, width, to):
+    top, left = (to[0] - 28) // 2, (to[1] - 28) // 2
+    found = resize_and_center_crop(coordinates(height, width, step=10), 28, 0.875)
+    rows, columns = linear(height, to[0])[top : top + 28] * 10, linear(width, to[1])[left : left + 28] * 10
+    np.testing.assert_allclose(found[..., 0], np.tile(rows, (28, 1)).T, atol=1)
+    np.testing.assert_allclose(found[..., 1], np.tile(columns, (28, 1)), atol=1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 100), (100, 3), (33, 500), (225, 224), (97, 101)])
+@pytest.mark.parametrize("crop", [0.875, 1.0, 0.3])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_shape_gives_the_size_asked_for(height, width, crop, channels):
+    found = resize_and_center_crop(np.full((height, width, channels), 9, np.uint8), 28, crop)
+    assert found.shape == (28, 28, channels)
+    assert set(found.ravel()) == {9}
+
+
+# ---- the crop of training --------------------------------------------------------------------------------------------
+
+
+def rectangle(out: np.ndarray) -> tuple[int, int, int, int]:
+    """top, left, height, width of the crop that an enlarged coordinate image shows: its corners are exact."""
+    (top, left), (bottom, right) = out[0, 0, :2].tolist(), out[-1, -1, :2].tolist()
+    return top, left, bottom - top + 1, right - left + 1
+
+
+def crops(height: int, width: int, count: int, area: tuple[float, float], ratio: tuple[float, float]):
+    image, size = coordinates(height, width), max(height, width)  # no crop is larger, so each is enlarged
+    return [
+        rectangle(random_resized_crop(image, size, area, ratio, np.random.default_rng(seed))) for seed in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("area", "ratio"), [((0.08, 1.0), (3 / 4, 4 / 3)), ((0.25, 0.5), (1.0, 1.0)), ((0.1, 0.2), (0.5, 3.0))]
+)
+@pytest.mark.parametrize(("height", "width"), [(60, 80), (80, 60)])
+def test_500_random_crops_keep_to_their_area_and_ratio(height, width, area, ratio):
+    shares, aspects = [], []
+    for top, left, h, w in crops(height, width, 500, area, ratio):
+        assert 0 <= top <= height - h
+        assert 0 <= left <= width - w
+        assert (h - 0.5) * (w - 0.5) <= area[1] * height * width  # sides are rounded
+        assert (h + 0.5) * (w + 0.5) >= area[0] * height * width
+        assert (w - 0.5) / (h + 0.5) <= ratio[1]
+        assert (w + 0.5) / (h - 0.5) >= ratio[0]
+        shares.append(h * w / (height * width))
+        aspects.append(w / h)
+    low, high = area
+    if high < 1:  # every try fits, so that the share is uniform and the aspect log-uniform
+        assert np.mean(shares) == pytest.approx((low + high) / 2, abs=0.2 * (high - low))
+        middle = math.log(ratio[0] * ratio[1]) / 2
+        assert np.mean(np.log(aspects)) == pytest.approx(middle, abs=0.02 + 0.1 * math.log(ratio[1] / ratio[0]))
+    assert min(shares) < low + 0.1 * (high - low)
+    assert max(shares) > high - 0.2 * (high - low)
+
+
+def test_random_crops_lie_everywhere_about_equally_often():
+    places = [(top, left) for top, left, h, w in crops(8, 8, 500, (9 / 16, 9 / 16), (1.0, 1.0))]
+    found, counts = np.unique(places, axis=0, return_counts=True)
+    assert found.tolist() == [[top, left] for top in range(3) for left in range(3)]
+    assert np.all(np.abs(counts - 500 / 9) < 5 * np.sqrt(500 / 9))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "area", "ratio", "expected"),
+    [
+        (10, 200, (0.9, 1.0), (3 / 4, 4 / 3), (0, 93, 10, 13)),  # 4:3 at the full height
+        (200, 10, (0.9, 1.0), (3 / 4, 4 / 3), (93, 0, 13, 10)),  # 3:4 at the full width
+        (20, 20, (1.0, 1.0), (2.0, 2.0), (5, 0, 10, 20)),
+        (20, 20, (1.0, 1.0), (0.5, 0.5), (0, 5, 20, 10)),
+    ],
+)
+def test_when_no_try_fits_the_largest_allowed_centre_is_taken(height, width, area, ratio, expected):
+    assert set(crops(height, width, 20, area, ratio)) == {expected}
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 50), (50, 1), (2, 3)])
+def test_random_crop_of_tiny_images(height, width):
+    image = np.full((height, width, 1), 9, np.uint8)
+    for seed in range(20):
+        found = random_resized_crop(image, 6, (0.08, 1.0), (3 / 4, 4 / 3), np.random.default_rng(seed))
+        assert found.shape == (6, 6, 1)
+        assert set(found.ravel()) == {9}
+
+
+def test_random_crop_is_a_function_of_its_generator():
+    image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+
+    def pixels(seed):
+        rng = np.random.default_rng(seed)
+        return random_resized_crop(image, 16, (0.08, 1.0), (3 / 4, 4 / 3), rng).tobytes()
+
+    assert [pixels(seed) for seed in range(10)] == [pixels(seed) for seed in range(10)]
+    assert len({pixels(seed) for seed in range(10)}) == 10

@@ -1,0 +1,175 @@
+"""A run that is stopped, however, and started again by the same command ends where it would have ended."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT, main_command, main_env, run_main
+from ml_collections import ConfigDict
+
+from jax_resnet.checkpoint import Checkpoints
+from jax_resnet.errors import UserError
+from jax_resnet.job import Job
+from jax_resnet.telemetry import read_metrics
+from jax_resnet.train import train
+from jax_resnet.workdir import read_config
+
+TINY = ROOT / "tests" / "tiny.py"
+
+
+def final_state(workdir: Path) -> dict[str, Any]:
+    """Every array of the newest checkpoint, by name."""
+    config = read_config(workdir)
+    assert config is not None
+    job = Job.of(config)
+    with Checkpoints(workdir) as checkpoints:
+        state = checkpoints.restore(checkpoints.latest_step() or 0, job.abstract_state)
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def assert_bit_identical(one: Path, other: Path) -> None:
+    a, b = final_state(one), final_state(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].tobytes() == b[name].tobytes(), name
+
+
+def wait_for_step(workdir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not any(row["step"] >= step for row in read_metrics(workdir)):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_killed_three_times_and_restarted_is_bit_identical(tiny_npz: Path, tmp_path: Path) -> None:
+    args = [f"--config={TINY}:{tiny_npz}", "--config.train.steps=200", "--config.log_every=1"]
+    assert run_main(*args, f"--workdir={tmp_path / 'whole'}").returncode == 0
+    killed = tmp_path / "killed"
+    seed = random.randrange(1000)
+    print("kills drawn with seed", seed)
+    rng = random.Random(seed)
+    for after in sorted(rng.sample(range(1, 180), 3)):
+        process = subprocess.Popen(main_command(*args, f"--workdir={killed}"), env=main_env(), cwd=ROOT,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+        wait_for_step(killed, after, process)
+        time.sleep(rng.uniform(0, 0.02))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    done = run_main(*args, f"--workdir={killed}")
+    assert done.returncode == 0, done.stderr
+    assert_bit_identical(tmp_path / "whole", killed)
+    rows = [[(r["step"], r["loss"]) for r in read_metrics(tmp_path / d) if r["kind"] == "train"] for d in ("whole", "killed")]
+    assert rows[0] == rows[1]  # and every step is recorded once
+    results = [json.loads((tmp_path / d / "result.json").read_text())["splits"] for d in ("whole", "killed")]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_asked_to_stop_saves_says_so_and_goes_on(
+    tiny_npz: Path, tmp_path: Path, signum: signal.Signals, status: int
+) -> None:
+    args = [f"--config={TINY}:{tiny_npz}", "--config.train.steps=400", "--config.log_every=1"]
+    args += ["--config.eval.every.steps=1000", "--config.checkpoint.every.steps=1000"]  # only the stop saves
+    stopped = tmp_path / "stopped"
+    process = subprocess.Popen(main_command(*args, f"--workdir={stopped}"), env=main_env(), cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    wait_for_step(stopped, 3, process)
+    process.send_signal(signum)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == status, stderr
+    assert "Traceback" not in stderr
+    last = stderr.strip().splitlines()[-1]
+    assert last.startswith("stopped after step ")
+    assert str(stopped) in last
+    assert "the same command goes on from there" in last
+    saved = read_metrics(stopped)[-1]["step"]
+    assert 3 <= saved < 400
+    done = run_main(*args, f"--workdir={stopped}")
+    assert done.returncode == 0, done.stderr
+    assert f"from step {saved}" in done.stdout
+    assert run_main(*args, f"--workdir={tmp_path / 'whole'}").returncode == 0
+    assert_bit_identical(tmp_path / "whole", stopped)
+
+
+def test_stop_after_steps_leaves_the_schedule_alone(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    whole = train(tiny_config, tmp_path / "whole")
+    tiny_config.stop_after_steps = 7
+    assert train(tiny_config, tmp_path / "parts") == {"step": 7, "splits": {}}
+    assert not (tmp_path / "parts" / "result.json").exists()
+    assert train(tiny_config, tmp_path / "parts")["step"] == 7  # there already
+    tiny_config.stop_after_steps = 13
+    assert train(tiny_config, tmp_path / "parts")["step"] == 13
+    tiny_config.stop_after_steps = 1000
+    assert train(tiny_config, tmp_path / "parts") == whole
+    assert_bit_identical(tmp_path / "whole", tmp_path / "parts")
+    rates = [[r["learning_rate"] for r in read_metrics(tmp_path / d) if r["step"] == 20 and r["kind"] == "train"]
+             for d in ("whole", "parts")]  # fmt: skip
+    assert rates[0] == rates[1]
+
+
+def test_a_finished_run_started_again_says_its_result_and_trains_no_more(
+    tiny_config: ConfigDict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = train(tiny_config, tmp_path)
+    rows = read_metrics(tmp_path)
+    capsys.readouterr()
+    assert train(tiny_config, tmp_path) == first
+    assert "done: step 20" in capsys.readouterr().out
+    assert read_metrics(tmp_path) == rows
+
+
+def test_the_best_evaluation_survives_restarts(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    """Kept: the latest two, and the most accurate of all, also when a later process does the keeping."""
+    tiny_config.train.steps = 60
+    tiny_config.eval.every.steps = 5
+    for stop in (20, 40, 1000):
+        tiny_config.stop_after_steps = stop
+        train(tiny_config, tmp_path)
+    accuracies = {r["step"]: r["accuracy_top1"] for r in read_metrics(tmp_path) if r["kind"] == "eval"}
+    with Checkpoints(tmp_path) as checkpoints:
+        best = checkpoints.best_step()
+        assert best is not None
+        assert accuracies[best] == max(accuracies.values())
+        assert set(checkpoints.steps()) == {best, 55, 60} | ({56} & set(checkpoints.steps()))
+
+
+def test_a_checkpoint_of_another_network_names_the_parameter(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    tiny_config.stop_after_steps = 1
+    train(tiny_config, tmp_path)
+    tiny_config.model.widths = (16, 16, 32)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"stage3/block0/.* is \(.*24.*\) there, \(.*32.*\) here"):
+        train(tiny_config, tmp_path)
+
+
+def test_a_damaged_checkpoint_is_named(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    tiny_config.stop_after_steps = 1
+    train(tiny_config, tmp_path)
+    damaged = [f for f in (tmp_path / "checkpoints" / "1" / "state").rglob("*") if f.is_file()]
+    for file in damaged:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"checkpoints/1: this checkpoint cannot be read") as e:
+        train(tiny_config, tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_half_a_line_of_metrics_is_left_out(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    tiny_config.stop_after_steps = 8
+    train(tiny_config, tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "kind": "train"}\n{"step": 10, "ki')
+    tiny_config.stop_after_steps = 1000
+    train(tiny_config, tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines if json.loads(line)["kind"] == "train"]
+    assert steps == sorted(set(steps))
+    assert 9 in steps  # recorded again, in full
+    assert all("loss" in json.loads(line) for line in lines)
