@@ -82,7 +82,10 @@ class Checkpoints:
         if found is not None:
             _check_same_tree(_shapes(found), _shapes(like), f"{self.directory}/{step}")
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
+            with jax.transfer_guard("allow"):
+                return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))[
+                    "state"
+                ]
         except Exception as e:
             raise self._damaged(step, e) from None
 

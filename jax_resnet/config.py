@@ -5,6 +5,7 @@ A config file in configs/ calls `default()` and changes a few lines of it. Any v
 """
 
 import json
+import math
 import re
 import sys
 import traceback
@@ -67,7 +68,7 @@ def default() -> ConfigDict:
     c.data.train_split = placeholder(str)  # None: train
     c.data.eval_split = placeholder(str)  # None: validation where there is one, else test
     c.data.holdout = 0.0  # share of each class kept for evaluation, for a folder without splits
-    c.data.image_size = placeholder(int)  # None: that of the images, where all have the same
+    c.data.image_size = placeholder(int)  # None: that of the images; what is kept in memory is stretched to it
     c.data.channels = 3  # 1 or 3; grey images are repeated, coloured ones weighted (ITU-R 601)
     c.data.mean = (0.485, 0.456, 0.406)  # per channel, of pixels in [0, 1]
     c.data.std = (0.229, 0.224, 0.225)
@@ -84,7 +85,7 @@ def default() -> ConfigDict:
     c.optimizer.learning_rate = 0.1  # the peak, for a batch of reference_batch
     c.optimizer.reference_batch = 256  # the rate is scaled by batch_size / reference_batch; 0: not scaled
     c.optimizer.momentum = 0.9  # sgd and rmsprop: v ← m·v + g, w ← w − rate·v
-    c.optimizer.nesterov = True
+    c.optimizer.nesterov = True  # sgd: w ← w − rate·(g + m·v)
     c.optimizer.beta1 = 0.9  # adam, adamw
     c.optimizer.beta2 = 0.999  # adam, adamw; the decay of rmsprop's mean square
     c.optimizer.epsilon = 1e-8  # adam, adamw, rmsprop, adagrad
@@ -120,8 +121,8 @@ def in_steps(length: ConfigDict, what: str, *, batch_size: int, num_examples: in
         found = " and ".join(f"{u}={v}" for u, v in given.items()) or "none of them"
         raise UserError(f"config.{what}: give exactly one of {', '.join(UNITS)}; found {found}")
     ((unit, value),) = given.items()
-    if value < 0:
-        raise UserError(f"config.{what}.{unit}={value} is negative")
+    if not 0 <= value < math.inf:
+        raise UserError(f"config.{what}.{unit}={value}: must be a number, not negative")
     return {"epochs": value * num_examples / batch_size, "steps": value, "examples": value / batch_size}[unit]
 
 
@@ -156,11 +157,11 @@ def validate(c: ConfigDict) -> None:
         if value is not None and value < 1:
             raise UserError(f"config.{key}={value}: must be at least 1")
     for key in ("optimizer.learning_rate", "model.bn_epsilon", "optimizer.epsilon"):
-        if _get(c, key) <= 0:
+        if not 0 < _get(c, key) < math.inf:
             raise UserError(f"config.{key}={_get(c, key)}: must be more than 0")
     for key in ("optimizer.weight_decay", "optimizer.reference_batch", "data.pad"):
-        if _get(c, key) < 0:
-            raise UserError(f"config.{key}={_get(c, key)}: must not be negative")
+        if not 0 <= _get(c, key) < math.inf:
+            raise UserError(f"config.{key}={_get(c, key)}: must be a number, not negative")
     for key in (
         "label_smoothing",
         "model.dropout",

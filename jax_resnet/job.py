@@ -54,7 +54,8 @@ class Plan:
 
 
 def _passes(step: int, period: float) -> bool:
-    return int(step / period) > int((step - 1) / period)
+    whole = 1 + 1e-12  # a quotient that is a whole number must not be rounded to just below it
+    return int(step / period * whole) > int((step - 1) / period * whole)
 
 
 class Job:

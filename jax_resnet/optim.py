@@ -90,8 +90,8 @@ def make_optimizer(c: ConfigDict, schedule: Callable[[Any], jax.Array]) -> optax
         adam = optax.scale_by_adam(c.beta1, c.beta2, c.epsilon)
         return optax.chain(adam, decay, rate) if c.name == "adamw" else optax.chain(decay, adam, rate)
     if c.name == "rmsprop":
-        momentum = optax.trace(c.momentum, nesterov=c.nesterov) if c.momentum else optax.identity()
-        return optax.chain(decay, optax.scale_by_rms(c.beta2, c.epsilon), momentum, rate)
+        momentum = optax.trace(c.momentum) if c.momentum else optax.identity()
+        return optax.chain(decay, optax.scale_by_rms(c.beta2, c.epsilon, eps_in_sqrt=False), momentum, rate)
     if c.name == "adagrad":
         return optax.chain(decay, optax.scale_by_rss(initial_accumulator_value=0.0, eps=c.epsilon), rate)
     raise UserError(f"config.optimizer.name: unknown {c.name!r}")

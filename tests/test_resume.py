@@ -66,7 +66,10 @@ def test_killed_three_times_and_restarted_is_bit_identical(tiny_npz: Path, tmp_p
     done = run_main(*args, f"--workdir={killed}")
     assert done.returncode == 0, done.stderr
     assert_bit_identical(tmp_path / "whole", killed)
-    rows = [[(r["step"], r["loss"]) for r in read_metrics(tmp_path / d) if r["kind"] == "train"] for d in ("whole", "killed")]
+    rows = [
+        [(r["step"], r["loss"]) for r in read_metrics(tmp_path / d) if r["kind"] == "train"]
+        for d in ("whole", "killed")
+    ]
     assert rows[0] == rows[1]  # and every step is recorded once
     results = [json.loads((tmp_path / d / "result.json").read_text())["splits"] for d in ("whole", "killed")]
     assert results[0] == results[1]

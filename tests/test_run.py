@@ -1,5 +1,6 @@
 """What a run leaves behind and shows, and that it learns."""
 
+import itertools
 import json
 import struct
 import sys
@@ -35,7 +36,7 @@ def test_files_of_a_run(tiny_config: ConfigDict, tmp_path: Path) -> None:
     rows = read_metrics(tmp_path)
     assert [r["step"] for r in rows if r["kind"] == "train"] == [1, 5, 8, 10, 15, 16, 20]
     assert [r["step"] for r in rows if r["kind"] == "eval"] == [8, 16, 20]
-    assert all(a["seconds"] <= b["seconds"] for a, b in zip(rows, rows[1:], strict=False))
+    assert all(a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(rows))
     png = (tmp_path / "curves.png").read_bytes()
     assert png.startswith(b"\x89PNG")
     width, height = struct.unpack(">II", png[16:24])

@@ -1,5 +1,6 @@
 """One image at a time, on the host: bytes to uint8 pixels, crops, sizes."""
 
+import contextlib
 import math
 
 import cv2
@@ -20,9 +21,14 @@ def decode(data: bytes, channels: int) -> np.ndarray:
     if data[:3] == b"\xff\xd8\xff":
         try:
             return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY")
-        except ValueError:
-            pass  # CMYK and other rare kinds: OpenCV may know them
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if data else None
+        except ValueError as e:
+            if "premature end" in str(e).lower():  # OpenCV would fill up with grey
+                raise ValueError(f"not an image that can be decoded: {e} ({len(data)} bytes)") from None
+    image = None
+    with contextlib.suppress(cv2.error):
+        # simplejpeg does not turn images as their EXIF says, so nothing else may.
+        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     if image is None:
         raise ValueError(f"not an image that can be decoded ({len(data)} bytes)")
     return with_channels(image, channels)

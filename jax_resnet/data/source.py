@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import io
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -150,13 +151,13 @@ def open_dataset(c: ConfigDict) -> Dataset:
 def _open_npz(path: str, c: ConfigDict) -> Dataset:
     names = ("x_train", "y_train", "x_test", "y_test")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(Path(path).expanduser(), allow_pickle=False) as file:
             if missing := [n for n in names if n not in getattr(file, "files", ())]:
                 raise UserError(f"npz:{path}: no array {missing[0]}; it must hold {', '.join(names)}")
             arrays = {n: file[n] for n in names}
     except FileNotFoundError:
         raise UserError(f"npz:{path}: no such file") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as e:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as e:
         raise UserError(f"npz:{path}: cannot be read as .npz ({e})") from None
     for n in names:
         kind = "uint8" if n.startswith("x") else "integer"
@@ -165,13 +166,17 @@ def _open_npz(path: str, c: ConfigDict) -> Dataset:
                 f"npz:{path}: {n} is {arrays[n].dtype}; it must be {kind}"
                 + (" pixels, 0 … 255" if kind == "uint8" else "")
             )
-    labels = {n: arrays[n].reshape(-1) for n in names if n.startswith("y")}
-    highest = max((int(y.max()) for y in labels.values() if y.size), default=0)
+    train_labels, test_labels = arrays["y_train"].reshape(-1), arrays["y_test"].reshape(-1)
+    if not train_labels.size:
+        raise UserError(f"npz:{path}: the train split is empty")
+    classes = int(train_labels.max()) + 1
+    if classes > len(train_labels):
+        raise UserError(f"npz:{path}: train label {classes - 1} of {len(train_labels)} examples; count classes from 0")
     return Dataset(
         f"npz:{path}",
-        _in_memory("train", arrays["x_train"], labels["y_train"], highest + 1, c, f"npz:{path}"),
-        _in_memory("test", arrays["x_test"], labels["y_test"], highest + 1, c, f"npz:{path}"),
-        tuple(str(i) for i in range(highest + 1)),
+        _in_memory("train", arrays["x_train"], train_labels, classes, c, f"npz:{path}"),
+        _in_memory("test", arrays["x_test"], test_labels, classes, c, f"npz:{path}"),
+        tuple(str(i) for i in range(classes)),
     )
 
 
@@ -249,13 +254,17 @@ def _open_folder(path: str, c: ConfigDict) -> Dataset:
 
 def _class_files(root: Path, path: str) -> dict[str, list[Path]]:
     folders = sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
-    files = {d.name: sorted(f for f in d.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES) for d in folders}
+    files = {d.name: sorted(f for f in d.rglob("*") if _is_image(f)) for d in folders}
     if not files:
         raise UserError(f"folder:{path}: {root} has no class folders in it")
     for name, found in files.items():
         if not found:
             raise UserError(f"folder:{path}: {root / name} has no images in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return files
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
 
 
 def _hold_out(files: dict[str, list[Path]], share: float) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
@@ -389,7 +398,7 @@ def _digits_builder(data_dir: str | None) -> Any:
         builder = digits.Digits(data_dir=data_dir, file_format="array_record")
         if not builder.info.splits:
             _prepare_quietly(builder)
-    except OSError as e:
+    except (OSError, ValueError) as e:
         raise UserError(
             f"digits: cannot be prepared in {data_dir or 'the default folder of TFDS'} ({e}); "
             "choose another: --config.data.data_dir=FOLDER"
@@ -419,18 +428,17 @@ def _tfds_builder(tfds: Any, name: str, data_dir: str | None) -> Any:
         raise UserError(f"config.data.name={name}: unknown dataset; {did_you_mean(name, known)}") from None
     except ImportError as e:
         raise UserError(f"config.data.name={name}: preparing it needs more ({e}): {build}") from None
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, AssertionError) as e:
         raise UserError(f"config.data.name={name}: {str(e).splitlines()[0]}") from None
     if not builder.info.splits:
         raise UserError(f"config.data.name={name}: not prepared in {builder.data_dir}; to prepare it: {build}")
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-        version = Path(builder.data_dir)  # ROOT/name[/config]/version
-        root = version.parents[len(Path(builder.info.full_name).parts) - 1]
-        converted = root / "array_record"
-        raise UserError(
-            f"config.data.name={name}: prepared as {builder.info.file_format.value}, which has no random access; to "
-            f"convert it: {PREPARE} && tfds convert_format --dataset_version_dir={version} "
-            f"--out_dir={converted / version.relative_to(root)} --out_file_format=array_record, "
-            f"and then give --config.data.data_dir={converted}"
-        )
+        found = tfds.core.dataset_info.read_proto_from_builder_dir(builder.data_dir)
+        if "array_record" not in found.alternative_file_formats:
+            raise UserError(
+                f"config.data.name={name}: prepared as {builder.info.file_format.value}, which has no random access; "
+                f"to convert it in place: {PREPARE} && tfds convert_format --dataset_version_dir={builder.data_dir} "
+                "--out_file_format=array_record"
+            )
+        builder.info.set_file_format("array_record", override=True, override_if_initialized=True)
     return builder

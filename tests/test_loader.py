@@ -1,0 +1,224 @@
+"""Batches: functions of (seed, step) whatever the threads, the start and the hosts; evaluation of each example once."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+
+from jax_resnet import parallel
+from jax_resnet.config import default
+from jax_resnet.data import loader
+from jax_resnet.data.loader import eval_batches, train_batch, train_batches
+from jax_resnet.data.order import train_indices
+from jax_resnet.data.source import ArraySplit, Split, open_dataset
+from jax_resnet.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def sharding() -> NamedSharding:
+    """Of batches on one device."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    return parallel.batch_sharding(mesh)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Split:
+    """12 noisy images of many sizes in files, cropped at random to 8×8 when training reads them."""
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for part in ("train", "val"):
+        for cls in "abc":
+            (root / part / cls).mkdir(parents=True)
+            for i in range(4):
+                pixels = rng.integers(0, 256, (rng.integers(10, 30), rng.integers(10, 30), 3), dtype=np.uint8)
+                (root / part / cls / f"{i}.png").write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
+    c = default().data
+    c.update(name=f"folder:{root}", image_size=8, crop="random_resized")
+    return open_dataset(c).train
+
+
+def numbered(count: int) -> ArraySplit:
+    """2×2 images; the pixels of each, and its label, are its number."""
+    numbers = np.arange(count)
+    images = np.broadcast_to(numbers[:, None, None, None], (count, 2, 2, 1)).astype(np.uint8)
+    return ArraySplit("numbered", images, numbers.astype(np.int32), None)
+
+
+def as_numpy(batches) -> list[dict[str, np.ndarray]]:
+    return [{name: np.asarray(value) for name, value in batch.items()} for batch in batches]
+
+
+def assert_equal_batches(found, expected) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name])
+
+
+# ---- one training batch ----------------------------------------------------------------------------------------------
+
+
+def test_rows_are_the_same_read_together_or_in_parts_and_in_any_order(photos):
+    def read(rows):
+        return train_batch(photos, 2, seed=5, batch_size=8, rows=np.array(rows))
+
+    whole = read(range(8))
+    second, first, backwards = read(range(4, 8)), read(range(4)), read(range(7, -1, -1))
+    for name in whole:
+        np.testing.assert_array_equal(np.concatenate([first[name], second[name]]), whole[name])
+        np.testing.assert_array_equal(backwards[name][::-1], whole[name])
+
+
+def pixels_by_record(split: Split, *, seed: int, batch_size: int, steps: int) -> dict[tuple[int, int], bytes]:
+    """(epoch, record) → the pixels that training saw of it."""
+    seen = {}
+    for step in range(steps):
+        records, epochs = train_indices(seed, step, batch_size=batch_size, num_examples=len(split))
+        images = train_batch(split, step, seed=seed, batch_size=batch_size, rows=np.arange(batch_size))["image"]
+        seen |= {(int(e), int(r)): i.tobytes() for e, r, i in zip(epochs, records, images, strict=True)}
+    return seen
+
+
+def test_the_crop_of_a_record_depends_on_its_epoch_and_not_on_its_place_in_a_batch(photos):
+    by_8 = pixels_by_record(photos, seed=0, batch_size=8, steps=3)  # two epochs of 12
+    assert len(by_8) == 24
+    assert pixels_by_record(photos, seed=0, batch_size=6, steps=4) == by_8
+    assert all(by_8[0, record] != by_8[1, record] for record in range(12))
+
+
+def test_the_crops_depend_on_the_seed(photos):
+    one, two = (pixels_by_record(photos, seed=seed, batch_size=12, steps=1) for seed in (1, 2))
+    assert one.keys() == two.keys()
+    assert all(one[key] != two[key] for key in one)
+
+
+def test_a_batch_holds_the_records_of_its_step():
+    batch = train_batch(numbered(20), 7, seed=1, batch_size=6, rows=np.array([0, 3, 5]))
+    expected = train_indices(1, 7, batch_size=6, num_examples=20)[0][[0, 3, 5]]
+    assert batch["label"].tolist() == expected.tolist()
+    assert batch["image"].dtype == np.uint8
+    assert batch["image"].shape == (3, 2, 2, 1)
+    assert batch["image"][:, 0, 0, 0].tolist() == expected.tolist()
+
+
+# ---- the stream of training ------------------------------------------------------------------------------------------
+
+
+def stream(split: Split, sharding: NamedSharding, start: int, stop: int, threads: int = 2, **changes: Any):
+    options = {"seed": 3, "batch_size": 5} | changes
+    return as_numpy(train_batches(split, start=start, stop=stop, sharding=sharding, threads=threads, **options))
+
+
+def test_the_stream_is_the_batches_of_its_steps(photos, sharding):
+    expected = [train_batch(photos, step, seed=3, batch_size=5, rows=np.arange(5)) for step in range(6)]
+    assert_equal_batches(stream(photos, sharding, 0, 6), expected)
+
+
+@pytest.mark.parametrize("start", [1, 4, 9])
+def test_a_stream_begun_later_is_the_tail_of_the_whole(photos, sharding, start):
+    assert_equal_batches(stream(photos, sharding, start, 10), stream(photos, sharding, 0, 10)[start:])
+
+
+@pytest.mark.parametrize("threads", [2, 7])
+def test_any_number_of_threads_gives_the_same_batches(photos, sharding, threads):
+    assert_equal_batches(stream(photos, sharding, 0, 12, threads), stream(photos, sharding, 0, 12, threads=1))
+
+
+@pytest.mark.parametrize(("start", "stop"), [(4, 4), (4, 5), (0, 1), (0, 2), (0, 3)])
+def test_the_stream_has_a_batch_for_each_step(sharding, start, stop):
+    assert len(stream(numbered(20), sharding, start, stop)) == stop - start
+
+
+def test_batches_are_on_the_devices_as_uint8_pixels_and_int32_labels(sharding):
+    batch = next(iter(train_batches(numbered(9), start=0, stop=1, seed=0, batch_size=4, sharding=sharding, threads=1)))
+    assert {name: (value.shape, value.dtype.name) for name, value in batch.items()} == {
+        "image": ((4, 2, 2, 1), "uint8"),
+        "label": ((4,), "int32"),
+    }
+    assert all(value.sharding.is_equivalent_to(sharding, value.ndim) for value in batch.values())
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 5, 9, 10, 11, 64])
+def test_evaluation_takes_each_example_once_whatever_the_batch(sharding, batch_size, threads):
+    batches = as_numpy(eval_batches(numbered(10), batch_size=batch_size, sharding=sharding, threads=threads))
+    assert len(batches) == -(-10 // batch_size)
+    assert all(value.shape[0] == batch_size for batch in batches for value in batch.values())
+    assert all(batch["mask"].dtype == bool for batch in batches)
+    labels, masks = (np.concatenate([batch[name] for batch in batches]) for name in ("label", "mask"))
+    pixels = np.concatenate([batch["image"][:, 1, 1, 0] for batch in batches])
+    assert labels[masks].tolist() == list(range(10))
+    assert pixels.tolist() == labels.tolist()
+    assert masks.sum() == 10
+
+
+def test_evaluation_crops_the_centre(photos, sharding):
+    found = as_numpy(eval_batches(photos, batch_size=5, sharding=sharding, threads=2))
+    expected, _ = photos.read(np.arange(12), None)
+    np.testing.assert_array_equal(np.concatenate([b["image"][b["mask"]] for b in found]), expected)
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_together_evaluate_what_one_host_does(sharding, monkeypatch, hosts):
+    alone = as_numpy(eval_batches(numbered(10), batch_size=8, sharding=sharding, threads=1))
+    monkeypatch.setattr(loader, "global_batch", lambda sharding, local: local)
+    parts = []
+    for host in range(hosts):
+        rows = np.arange(8).reshape(hosts, -1)[host]
+        monkeypatch.setattr(loader, "local_rows", lambda sharding, batch_size, rows=rows: rows)
+        parts.append(list(eval_batches(numbered(10), batch_size=8, sharding=sharding, threads=1)))
+    together = [
+        {name: np.concatenate([part[name] for part in batch]) for name in batch[0]}
+        for batch in zip(*parts, strict=True)
+    ]
+    assert_equal_batches(together, alone)
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------------
+
+
+class Faulty(ArraySplit):
+    """A split whose record 7 cannot be read."""
+
+    def read(self, indices, rngs):
+        if 7 in indices:
+            raise UserError("numbered split: record 7: broken")
+        return super().read(indices, rngs)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    "batches",
+    [
+        lambda split, **options: train_batches(split, start=0, stop=5, seed=0, **options),
+        eval_batches,
+    ],
+    ids=["train", "eval"],
+)
+def test_a_user_error_in_a_reading_thread_arrives_as_it_is(
+    sharding: NamedSharding, batches: Callable[..., Any], threads: int
+):
+    good = numbered(10)
+    split = Faulty(good.name, good.images, good.labels, None)
+    with pytest.raises(UserError) as e:
+        list(batches(split, batch_size=2, sharding=sharding, threads=threads))
+    assert str(e.value) == "numbered split: record 7: broken"
+
+
+def test_a_file_that_is_damaged_while_training_is_named(tmp_path: Path, sharding: NamedSharding):
+    for part in ("train/a", "val/a"):
+        (tmp_path / part).mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / part / "1.png"), np.zeros((8, 8, 3), np.uint8))
+    c = default().data
+    c.update(name=f"folder:{tmp_path}", image_size=8)
+    split = open_dataset(c).train
+    (tmp_path / "train" / "a" / "1.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"^train split: .*/train/a/1\.png: not an image"):
+        stream(split, sharding, 0, 3)

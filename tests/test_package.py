@@ -1,0 +1,48 @@
+"""The package as it is installed: configs in the wheel, no heavy import for a typing error, small main."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, main_env
+
+import jax_resnet
+
+
+@pytest.mark.slow
+def test_wheel_brings_its_configs(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", tmp_path, ROOT], check=True)
+    (wheel,) = tmp_path.glob("jax_resnet_training-*.whl")
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    assert not (site / "configs").exists()  # in the package, not beside it, where they might meet another's
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "jax_resnet.main",
+            "--config",
+            "configs/resnet20_digits.py",
+            "--config.stop_after_steps=1",
+            f"--config.data.data_dir={tmp_path / 'tfds'}",
+        ],
+        env=main_env() | {"PYTHONPATH": str(site)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "stopped after step 1" in done.stdout
+
+
+def test_importing_the_package_loads_no_jax() -> None:
+    code = "import sys, jax_resnet, jax_resnet.main; print('jax' in sys.modules, 'tensorflow_datasets' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], env=main_env(), capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_unknown_attribute() -> None:
+    with pytest.raises(AttributeError, match="create_modle"):
+        jax_resnet.create_modle  # noqa: B018
