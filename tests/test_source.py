@@ -168,6 +168,19 @@ def test_dataset_without_random_access_gets_the_command_that_converts_it(digits_
     assert "--out_file_format=array_record" in text
 
 
+def test_dataset_converted_in_place_is_read(digits_dir, tmp_path):
+    """As `tfds convert_format` leaves it: ArrayRecord files beside the others, named only among the alternatives."""
+    import tensorflow_datasets as tfds
+
+    version = copy_digits_as_tfrecord(digits_dir, tmp_path)
+    info = json.loads((version / "dataset_info.json").read_text())
+    (version / "dataset_info.json").write_text(json.dumps(info | {"alternativeFileFormats": ["array_record"]}))
+    for file in (digits_dir / "digits" / "1.0.0").glob("*array_record*"):
+        (version / file.name).write_bytes(file.read_bytes())
+    builder = source._tfds_builder(tfds, "digits", str(tmp_path))
+    assert len(builder.as_data_source(split="train")) == 1437
+
+
 def test_digits_prepared_in_a_format_without_random_access_are_refused(digits_dir, tmp_path):
     copy_digits_as_tfrecord(digits_dir, tmp_path)
     assert "TFRECORD" in refusal(data_config("digits", data_dir=str(tmp_path), channels=1))
