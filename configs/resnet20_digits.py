@@ -33,5 +33,6 @@ def get_config() -> ConfigDict:
     c.schedule.warmup = duration(epochs=2)
     c.label_smoothing = 0.1
 
-    c.eval.every = c.checkpoint.every = duration(epochs=5)
+    c.eval.every = duration(epochs=5)
+    c.checkpoint.every = duration(epochs=5)
     return c

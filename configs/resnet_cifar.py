@@ -40,5 +40,6 @@ def get_config(depth: str = "20") -> ConfigDict:
     c.schedule.warmup = duration(steps=400 if int(depth) >= 110 else 0)
     c.schedule.warmup_from = 0.1
 
-    c.eval.every = c.checkpoint.every = duration(epochs=4)
+    c.eval.every = duration(epochs=4)
+    c.checkpoint.every = duration(epochs=4)
     return c

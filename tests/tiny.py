@@ -18,5 +18,6 @@ def get_config(npz: str) -> ConfigDict:
     c.data.flip = False
     c.optimizer.reference_batch = 16
     c.schedule.warmup = duration(steps=4)
-    c.eval.every = c.checkpoint.every = duration(steps=8)
+    c.eval.every = duration(steps=8)
+    c.checkpoint.every = duration(steps=8)
     return c
