@@ -33,7 +33,10 @@ def error_of(*args: str, devices: int = 1, cwd: Path = ROOT) -> str:
         (["--config=resnet20_digits", "--batch_size=3"], ["did you mean --config.batch_size?"]),
         (["--config=resnet20_digits", "--wokrdir=/tmp/x"], ["--wokrdir", "did you mean workdir"]),
         (["--config.seed=3"], ["--config.seed", "--config=FILE"]),
-        (["--config=resnet20_digits", "--config.batch_size=abc"], ["--config.batch_size=abc", "type int", "--config.batch_size=256"]),
+        (
+            ["--config=resnet20_digits", "--config.batch_size=abc"],
+            ["--config.batch_size=abc", "type int", "--config.batch_size=256"],
+        ),
         (["--config=resnet20_digits", "--config.label_smoothing=lots"], ["--config.label_smoothing", "float"]),
         (["--config=resnet20_digits", "--config.data.flip=perhaps"], ["--config.data.flip", "bool"]),
         (["--config=resnet20_digits", "--config.model.depths=3"], ["depths=(3,)", "one of each for every stage"]),

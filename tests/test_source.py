@@ -571,3 +571,10 @@ def test_evaluation_reads_the_centre_and_training_a_random_part(tmp_path):
     drawn = [dataset.train.read(np.array([0]), [np.random.default_rng(seed)])[0].tobytes() for seed in range(5)]
     assert len(set(drawn)) == 5
     np.testing.assert_array_equal(read_all(dataset.train)[0][0], columns[1:15, 5:19])
+
+
+def test_splits_that_would_be_ignored_are_refused(digits_dir, tmp_path):
+    npz = write_npz(tmp_path)
+    assert "only a folder is split" in refusal(data_config("digits", data_dir=str(digits_dir), channels=1, holdout=0.2))
+    assert "only a folder is split" in refusal(data_config(f"npz:{npz}", holdout=0.2))
+    assert "train and test, and no others" in refusal(data_config(f"npz:{npz}", eval_split="validation"))

@@ -128,6 +128,10 @@ def open_dataset(c: ConfigDict) -> Dataset:
     labels are out of range.
     """
     kind, colon, path = c.name.partition(":")
+    if c.holdout and not (colon and kind == "folder"):
+        raise UserError(f"config.data.holdout={c.holdout}: only a folder is split by it, not {c.name}")
+    if (c.train_split or c.eval_split) and colon and kind == "npz":
+        raise UserError(f"config.data.train_split and eval_split: {c.name} has train and test, and no others")
     if colon and kind == "npz":
         dataset = _open_npz(path, c)
     elif colon and kind == "folder":
@@ -222,6 +226,8 @@ def _open_folder(path: str, c: ConfigDict) -> Dataset:
     subfolders = {d.name: d for d in sorted(root.iterdir()) if d.is_dir() and not d.name.startswith(".")}
     train_name = c.train_split or "train"
     eval_name = c.eval_split or next((n for n in EVAL_SPLITS if n in subfolders), None)
+    if train_name in subfolders and c.holdout:
+        raise UserError(f"config.data.holdout={c.holdout}: folder:{path} has splits of its own; leave it out")
     if train_name in subfolders:
         if eval_name not in subfolders:
             raise UserError(f"folder:{path}: {train_name}/ has no {eval_name or ' or '.join(EVAL_SPLITS)}/ beside it")

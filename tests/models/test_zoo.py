@@ -243,11 +243,17 @@ def test_override_none_keeps_the_value():
     assert model_spec("wrn_28_10", widths=None, dropout=None) == ZOO["wrn_28_10"]
 
 
-def test_every_norm_has_the_overrides():
-    model = abstract("resnetv2_50", bn_group_size=4, bn_momentum=0.8, bn_epsilon=1e-3)
-    norms = [m for _, m in nnx.iter_modules(model) if isinstance(m, BatchNorm)]
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (None, 0.9, 1e-5)),
+        ({"bn_group_size": 4, "bn_momentum": 0.8, "bn_epsilon": 1e-3}, (4, 0.8, 1e-3)),
+    ],
+)
+def test_every_norm_is_alike(options, expected):
+    norms = [m for _, m in nnx.iter_modules(abstract("resnetv2_50", **options)) if isinstance(m, BatchNorm)]
     assert len(norms) == 3 * (3 + 4 + 6 + 3) + 1
-    assert {(m.group_size, m.momentum, m.epsilon) for m in norms} == {(4, 0.8, 1e-3)}
+    assert {(m.group_size, m.momentum, m.epsilon) for m in norms} == {expected}
 
 
 def pad_channels(x, before, after):
@@ -392,6 +398,7 @@ def test_bfloat16_activations_and_float32_logits(name):
         ("resnet50", {"depths": (3, 4)}, "depths=(3, 4) and widths=(64, 128, 256, 512)"),
         ("resnet50", {"depths": (3, 4, 6, 0)}, "depths=(3, 4, 6, 0): must be whole numbers, at least 1"),
         ("resnet18", {"widths": (64, 128, 256, 51.2)}, "widths=(64, 128, 256, 51.2)"),
+        ("resnet18", {"shortcut": "A", "widths": (32, 64, 128, 256)}, "shortcut A cannot take channels away"),
         ("resnet18", {"stride_in_1x1": True}, "stride_in_1x1: only post-activation bottlenecks"),
     ],
 )
