@@ -57,7 +57,7 @@ def default() -> ConfigDict:
     c.model.shortcut = placeholder(str)  # A (subsample, pad channels), B (projection) or D (average pool, projection)
     c.model.pool = placeholder(str)  # avg or max, over the last feature map
     c.model.dropout = 0.0  # before the head
-    c.model.zero_init_last = True  # start each block as the identity: scale 0 in its last norm
+    c.model.zero_init_last = placeholder(bool)  # start each block as the identity: scale 0 in its last norm
     c.model.bn_group_size = placeholder(int)  # consecutive examples that share statistics; None: the whole batch
     c.model.bn_momentum = 0.9  # share of the old value a running statistic keeps each step
     c.model.bn_epsilon = 1e-5

@@ -22,8 +22,20 @@ class TrainState:
     opt_state: Any
 
 
+class _Keys:
+    """The keys of nnx.Rngs(params=key), counted in Python: counting in a trace takes time quadratic in the depth."""
+
+    def __init__(self, key: jax.Array):
+        self._key, self._count = key, 0
+
+    def params(self) -> jax.Array:
+        """The next key."""
+        self._count += 1
+        return jax.random.fold_in(self._key, self._count - 1)
+
+
 def make_state(
-    make_model: Callable[[nnx.Rngs], nnx.Module], optimizer: optax.GradientTransformation, seed: int, sharding: Sharding
+    make_model: Callable[[Any], nnx.Module], optimizer: optax.GradientTransformation, seed: int, sharding: Sharding
 ) -> tuple[nnx.GraphDef, TrainState, Callable[[], TrainState]]:
     """The model's graph, the abstract state (shapes with shardings), and what makes the state on the devices.
 
@@ -32,7 +44,7 @@ def make_state(
     graphs: list[nnx.GraphDef] = []
 
     def init(key: jax.Array) -> TrainState:
-        graph, *states = nnx.split(make_model(nnx.Rngs(params=key)), nnx.Param, nnx.BatchStat, ...)
+        graph, *states = nnx.split(make_model(_Keys(key)), nnx.Param, nnx.BatchStat, ...)
         params, stats, rest = states
         if jax.tree.leaves(rest):
             raise ValueError("the model holds state that is neither a parameter nor a batch statistic")

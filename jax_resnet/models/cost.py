@@ -27,5 +27,6 @@ def _count(jaxpr: Any) -> int:
             contracted = eqn.params["dimension_numbers"][0][0]
             shape = eqn.invars[0].aval.shape
             macs += math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[d] for d in contracted)
-        macs += sum(_count(inner) for inner in jaxprs_in_params(eqn.params))
+        times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        macs += times * sum(_count(inner) for inner in jaxprs_in_params(eqn.params))
     return macs

@@ -72,7 +72,7 @@ class BatchNorm(nnx.Module):
         if self.use_running_average:
             return self._normalise(x.astype(jnp.float32), self.mean[...], self.var[...]).astype(x.dtype)
         n, h, w, c = x.shape
-        size = self.group_size or n
+        size = n if self.group_size is None else self.group_size
         if n % size:
             raise ValueError(f"a batch of {n} examples cannot be cut into batch-norm groups of {size}")
         grouped = x.reshape(n // size, size, h, w, c).astype(jnp.float32)
@@ -82,8 +82,9 @@ class BatchNorm(nnx.Module):
         var = jnp.maximum(jnp.square(grouped).mean((1, 2, 3)) - jnp.square(mean), 0.0)
         count = size * h * w
         keep = self.momentum
-        self.mean[...] = keep * self.mean[...] + (1 - keep) * mean.mean(0)
-        self.var[...] = keep * self.var[...] + (1 - keep) * var.mean(0) * (count / max(count - 1, 1))
+        # Not `self.mean[...] = …`: Flax then compares shardings, which takes a walk over all that is traced so far.
+        self.mean.set_value(keep * self.mean[...] + (1 - keep) * mean.mean(0))
+        self.var.set_value(keep * self.var[...] + (1 - keep) * var.mean(0) * (count / max(count - 1, 1)))
         spread = (slice(None), None, None, None)
         return self._normalise(grouped, mean[spread], var[spread]).astype(x.dtype).reshape(x.shape)
 

@@ -1,6 +1,6 @@
 """The residual network: stem, stages of blocks, head, from one description of its shape."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -41,13 +41,6 @@ class ResNetSpec:
     bn_epsilon: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ("depths", "widths"):
-            values = tuple(getattr(self, name))
-            if not values or not all(isinstance(v, int) and v > 0 for v in values):
-                raise ValueError(f"{name}={values}: must be whole numbers, at least 1, one for each stage")
-            object.__setattr__(self, name, values)
-        if len(self.depths) != len(self.widths):
-            raise ValueError(f"depths={self.depths} and widths={self.widths}: one of each for every stage")
         for name, known in (
             ("block", ("basic", "bottleneck")),
             ("stem", ("imagenet", "cifar")),
@@ -56,6 +49,24 @@ class ResNetSpec:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be {' or '.join(known)}")
+        for name in ("depths", "widths"):
+            values = getattr(self, name)
+            if not isinstance(values, Sequence) or not values or not all(type(v) is int and v > 0 for v in values):
+                raise ValueError(f"{name}={values}: must be whole numbers, at least 1, one for each stage")
+            object.__setattr__(self, name, tuple(values))
+        for name in ("stem_width", "bn_group_size"):
+            value = getattr(self, name)
+            if not (type(value) is int and value > 0) and not (name == "bn_group_size" and value is None):
+                raise ValueError(f"{name}={value}: must be a whole number, at least 1")
+        for name in ("dropout", "bn_momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and less than 1")
+        if self.inner_factor != 1 and self.block != "bottleneck":
+            raise ValueError("inner_factor: only bottlenecks have an inside")
+        if min(self.widths) * self.inner_factor < 1 or not self.bn_epsilon > 0:
+            raise ValueError(f"inner_factor={self.inner_factor}, bn_epsilon={self.bn_epsilon}: too small")
+        if len(self.depths) != len(self.widths):
+            raise ValueError(f"depths={self.depths} and widths={self.widths}: one of each for every stage")
         expansion = BLOCKS[self.block, self.preactivation].expansion
         outputs = [self.stem_width, *(width * expansion for width in self.widths)]
         if self.shortcut == "A" and outputs != sorted(outputs):

@@ -95,7 +95,9 @@ def _by_rule(name: str) -> ResNetSpec | None:
         return ResNetSpec(**CIFAR, depths=((depth - 2) // 6,) * 3, shortcut="A", preactivation=bool(match[1]))
     if match := re.fullmatch(r"wrn_(\d+)_(\d+)", name):
         depth, k = int(match[1]), int(match[2])
-        if depth < 10 or (depth - 4) % 6 or k < 1:
+        if k < 1:
+            raise UserError(f"model {name!r}: the widening factor after the depth must be at least 1")
+        if depth < 10 or (depth - 4) % 6:
             near = max(10, 6 * round((depth - 4) / 6) + 4)
             raise UserError(f"model {name!r}: a wide ResNet has 6n+4 layers; the nearest depth is {near}")
         return ResNetSpec(
