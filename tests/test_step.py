@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from ml_collections import ConfigDict
 
 from jax_resnet.data.loader import train_batches
 from jax_resnet.job import Job
+from jax_resnet.models.zoo import create_model
 from jax_resnet.train import train
 
 
@@ -86,3 +88,15 @@ def test_a_nan_ends_the_run_in_one_line(tiny_config: ConfigDict, tmp_path: Path)
     with pytest.raises(Exception, match=r"the loss is nan at step \d+.*learning_rate") as e:
         train(tiny_config, tmp_path)
     assert type(e.value).__name__ == "UserError"
+
+
+def test_the_fresh_state_is_the_network_of_that_seed(tiny_config: ConfigDict) -> None:
+    tiny_config.seed = 3
+    fresh = Job.of(tiny_config).fresh_state().params
+    rngs = nnx.Rngs(params=jax.random.key(3))
+    model = create_model("cifar_resnet8", num_classes=4, in_channels=1, widths=(16, 16, 24), rngs=rngs)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+        fresh,
+        nnx.to_pure_dict(nnx.state(model, nnx.Param)),
+    )
