@@ -43,14 +43,15 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of `workdir`: "best", "latest" or a step. Writes eval.json and returns its content.
 
-    The config is the one the run was begun with; one that is given must agree with it in all that is computed.
+    The config is the one the run was begun with; one that is given must name the same network, and may name other data.
+    Raises UserError for a workdir without that checkpoint, or a config that does not fit it.
     """
     workdir = Path(workdir)
     stored = read_config(workdir)
     if stored is None:
         raise UserError(f"{workdir}: no run has been begun here (no config.json)")
     config = config or stored
-    check_same_config(stored, config, workdir)
+    check_same_config(stored, config, workdir, "model.")
     if not (workdir / "checkpoints").is_dir():
         raise UserError(f"{workdir}: no checkpoint has been saved yet")
     job = Job.of(config)

@@ -50,9 +50,9 @@ def claim(workdir: Path, config: ConfigDict) -> Path:
     return workdir
 
 
-def check_same_config(stored: ConfigDict, config: ConfigDict, workdir: Path) -> None:
-    """Raises UserError naming every key in which the two would compute different things."""
-    if different := differences(stored, config):
+def check_same_config(stored: ConfigDict, config: ConfigDict, workdir: Path, group: str = "") -> None:
+    """Raises UserError naming every key, of those that begin with `group`, that makes the two compute other things."""
+    if different := [text for text in differences(stored, config) if text.startswith(group)]:
         raise UserError(
             f"--workdir={workdir}: holds a run of another config ({'; '.join(different)}); "
             "choose another workdir, or delete this one"

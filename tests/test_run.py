@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 import jax_resnet
 from jax_resnet.config import default
+from jax_resnet.errors import UserError
 from jax_resnet.evaluate import evaluate_checkpoint
 from jax_resnet.telemetry import read_metrics
 from jax_resnet.train import train
@@ -55,8 +56,23 @@ def test_eval_mode_restores_best_latest_or_a_step(tiny_config: ConfigDict, tmp_p
     assert best["splits"]["test"]["accuracy_top1"] == max(r["accuracy_top1"] for r in rows.values())
     step = evaluate_checkpoint(tmp_path, which="16")
     assert step["splits"]["test"]["loss"] == rows[16]["loss"]
-    with pytest.raises(Exception, match="no checkpoint at step 3; saved: "):
+    with pytest.raises(UserError, match="no checkpoint at step 3; saved: "):
         evaluate_checkpoint(tmp_path, which="3")
+
+
+def test_eval_mode_on_other_data_but_not_of_another_network(
+    tiny_config: ConfigDict, tiny_npz: Path, tmp_path: Path
+) -> None:
+    result = train(tiny_config, tmp_path / "run")
+    arrays = dict(np.load(tiny_npz))
+    np.savez(tmp_path / "other.npz", **(arrays | {"x_test": arrays["x_test"][:9], "y_test": arrays["y_test"][:9]}))
+    tiny_config.data.name = f"npz:{tmp_path / 'other.npz'}"
+    other = evaluate_checkpoint(tmp_path / "run", config=tiny_config, which="latest")
+    assert other["splits"]["test"]["examples"] == 9
+    assert other["splits"]["test"]["correct_top1"] <= result["splits"]["test"]["correct_top1"]
+    tiny_config.model.pool = "max"
+    with pytest.raises(UserError, match=r"model\.pool: None there, max here"):
+        evaluate_checkpoint(tmp_path / "run", config=tiny_config)
 
 
 def test_what_the_command_prints(tiny_npz: Path, tmp_path: Path) -> None:
