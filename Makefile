@@ -12,16 +12,16 @@ comma := ,
 SELECT = $(if $(SLOW),,-m "not slow")
 
 .PHONY: train eval test lint clean
-train: $(VENV)/installed
+train: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python -m jax_resnet.main --config $(CONFIG) $(ARGS)
 
-eval: $(VENV)/installed
+eval: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python -m jax_resnet.main --mode=eval --config $(CONFIG) $(ARGS)
 
-test: $(VENV)/installed-dev
+test: $(VENV)/installed-dev-$(EXTRAS)
 	$(BIN)/python -m pytest $(SELECT) $(ARGS)
 
-lint: $(VENV)/installed-dev
+lint: $(VENV)/installed-dev-$(EXTRAS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -34,10 +34,10 @@ $(VENV)/bin/python:
 	  { echo "error: $(PYTHON) is older than Python 3.11; name another: make PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/installed: pyproject.toml | $(VENV)/bin/python
+$(VENV)/installed-$(EXTRAS): pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".$(if $(EXTRAS),[$(EXTRAS)])"
 	@touch $@
 
-$(VENV)/installed-dev: pyproject.toml | $(VENV)/bin/python
+$(VENV)/installed-dev-$(EXTRAS): pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev$(if $(EXTRAS),$(comma)$(EXTRAS))]"
-	@touch $@ $(VENV)/installed
+	@touch $@ $(VENV)/installed-$(EXTRAS)

@@ -7,13 +7,10 @@ Prints one table; FOLDER keeps the runs (a temporary one by default).
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-import jax
 
 
 def main() -> None:
@@ -23,14 +20,15 @@ def main() -> None:
     parser.add_argument("--into", type=Path, default=None)
     args = parser.parse_args()
     into = args.into or Path(tempfile.mkdtemp())
-    device = jax.devices()[0]
-    print(f"{jax.device_count()} × {device.device_kind}, {platform.machine()}, jax {jax.__version__}")
-    print(f"{'seed':>5} {'right of 360':>13} {'seconds':>8}")
     right = []
     for seed in range(args.seeds):
         workdir = into / f"seed{seed}"
-        subprocess.run([sys.executable, "-m", "jax_resnet.main", "--config=resnet20_digits", f"--config.seed={seed}",
-                        f"--workdir={workdir}"], check=True, stdout=subprocess.DEVNULL)  # fmt: skip
+        command = [sys.executable, "-m", "jax_resnet.main", "--config=resnet20_digits"]
+        command += [f"--config.seed={seed}", f"--workdir={workdir}"]
+        run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        if seed == 0:
+            print(next(line for line in run.stdout.splitlines() if line.startswith("devices")))
+            print(f"{'seed':>5} {'right of 360':>13} {'seconds':>8}")
         result = json.loads((workdir / "result.json").read_text())
         right.append(result["splits"]["test"]["correct_top1"])
         print(f"{seed:>5} {right[-1]:>13} {result['wall_seconds']:>8}", flush=True)

@@ -3,6 +3,7 @@
 `create_model` builds any network of the family as a Flax NNX module; `jax_resnet.train.train` runs a whole training.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,4 +18,6 @@ def __getattr__(name: str) -> Any:  # imported at first use: the command line an
         from jax_resnet.models.zoo import create_model
 
         return create_model
+    if name == "train":
+        return importlib.import_module("jax_resnet.train")
     raise AttributeError(f"module 'jax_resnet' has no attribute {name!r}")

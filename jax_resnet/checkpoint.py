@@ -1,6 +1,7 @@
 """The one place that knows Orbax: checkpoints of (state, config) in a workdir, saved while training goes on."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ class Checkpoints:
             ]
         )
         # best_fn makes Orbax write the metrics, without which the best step is forgotten at a restart.
-        options = ocp.CheckpointManagerOptions(best_fn=_best, best_mode="max", preservation_policy=policy)
+        options = ocp.CheckpointManagerOptions(
+            best_fn=_best, best_mode="max", preservation_policy=policy, cleanup_tmp_directories=True
+        )
         handlers = {"state": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
@@ -41,7 +44,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()
+        with self._one_line("written"):
+            self._manager.close()
 
     def latest_step(self) -> int | None:
         """The newest step saved whole, None if there is none."""
@@ -59,15 +63,25 @@ class Checkpoints:
         """Starts saving; returns when the state's values have been copied. A step that is saved already is left."""
         if step not in self._manager.all_steps():
             items = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config))
-            with jax.transfer_guard("allow"):  # Orbax copies to the host as it sees fit
+            with jax.transfer_guard("allow"), self._one_line("written"):  # Orbax copies to the host as it sees fit
                 self._manager.save(step, args=items, metrics=metrics, force=True)
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises UserError if it could not be written."""
-        try:
+        with self._one_line("written"):
             self._manager.wait_until_finished()
-        except (OSError, ValueError) as e:
-            raise UserError(f"{self.directory}: a checkpoint could not be written ({e})") from None
+
+    def config(self, step: int) -> dict[str, Any]:
+        """The config that was saved with the state at `step`."""
+        with self._one_line("read"):
+            return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+
+    @contextlib.contextmanager
+    def _one_line(self, done: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as e:  # Orbax, tensorstore and the file system have no error in common
+            raise UserError(f"{self.directory}: a checkpoint could not be {done} ({_first_line(e)})") from None
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state at `step`, on the devices and in the shardings of the abstract state `like`.
@@ -92,8 +106,11 @@ class Checkpoints:
     def _damaged(self, step: int, error: Exception) -> UserError:
         steps = [s for s in self._manager.all_steps() if s != step]
         rest = f"to go on from step {max(steps)}, move that folder away" if steps else "no other step is saved"
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        return UserError(f"{self.directory}/{step}: this checkpoint cannot be read ({reason}); {rest}")
+        return UserError(f"{self.directory}/{step}: this checkpoint cannot be read ({_first_line(error)}); {rest}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

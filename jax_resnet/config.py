@@ -119,9 +119,12 @@ def in_steps(length: ConfigDict, what: str, *, batch_size: int, num_examples: in
     given = {unit: length[unit] for unit in UNITS if length[unit] is not None}
     if len(given) != 1:
         found = " and ".join(f"{u}={v}" for u, v in given.items()) or "none of them"
-        raise UserError(f"config.{what}: give exactly one of {', '.join(UNITS)}; found {found}")
+        raise UserError(
+            f"config.{what}: give exactly one of {', '.join(UNITS)}; found {found} "
+            "(a config file sets it whole, with duration(steps=…))"
+        )
     ((unit, value),) = given.items()
-    if not 0 <= value < math.inf:
+    if not 0 <= value < 1e15:
         raise UserError(f"config.{what}.{unit}={value}: must be a number, not negative")
     return {"epochs": value * num_examples / batch_size, "steps": value, "examples": value / batch_size}[unit]
 
@@ -173,12 +176,20 @@ def validate(c: ConfigDict) -> None:
     ):
         if not 0 <= _get(c, key) < 1:
             raise UserError(f"config.{key}={_get(c, key)}: must be at least 0 and less than 1")
+    for key in ("schedule.warmup_from", "schedule.final", "schedule.factor"):
+        if not 0 <= _get(c, key) <= 1:
+            raise UserError(f"config.{key}={_get(c, key)}: must be at least 0 and at most 1")
+    if not 0 < c.schedule.power < math.inf:
+        raise UserError(f"config.schedule.power={c.schedule.power}: must be more than 0")
+    for key in ("data.mean", "data.std", "data.crop_area", "data.crop_ratio", "schedule.boundaries"):
+        if not all(isinstance(v, int | float) and math.isfinite(v) for v in _get(c, key)):
+            raise UserError(f"config.{key}={_get(c, key)}: must be numbers")
     if c.seed < 0 or c.seed >= 2**32:
         raise UserError(f"config.seed={c.seed}: must be at least 0 and less than 2**32")
     if c.data.channels not in (1, 3):
         raise UserError(f"config.data.channels={c.data.channels}: must be 1 or 3")
     for key in ("mean", "std"):
-        if len(c.data[key]) != c.data.channels or not all(isinstance(v, int | float) for v in c.data[key]):
+        if len(c.data[key]) != c.data.channels:
             raise UserError(f"config.data.{key}={c.data[key]}: needs {c.data.channels} numbers, one for each channel")
     if min(c.data.std) <= 0:
         raise UserError(f"config.data.std={c.data.std}: must be more than 0")
@@ -253,8 +264,10 @@ def find_config(path: str) -> str:
     Looked for as given, then in the project's configs/, with or without `.py`.
     """
     name, colon, argument = path.partition(":")
-    for candidate in (Path(name), *(d / part for d in config_dirs() for part in (name, Path(name).name))):
-        for file in (candidate, candidate.with_name(candidate.name + ".py") if candidate.name else candidate):
+    inside = name.removeprefix("configs/")
+    found = [Path(name), *(d / inside for d in config_dirs() if not Path(inside).is_absolute())]
+    for candidate in found:
+        for file in (candidate, candidate.parent / f"{candidate.name}.py"):
             if file.is_file():
                 return f"{file}{colon}{argument}"
     known = sorted(f.stem for d in config_dirs() for f in d.glob("*.py"))
@@ -288,10 +301,10 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         raise UserError(f"--config.{mistyped}: no such key; {_near_key(mistyped, keys)}") from None
     except (flags.IllegalFlagValueError, TypeError) as e:
         match = re.match(r"flag --config\.([\w.]+)=(.*?): ", str(e), re.S)
+        if isinstance(e, TypeError) or "Traceback" in str(e):
+            raise _config_file_fault(e) from None
         if not match:
-            raise (
-                _config_file_fault(e) if isinstance(e, TypeError) else UserError(str(e).removeprefix("flag "))
-            ) from None
+            raise UserError(str(e).removeprefix("flag ")) from None
         raise _wrong_type(match[1], match[2], keys) from None
     except flags.Error as e:
         raise UserError(str(e)) from None
@@ -299,6 +312,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
         raise _config_file_fault(e) from None
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r}: not a flag; flags begin with --, values follow =")
+    if flags.FLAGS["config"].present and not isinstance(flags.FLAGS.config, ConfigDict):
+        raise UserError(f"--config: get_config() returned {type(flags.FLAGS.config).__name__}, not a ConfigDict")
     if flags.FLAGS.config is not None:
         _replace_units(flags.FLAGS.config, config_flags.get_override_values(flags.FLAGS["config"]))
     return rest
@@ -326,9 +341,16 @@ def _replace_units(c: ConfigDict, overrides: dict[str, Any]) -> None:
 
 
 def _config_file_fault(e: Exception) -> UserError:
+    text = str(e).strip()
+    if "has no attribute 'get_config'" in text:
+        return UserError("--config: the file defines no get_config(), which must return the config")
     last = traceback.extract_tb(e.__traceback__)[-1]
     file, line = (e.filename, e.lineno) if isinstance(e, SyntaxError) else (last.filename, last.lineno)
-    return UserError(f"--config: {type(e).__name__} in {file}, line {line}: {e}")
+    kind = type(e).__name__
+    if "Traceback" in text:  # ml_collections hands on a fault of these types as text
+        file, line = re.findall(r'File "([^"]+)", line (\d+)', text)[-1]
+        kind, _, text = text.splitlines()[-1].partition(": ")
+    return UserError(f"--config: {kind} in {file}, line {line}: {text}")
 
 
 def _wrong_type(key: str, value: str, keys: Sequence[str]) -> UserError:

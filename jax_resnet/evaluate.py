@@ -1,8 +1,8 @@
 """Exact evaluation: every example of a split once, whatever the batch and the mesh."""
 
+import math
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,24 +15,29 @@ from jax_resnet.errors import UserError
 from jax_resnet.job import Job
 from jax_resnet.metrics import Sums, accuracy_text, summary, total
 from jax_resnet.state import TrainState
-from jax_resnet.workdir import check_same_config, read_config, write_json
+from jax_resnet.workdir import check_same_config, has_checkpoints, local_path, read_config, write_json
 
 IN_FLIGHT = 4  # steps the host may run ahead: enough to hide it, few enough that their batches fit on the device
 
 
 def evaluate(job: Job, state: TrainState) -> dict[str, Any]:
     """examples, correct_top1, accuracy_top1, accuracy_top5 (more than 5 classes) and loss over the evaluation split."""
-    config, split = job.config, job.data.eval
+    split = job.data.eval
     sums: list[Sums] = []
     for batch in eval_batches(
         split,
-        batch_size=config.eval.batch_size or config.batch_size,
+        batch_size=job.eval_batch_size,
         sharding=job.sharding,
-        threads=config.data.threads,
+        threads=job.config.data.threads,
     ):
         sums.append(job.eval_step(state.params, state.batch_stats, batch))
         jax.block_until_ready(sums[-IN_FLIGHT:][0])
     totals = total(sums)
+    if not math.isfinite(totals["loss"]):
+        raise UserError(
+            f"the loss over the {split.name} split is {totals['loss']}; the network has diverged: lower "
+            "config.optimizer.learning_rate or lengthen config.schedule.warmup"
+        )
     if totals["examples"] != len(split):
         raise RuntimeError(f"evaluated {totals['examples']} examples of the {split.name} split, which has {len(split)}")
     return summary(totals)
@@ -46,15 +51,15 @@ def evaluate_checkpoint(
     The config is the one the run was begun with; one that is given must name the same network, and may name other data.
     Raises UserError for a workdir without that checkpoint, or a config that does not fit it.
     """
-    workdir = Path(workdir)
+    workdir = local_path(workdir)
     stored = read_config(workdir)
     if stored is None:
-        raise UserError(f"{workdir}: no run has been begun here (no config.json)")
+        raise UserError(f"{workdir}: no run has been begun here")
     config = config or stored
     check_same_config(stored, config, workdir, "model.")
-    if not (workdir / "checkpoints").is_dir():
+    if not has_checkpoints(workdir):
         raise UserError(f"{workdir}: no checkpoint has been saved yet")
-    job = Job.of(config)
+    job = Job(config, training=False)
     with Checkpoints(workdir) as checkpoints:
         named = {"best": checkpoints.best_step() or checkpoints.latest_step(), "latest": checkpoints.latest_step()}
         if which not in named and not which.isdigit():
@@ -69,12 +74,15 @@ def evaluate_checkpoint(
         "step": step,
         "splits": {job.data.eval.name: metrics},
         "wall_seconds": round(time.monotonic() - began, 1),
-        "config": to_json(config),
+        "config": to_json(job.config),
     }
     if jax.process_index() == 0:
-        write_json(workdir / "eval.json", result)
-        print(
-            f"step {step:,}: {job.data.eval.name} accuracy {accuracy_text(metrics)}, loss {metrics['loss']:.4f}, "
-            f"in {workdir / 'eval.json'}"
-        )
+        name = job.data.eval.name
+        print(f"step {step:,}: {name} accuracy {accuracy_text(metrics)}, loss {metrics['loss']:.4f}", end="")
+        try:
+            write_json(workdir / "eval.json", result)
+            print(f", in {workdir / 'eval.json'}")
+        except OSError as e:
+            print()
+            raise UserError(f"{workdir / 'eval.json'}: cannot be written ({e.strerror})") from None
     return result

@@ -12,10 +12,9 @@ from ml_collections import ConfigDict
 
 from jax_resnet import parallel
 from jax_resnet.config import in_steps, validate
-from jax_resnet.data.source import Dataset, open_dataset
+from jax_resnet.data.source import open_dataset
 from jax_resnet.errors import UserError
 from jax_resnet.models.cost import multiply_adds
-from jax_resnet.models.resnet import ResNetSpec
 from jax_resnet.models.zoo import create_model, model_spec
 from jax_resnet.optim import make_optimizer, make_schedule, peak_learning_rate
 from jax_resnet.state import make_state
@@ -59,23 +58,34 @@ def _passes(step: int, period: float) -> bool:
 
 
 class Job:
-    """A config made ready to run on the devices at hand: the data, the jitted steps, the shapes of the state."""
+    """A config made ready to run on the devices at hand: the data, the jitted steps, the shapes of the state.
 
-    @classmethod
-    def of(cls, c: ConfigDict) -> "Job":
-        """Raises UserError for what is wrong with the config, the data or their fit, before anything is compiled."""
-        validate(c)
+    `config` is a copy in which dtype="auto" is decided, so that a run does not change it by moving to other devices.
+    """
+
+    def __init__(self, config: ConfigDict, *, training: bool = True):
+        """Raises UserError for what is wrong with the config, the data or their fit, before anything is compiled.
+
+        Without `training` the batch may be any: evaluation fills up what the devices do not divide.
+        """
+        validate(config)
+        c = self.config = config.copy_and_resolve_references()
+        c.dtype = activation_dtype(c.dtype).name
         overrides = {k: v for k, v in c.model.items() if k not in ("name", "num_classes")}
         spec = model_spec(c.model.name, **overrides)
-        mesh = parallel.data_mesh()
-        parallel.check_divides(c.batch_size, mesh, "config.batch_size")
-        parallel.check_divides(c.eval.batch_size or c.batch_size, mesh, "config.eval.batch_size")
-        if c.data.image_size and c.data.image_size < spec.total_stride:
-            raise _too_small(c.model.name, c.data.image_size, spec)
-        data = open_dataset(c.data)
-        if min(data.train.image_shape[:2]) < spec.total_stride:
-            raise _too_small(c.model.name, min(data.train.image_shape[:2]), spec)
-        if c.batch_size > len(data.train):
+        self.mesh = parallel.data_mesh()
+        self.sharding, whole = parallel.batch_sharding(self.mesh), parallel.replicated(self.mesh)
+        if training:
+            parallel.check_divides(c.batch_size, self.mesh, "config.batch_size")
+        data = self.data = open_dataset(c.data)
+        side = min(data.train.image_shape[:2])
+        if side < spec.total_stride:
+            stem = ", or --config.model.stem=cifar" if spec.stem == "imagenet" else ""
+            raise UserError(
+                f"config.data.image_size: {c.model.name} takes images of at least {spec.total_stride} pixels a side, "
+                f"these have {side}; give --config.data.image_size={spec.total_stride} or more{stem}"
+            )
+        if training and c.batch_size > len(data.train):
             raise UserError(
                 f"config.batch_size={c.batch_size} is larger than the {data.train.name} split of "
                 f"{c.data.name}, {len(data.train)} examples"
@@ -85,12 +95,9 @@ class Job:
                 f"config.model.num_classes={c.model.num_classes}, but {c.data.name} has {data.num_classes} "
                 "classes; leave it out to take the data's"
             )
-        return cls(c, data, mesh, overrides)
-
-    def __init__(self, c: ConfigDict, data: Dataset, mesh: jax.sharding.Mesh, overrides: dict[str, Any]):
-        self.config, self.data, self.plan = c, data, Plan.of(c, len(data.train))
-        self.mesh, self.sharding, whole = mesh, parallel.batch_sharding(mesh), parallel.replicated(mesh)
-        self.dtype = activation_dtype(c.dtype)
+        self.plan = Plan.of(c, len(data.train))
+        wanted = min(c.eval.batch_size or c.batch_size, len(data.eval))
+        self.eval_batch_size = -(-wanted // self.mesh.size) * self.mesh.size
         schedule = make_schedule(
             c.schedule,
             peak=peak_learning_rate(c.optimizer, c.batch_size),
@@ -98,13 +105,14 @@ class Job:
             warmup_steps=self.plan.warmup_steps,
         )
         self.learning_rate = jax.jit(schedule)
+        self.all_finite = jax.jit(_all_finite)
         optimizer = make_optimizer(c.optimizer, schedule)
         make_model = partial(
             create_model,
             c.model.name,
             num_classes=data.num_classes,
             in_channels=c.data.channels,
-            dtype=self.dtype,
+            dtype=jnp.dtype(c.dtype),
             **overrides,
         )
         self.graph, self.abstract_state, self.fresh_state = make_state(
@@ -148,7 +156,7 @@ class Job:
             "model": f"{c.model.name}, {_short(parameters)} parameters, {_short(2 * macs)}FLOPs an image",
             "data": f"{data.name}: {len(data.train):,} {data.train.name}, {len(data.eval):,} {data.eval.name}, "
             f"{data.num_classes} classes, {height}×{width}×{channels}",
-            "devices": f"{count} × {device.device_kind}, activations {jnp.dtype(self.dtype).name}",
+            "devices": f"{count} × {device.device_kind}, activations {c.dtype}",
             "batch": f"{c.batch_size:,} ({c.batch_size // count:,} per device), batch norm over "
             + (f"groups of {group}" if group else "all of it"),
             "steps": f"{plan.steps:,} ({plan.steps / plan.steps_per_epoch:.4g} epochs), evaluated every "
@@ -158,19 +166,16 @@ class Job:
         return header | ({"resumed": f"from step {start:,}"} if start else {})
 
 
+def _all_finite(tree: Any) -> jax.Array:
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
+
+
 def activation_dtype(name: str) -> Any:
     """config.dtype as a dtype: "auto" is bfloat16 on TPU and GPU, float32 on CPU, which only emulates bfloat16."""
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
-
-
-def _too_small(model: str, size: int, spec: ResNetSpec) -> UserError:
-    stem = ", or --config.model.stem=cifar" if spec.stem == "imagenet" else ""
-    return UserError(
-        f"config.data.image_size: {model} takes images of at least {spec.total_stride} pixels a side, "
-        f"these have {size}; give --config.data.image_size={spec.total_stride} or more{stem}"
-    )
 
 
 def _short(number: float) -> str:

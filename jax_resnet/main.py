@@ -10,7 +10,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jax_resnet.config import parse_flags
+from jax_resnet.config import parse_flags, validate
 from jax_resnet.errors import Interrupted, UserError
 
 config_flags.DEFINE_config_file("config", None, "The config file, with `:argument` where it takes one.")
@@ -24,7 +24,9 @@ def run() -> None:
     """Trains or evaluates as the flags say. Raises UserError for a user's mistake."""
     if FLAGS.config is None and not (FLAGS.mode == "eval" and FLAGS.workdir):
         raise UserError("--config is missing: give a file, for example --config configs/resnet20_digits.py")
-    workdir = Path(FLAGS.workdir or default_workdir())
+    if FLAGS.config is not None:
+        validate(FLAGS.config)
+    workdir = FLAGS.workdir or default_workdir()
     # JAX is loaded here: a mistyped flag should not wait for it.
     if FLAGS.mode == "eval":
         from jax_resnet.evaluate import evaluate_checkpoint
@@ -39,19 +41,19 @@ def run() -> None:
 def default_workdir() -> Path:
     """runs/CONFIG/DATA-seedN, the same for the same command."""
     file, _, argument = config_flags.get_config_filename(FLAGS["config"]).partition(":")
-    name = Path(file).stem + (f"-{argument}" if argument else "")
-    data = re.sub(r"\W+", "_", Path(FLAGS.config.data.name.rpartition(":")[2]).stem)
-    return Path("runs") / name / f"{data}-seed{FLAGS.config.seed}"
+    kind, colon, path = FLAGS.config.data.name.partition(":")
+    data = Path(path).expanduser().resolve().stem if colon and kind in ("npz", "folder") else FLAGS.config.data.name
+    config, data = (re.sub(r"[^\w.]+", "_", text).strip("._") for text in (f"{Path(file).stem}-{argument}", data))
+    return Path("runs") / config / f"{data}-seed{FLAGS.config.seed}"
 
 
-def main(argv: list[str]) -> int:
+def main(_: list[str]) -> int:
     """Runs; a user's mistake is one line on stderr and status 2, a signal 128 + its number."""
-    del argv
     logging.set_verbosity(logging.ERROR)  # Orbax, TFDS and JAX report at length
     try:
         run()
     except UserError as e:
-        return fail(e)
+        return _fail(e)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -61,17 +63,17 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def fail(error: UserError) -> int:
-    """Prints the one line."""
+def _fail(error: UserError) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 2
 
 
 def _parse(argv: list[str]) -> list[str]:
+    logging.set_verbosity(logging.ERROR)
     try:
         return parse_flags(argv)
     except UserError as e:
-        sys.exit(fail(e))
+        sys.exit(_fail(e))
 
 
 if __name__ == "__main__":

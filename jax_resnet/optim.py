@@ -36,7 +36,7 @@ def parameter_kinds(params: Any) -> Any:
 
 
 def make_schedule(c: ConfigDict, *, peak: float, steps: int, warmup_steps: int) -> Callable[[Any], jax.Array]:
-    """The learning rate at each step of 0 … steps − 1.
+    """The learning rate of each update, counted from 0: with warmup_from = 0 the first one moves nothing.
 
     Linear from peak · warmup_from over `warmup_steps`, then, with t the share of the rest that is done and f = final:
     cosine  peak · (f + (1 − f) · (1 + cos πt) / 2);  linear and polynomial  peak · (f + (1 − f) · (1 − t)^power);
@@ -92,6 +92,4 @@ def make_optimizer(c: ConfigDict, schedule: Callable[[Any], jax.Array]) -> optax
     if c.name == "rmsprop":
         momentum = optax.trace(c.momentum) if c.momentum else optax.identity()
         return optax.chain(decay, optax.scale_by_rms(c.beta2, c.epsilon, eps_in_sqrt=False), momentum, rate)
-    if c.name == "adagrad":
-        return optax.chain(decay, optax.scale_by_rss(initial_accumulator_value=0.0, eps=c.epsilon), rate)
-    raise UserError(f"config.optimizer.name: unknown {c.name!r}")
+    return optax.chain(decay, optax.scale_by_rss(initial_accumulator_value=0.0, eps=c.epsilon), rate)  # adagrad

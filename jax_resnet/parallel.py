@@ -38,4 +38,5 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
 
 def global_batch(sharding: NamedSharding, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Global arrays over the mesh from this process's rows of them."""
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in local.items()}
+    with jax.transfer_guard("allow"):  # with several processes JAX makes this transfer, asked for here, implicitly
+        return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in local.items()}

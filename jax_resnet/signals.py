@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Signals:
-    """Notes the first SIGINT or SIGTERM, so that the loop can save and leave; a second one acts at once."""
+    """Notes the first SIGINT, SIGTERM or SIGHUP, so that the loop can save and leave; a second one acts at once."""
 
     def __init__(self) -> None:
         self.received = 0
@@ -15,8 +15,9 @@ class Signals:
     def __enter__(self) -> "Signals":
         self._previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._previous[signum] = signal.signal(signum, self._note)
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup wants it
+                    self._previous[signum] = signal.signal(signum, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:

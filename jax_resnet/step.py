@@ -14,6 +14,7 @@ from jax_resnet.metrics import Sums, classification_sums
 from jax_resnet.state import TrainState
 
 Batch = dict[str, jax.Array]
+STEPS = 2**32 - 1  # folded into the seed's key: the parameters are drawn from the same key, with counts from 0
 
 
 def make_train_step(
@@ -33,7 +34,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STEPS), state.step)
         augment_key, dropout_key = jax.random.split(key)
         images = device.augment(batch["image"], augment_key, pad=pad, flip=flip)
         images = device.normalise(images, mean, std)

@@ -1,7 +1,9 @@
 """What a run shows and leaves behind: a bar or lines, metrics.jsonl, TensorBoard events, a picture, result.json."""
 
+import contextlib
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jax_resnet.errors import UserError
 from jax_resnet.job import Plan
 from jax_resnet.workdir import write_json
 
@@ -17,15 +20,42 @@ COLUMNS = ("step", "epoch", "split", "examples", "loss", "top-1", "top-5")
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, less one that a killed process left half-written."""
+    """The lines of metrics.jsonl that are whole: a killed process may have left half of one."""
     rows = []
     file = workdir / "metrics.jsonl"
-    for line in file.read_text().splitlines() if file.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
+    try:
+        text = file.read_text(errors="replace")
+    except FileNotFoundError:
+        return []
+    except OSError as e:
+        raise UserError(f"{file}: cannot be read ({e.strerror})") from None
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and row.keys() >= {"step", "kind", "seconds"}:
+                rows.append(row)
     return rows
+
+
+class _Console(Console):
+    """Goes on in silence when what it prints into is closed (`| head`): the run matters more than its lines."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _summary_writer(folder: Path, purge_step: int) -> Any:
+    """TensorBoard's event writer. tensorboardX would load torch, where that is installed, only to know its tensors."""
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # importing it now fails, as where it is absent
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hide:
+            del sys.modules["torch"]
+    return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 class Telemetry:
@@ -37,7 +67,7 @@ class Telemetry:
 
     def __init__(self, workdir: Path, plan: Plan, start_step: int):
         self.active = jax.process_index() == 0
-        self.console = Console(highlight=False, soft_wrap=True, quiet=not self.active)
+        self.console = _Console(highlight=False, soft_wrap=True, quiet=not self.active)
         self._workdir, self._plan = workdir, plan
         self._table_begun = False
         self._began, self._before = time.monotonic(), 0.0
@@ -50,9 +80,7 @@ class Telemetry:
         part.write_text("".join(json.dumps(r) + "\n" for r in rows))
         os.replace(part, workdir / "metrics.jsonl")
         self._lines = (workdir / "metrics.jsonl").open("a", buffering=1)
-        from tensorboardX import SummaryWriter
-
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        self._events = _summary_writer(workdir / "tensorboard", start_step + 1)
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("step {task.completed:,} of {task.total:,}"),

@@ -18,7 +18,7 @@ from jax_resnet.job import Job
 from jax_resnet.metrics import Sums, accuracy_text, total
 from jax_resnet.signals import Signals
 from jax_resnet.telemetry import Telemetry
-from jax_resnet.workdir import claim
+from jax_resnet.workdir import claimed, local_path
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -29,14 +29,16 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
 
     Raises UserError for what the user can mend, and Interrupted, with everything saved, after SIGINT or SIGTERM.
     """
-    job = Job.of(config)
-    workdir = claim(Path(workdir), config)
-    with Checkpoints(workdir, config.checkpoint.keep) as checkpoints, Signals() as signals:
-        start = checkpoints.latest_step() or 0
-        with Telemetry(workdir, job.plan, start) as telemetry:
-            telemetry.header(job.header(workdir, start))
-            with jax.transfer_guard("disallow"):  # what moves between host and devices does so by name
-                return _run(job, workdir, start, checkpoints, telemetry, signals)
+    job, workdir = Job(config), local_path(workdir)
+    with (
+        claimed(workdir, job.config),
+        Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
+        Signals() as signals,
+        Telemetry(workdir, job.plan, start := checkpoints.latest_step() or 0) as telemetry,
+    ):
+        telemetry.header(job.header(workdir, start))
+        with jax.transfer_guard("disallow"):  # what moves between host and devices does so by name
+            return _run(job, workdir, start, checkpoints, telemetry, signals)
 
 
 def _run(
@@ -63,10 +65,15 @@ def _run(
         if saves or step % config.log_every == 0 or step == start + 1:
             rate = float(jax.device_get(job.learning_rate(jax.device_put(np.int32(step - 1)))))
             telemetry.train(step, learning_rate=rate, **window.close(step))
-        metrics = evaluate(job, state) if plan.evaluates(step) else None
-        if metrics:
-            telemetry.evaluation(step, split, metrics)
         if saves:
+            check_finite(bool(jax.device_get(job.all_finite(state))), "the state", step)
+            try:
+                metrics = evaluate(job, state) if plan.evaluates(step) else None
+            except UserError:  # an image that cannot be read, say: mended, the run goes on from here
+                checkpoints.save(step, state, to_json(config), None)
+                raise
+            if metrics:
+                telemetry.evaluation(step, split, metrics)
             checkpoints.save(step, state, to_json(config), metrics)
             window.restart()
         if leaving:
@@ -74,15 +81,24 @@ def _run(
     checkpoints.wait()
 
     if step < plan.steps:
-        text = f"stopped after step {step:,} of {plan.steps:,}, saved in {workdir}; the same command goes on from there"
+        text = f"stopped after step {step:,} of {plan.steps:,}, saved in {workdir}; the same command"
         if signals.received:
-            raise Interrupted(text, signals.received)
-        telemetry.say(text + ", without --config.stop_after_steps")
+            raise Interrupted(f"{text} goes on from there", signals.received)
+        telemetry.say(f"{text} without --config.stop_after_steps goes on from there")
         return {"step": step, "splits": {}}
     metrics = metrics or evaluate(job, state)  # a finished run that is started again has taken no step
     telemetry.result(step, {split: metrics}, to_json(config))
     telemetry.say(f"done: step {step:,}, {split} accuracy {accuracy_text(metrics)}, in {workdir}")
     return {"step": step, "splits": {split: metrics}}
+
+
+def check_finite(finite: bool, what: str, step: int) -> None:
+    """Raises UserError unless `finite`: a run must not save, or report, what is no number."""
+    if not finite:
+        raise UserError(
+            f"{what} is no longer finite at step {step:,}, and this step is not saved; lower "
+            "config.optimizer.learning_rate or lengthen config.schedule.warmup"
+        )
 
 
 class Window:
@@ -104,11 +120,7 @@ class Window:
         """
         totals = total(self._sums)
         loss = totals["loss"] / totals["examples"]
-        if not np.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at step {step:,}, and nothing of it is saved; lower "
-                "config.optimizer.learning_rate or lengthen config.schedule.warmup"
-            )
+        check_finite(bool(np.isfinite(loss)), "the loss", step)
         speed = totals["examples"] / (time.monotonic() - self._began) if self._began is not None else None
         self.restart()
         return {"loss": loss, "accuracy": totals["correct_top1"] / totals["examples"], "images_per_second": speed}

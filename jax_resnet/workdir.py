@@ -1,53 +1,88 @@
-"""The folder of one run: who may write it, and the config it was begun with."""
+"""The folder of one run: who writes it, and the config it was begun with."""
 
+import contextlib
+import fcntl
 import json
 import os
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
+from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.config import differences, from_json, to_json
 from jax_resnet.errors import UserError
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Writes all of it or nothing."""
+    """Writes all of it or nothing. Raises ValueError for a number that JSON does not have (nan, infinity)."""
     part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n")
+    part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     os.replace(part, file)
 
 
+def local_path(workdir: str | os.PathLike[str]) -> Path:
+    """The folder that is meant, ~ expanded. Raises UserError for a URL: workdirs are folders so far."""
+    if "://" in str(workdir):
+        raise UserError(f"--workdir={workdir}: must be a folder of this machine or one mounted there, not a URL")
+    return Path(workdir).expanduser()
+
+
+def has_checkpoints(workdir: Path) -> bool:
+    """Whether something has been saved whole."""
+    return any(d.name.isdigit() for d in (workdir / "checkpoints").glob("*"))
+
+
 def read_config(workdir: Path) -> ConfigDict | None:
-    """The config a workdir was begun with, None if it was not. Raises UserError if the file is damaged."""
+    """The config a workdir was begun with, from config.json or else the newest checkpoint; None if there is neither.
+
+    Raises UserError if what is there is damaged.
+    """
     file = workdir / "config.json"
     try:
-        return from_json(json.loads(file.read_text()))
+        values = json.loads(file.read_text())
+        if not isinstance(values, dict) or not values:
+            raise ValueError("it holds no config")
+        return from_json(values)
     except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as e:
-        raise UserError(f"{file}: cannot be read ({e}); restore it, or choose another workdir") from None
+        if not has_checkpoints(workdir):
+            return None
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"{file}: cannot be read ({e}); delete it, the checkpoints hold it too") from None
+    with Checkpoints(workdir) as checkpoints:
+        return from_json(checkpoints.config(checkpoints.latest_step() or 0))
 
 
-def claim(workdir: Path, config: ConfigDict) -> Path:
-    """Makes the folder and writes config.json, or checks that the one there is of the same run; returns the folder.
+@contextlib.contextmanager
+def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
+    """Makes the folder and keeps other runs out of it; writes config.json, or checks that the run there is the same.
 
-    Raises UserError if the folder cannot be written, or names what differs.
+    A folder in which nothing has been saved yet takes the new config. Raises UserError if the folder cannot be written,
+    is in use, or names what differs.
     """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as e:
-        raise UserError(f"--workdir={workdir}: cannot be written ({e.strerror}); choose another") from None
-    stored = read_config(workdir)
-    if stored is not None:
-        check_same_config(stored, config, workdir)
-    elif jax.process_index() == 0:
-        write_json(workdir / "config.json", to_json(config))
-    return workdir
+    with contextlib.ExitStack() as stack:
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            for folder in (workdir, *(d for d in (workdir / "checkpoints",) if d.exists())):
+                if not os.access(folder, os.W_OK):
+                    raise PermissionError(13, "Permission denied")
+            if jax.process_index() == 0:
+                lock = stack.enter_context((workdir / "lock").open("w"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--workdir={workdir}: another process is training in it; wait, or choose another"
+            ) from None
+        except OSError as e:
+            raise UserError(f"--workdir={workdir}: cannot be written ({e.strerror}); choose another") from None
+        stored = read_config(workdir) if has_checkpoints(workdir) else None
+        if stored is not None:
+            check_same_config(stored, config, workdir)
+        if jax.process_index() == 0 and (stored is None or not (workdir / "config.json").exists()):
+            write_json(workdir / "config.json", to_json(config))
+        yield
 
 
 def check_same_config(stored: ConfigDict, config: ConfigDict, workdir: Path, group: str = "") -> None:

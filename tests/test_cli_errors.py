@@ -136,3 +136,28 @@ def test_config_file_with_a_mistake_in_it(tmp_path: Path) -> None:
     assert "mine.py" in line
     assert "line 2" in line
     assert "NameError" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("def get_config():\n    return int('x')\n", "ValueError in mine.py, line 2: invalid literal"),
+        ("def get_config():\n    return None\n", "get_config() returned NoneType"),
+        ("x = 3\n", "defines no get_config()"),
+        (
+            "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'seed': 1})\n",
+            "is missing",
+        ),
+    ],
+)
+def test_config_file_that_gives_no_config(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "mine.py").write_text(text)
+    assert expected in error_of("--config=mine.py", cwd=tmp_path)
+
+
+def test_config_in_a_folder_that_is_not_there() -> None:
+    assert "no file '/nowhere/resnet_cifar.py'" in error_of("--config=/nowhere/resnet_cifar.py:20")
+
+
+def test_workdir_that_is_a_url(tiny_npz: Path) -> None:
+    assert "not a URL" in error_of(f"--config={TINY}:{tiny_npz}", "--workdir=gs://bucket/run")

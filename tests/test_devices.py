@@ -1,6 +1,7 @@
 """The number of devices changes nothing but speed: the same batches, losses, counts; few collectives."""
 
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,47 @@ def test_stopped_on_eight_devices_resumed_on_two(tiny_npz: Path, tmp_path: Path)
     assert column(split, "train", "loss")[:11] == column(whole, "train", "loss")[:11]
     np.testing.assert_allclose(column(split, "train", "loss"), column(whole, "train", "loss"), rtol=TOLERANCE)
     np.testing.assert_allclose(column(split, "train", "accuracy_top1"), column(whole, "train", "accuracy_top1"))
+
+
+TWO_PROCESSES = """
+import sys, jax
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(f"localhost:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
+sys.path.insert(0, "tests")
+import tiny
+from jax_resnet.train import train
+config = tiny.get_config(sys.argv[3])
+config.log_every, config.eval.batch_size = 1, 8
+assert jax.process_count() == 2
+print(train(config, sys.argv[4])["splits"])
+"""
+
+
+def test_two_processes_train_as_one(tiny_npz: Path, tmp_path: Path) -> None:
+    one = run(tiny_npz, tmp_path / "one", 1)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", TWO_PROCESSES, str(port)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(i), str(tiny_npz), str(tmp_path / "two")],
+            env=main_env(2),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    outputs = [p.communicate(timeout=300) for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], outputs
+    assert "step 20 of 20" in outputs[0][0]
+    assert "step 20 of 20" not in outputs[1][0]  # process 0 alone reports
+    assert outputs[0][0].splitlines()[-1] == outputs[1][0].splitlines()[-1]
+    two = read_metrics(tmp_path / "two")
+    np.testing.assert_allclose(column(one, "train", "loss"), column(two, "train", "loss"), rtol=TOLERANCE)
+    assert column(two, "eval", "examples") == [37, 37, 37]
 
 
 COLLECTIVES = """

@@ -15,7 +15,7 @@ from jax_resnet.config import default
 from jax_resnet.data import loader
 from jax_resnet.data.loader import eval_batches, train_batch, train_batches
 from jax_resnet.data.order import train_indices
-from jax_resnet.data.source import ArraySplit, Split, open_dataset
+from jax_resnet.data.source import ArraySplit, Pixels, Split, open_dataset
 from jax_resnet.errors import UserError
 
 
@@ -45,7 +45,7 @@ def numbered(count: int) -> ArraySplit:
     """2×2 images; the pixels of each, and its label, are its number."""
     numbers = np.arange(count)
     images = np.broadcast_to(numbers[:, None, None, None], (count, 2, 2, 1)).astype(np.uint8)
-    return ArraySplit("numbered", images, numbers.astype(np.int32), None)
+    return ArraySplit("numbered", images, numbers.astype(np.int32), Pixels(None, 1, None, (1, 1), 1.0))
 
 
 def as_numpy(batches) -> list[dict[str, np.ndarray]]:
@@ -57,6 +57,12 @@ def assert_equal_batches(found, expected) -> None:
         assert a.keys() == b.keys()
         for name in a:
             np.testing.assert_array_equal(a[name], b[name])
+
+
+@pytest.mark.parametrize("seed", [0, 2**31 - 1, 2**31, 2**32 - 1])
+def test_every_record_of_every_epoch_has_its_own_crops(seed):
+    streams = {loader._rng(seed, epoch, record).integers(2**63) for epoch in range(20) for record in range(20)}
+    assert len(streams) == 400
 
 
 # ---- one training batch ----------------------------------------------------------------------------------------------
@@ -206,7 +212,7 @@ def test_a_user_error_in_a_reading_thread_arrives_as_it_is(
     sharding: NamedSharding, batches: Callable[..., Any], threads: int
 ):
     good = numbered(10)
-    split = Faulty(good.name, good.images, good.labels, None)
+    split = Faulty(good.name, good.images, good.labels, good.pixels)
     with pytest.raises(UserError) as e:
         list(batches(split, batch_size=2, sharding=sharding, threads=threads))
     assert str(e.value) == "numbered split: record 7: broken"

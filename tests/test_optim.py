@@ -214,11 +214,6 @@ def test_where_epsilon_stands(name, first_step):
     np.testing.assert_allclose(found["head"]["kernel"], -rate_at(0) * first_step(g, c.epsilon), rtol=1e-4)
 
 
-def test_unknown_optimizer_is_refused():
-    with pytest.raises(UserError, match="sdg"):
-        optim.make_optimizer(ConfigDict(default().optimizer.to_dict() | {"name": "sdg"}), rate_at)
-
-
 # ---- kinds of parameters ---------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from jax_resnet.errors import UserError
 from jax_resnet.job import Job
 from jax_resnet.telemetry import read_metrics
 from jax_resnet.train import train
-from jax_resnet.workdir import read_config
+from jax_resnet.workdir import claimed, read_config
 
 TINY = ROOT / "tests" / "tiny.py"
 
@@ -28,7 +28,7 @@ def final_state(workdir: Path) -> dict[str, Any]:
     """Every array of the newest checkpoint, by name."""
     config = read_config(workdir)
     assert config is not None
-    job = Job.of(config)
+    job = Job(config)
     with Checkpoints(workdir) as checkpoints:
         state = checkpoints.restore(checkpoints.latest_step() or 0, job.abstract_state)
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
@@ -148,9 +148,52 @@ def test_a_checkpoint_of_another_network_names_the_parameter(tiny_config: Config
     tiny_config.stop_after_steps = 1
     train(tiny_config, tmp_path)
     tiny_config.model.widths = (16, 16, 32)
+    other = Job(tiny_config).abstract_state
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.raises(UserError, match=r"stage3/block0/.* is \(.*24.*\) there, \(.*32.*\) here"),
+    ):
+        checkpoints.restore(1, other)
+
+
+def test_a_lost_config_is_taken_from_the_checkpoint(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    tiny_config.stop_after_steps = 1
+    train(tiny_config, tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(UserError, match=r"stage3/block0/.* is \(.*24.*\) there, \(.*32.*\) here"):
+    tiny_config.optimizer.learning_rate = 7.0
+    with pytest.raises(UserError, match=r"optimizer\.learning_rate: 0\.1 there, 7\.0 here"):
         train(tiny_config, tmp_path)
+    tiny_config.optimizer.learning_rate = 0.1
+    train(tiny_config, tmp_path)
+    assert (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{}", "null", '{"batch_size": "abc"}', '{"data": 5}', "\x00"])
+def test_a_damaged_config_is_one_line(tiny_config: ConfigDict, tmp_path: Path, content: str) -> None:
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json: cannot be read") as e:
+        train(tiny_config, tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_a_workdir_in_use_is_refused(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    with claimed(tmp_path, tiny_config), pytest.raises(UserError, match="another process is training in it"):
+        train(tiny_config, tmp_path)
+
+
+def test_an_unreadable_evaluation_image_loses_no_steps(
+    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise UserError("test split: record 5: not an image")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jax_resnet.train.evaluate", broken)
+        with pytest.raises(UserError, match="record 5"):
+            train(tiny_config, tmp_path)
+    train(tiny_config, tmp_path)
+    assert [r["step"] for r in read_metrics(tmp_path) if r["kind"] == "train"] == [1, 5, 8, 9, 10, 15, 16, 20]
 
 
 def test_a_damaged_checkpoint_is_named(tiny_config: ConfigDict, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from jax_resnet.config import default
 from jax_resnet.data import source
-from jax_resnet.data.source import Dataset, EncodedSplit, Split, open_dataset
+from jax_resnet.data.source import Dataset, EncodedSplit, Pixels, Split, open_dataset
 from jax_resnet.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -543,9 +543,7 @@ def test_label_out_of_range_is_named_when_it_is_read():
     png = cv2.imencode(".png", np.zeros((4, 4, 3), np.uint8))[1].tobytes()
     for label in (-1, 3):
         records = [(png, 0, "record 0"), (png, label, "record 1")]
-        split = EncodedSplit(
-            "train", 2, lambda i, r=records: [r[j] for j in i], (4, 4, 3), 3, None, lambda image: image
-        )
+        split = EncodedSplit("train", 2, lambda i, r=records: [r[j] for j in i], 3, Pixels(4, 3, None, (1, 1), 1.0))
         expected = f"train split: record 1 has label {label}; labels must lie in 0 … 2"
         assert read_refusal(split) == expected
 

@@ -22,7 +22,7 @@ def batches(job: Job, stop: int, start: int = 0) -> Any:
 
 
 def test_moves_nothing_implicitly_and_compiles_once(tiny_config: ConfigDict) -> None:
-    job = Job.of(tiny_config)
+    job = Job(tiny_config)
     state = job.fresh_state()
     with jax.transfer_guard("disallow"):
         for batch in batches(job, 4):
@@ -49,7 +49,7 @@ def test_a_longer_run_compiles_no_more(tiny_config: ConfigDict, tmp_path: Path) 
 
 
 def test_state_is_donated(tiny_config: ConfigDict) -> None:
-    job = Job.of(tiny_config)
+    job = Job(tiny_config)
     state = job.fresh_state()
     new, _ = job.train_step(state, next(batches(job, 1)))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
@@ -59,7 +59,7 @@ def test_state_is_donated(tiny_config: ConfigDict) -> None:
 def test_same_seed_same_numbers_other_seed_others(tiny_config: ConfigDict) -> None:
     def after_three_steps(seed: int) -> np.ndarray:
         tiny_config.seed = seed
-        job = Job.of(tiny_config)
+        job = Job(tiny_config)
         state = job.fresh_state()
         for batch in batches(job, 3):
             state, _ = job.train_step(state, batch)
@@ -72,7 +72,7 @@ def test_same_seed_same_numbers_other_seed_others(tiny_config: ConfigDict) -> No
 
 def test_bfloat16_keeps_parameters_statistics_and_optimizer_in_float32(tiny_config: ConfigDict) -> None:
     tiny_config.dtype = "bfloat16"
-    job = Job.of(tiny_config)
+    job = Job(tiny_config)
     state, sums = job.train_step(job.fresh_state(), next(batches(job, 1)))
     floats = [x for x in jax.tree.leaves(state) if np.issubdtype(x.dtype, np.floating) or x.dtype == jax.numpy.bfloat16]
     assert {x.dtype.name for x in floats} == {"float32"}
@@ -85,14 +85,17 @@ def test_bfloat16_keeps_parameters_statistics_and_optimizer_in_float32(tiny_conf
 
 def test_a_nan_ends_the_run_in_one_line(tiny_config: ConfigDict, tmp_path: Path) -> None:
     tiny_config.optimizer.learning_rate = 1e20
-    with pytest.raises(Exception, match=r"the loss is nan at step \d+.*learning_rate") as e:
+    with pytest.raises(Exception, match=r"the (loss|state) is no longer finite at step \d+.*learning_rate") as e:
         train(tiny_config, tmp_path)
     assert type(e.value).__name__ == "UserError"
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))  # nothing that is no number is saved
+    tiny_config.optimizer.learning_rate = 0.1
+    assert train(tiny_config, tmp_path)["step"] == 20  # and the advice can be followed in the same workdir
 
 
 def test_the_fresh_state_is_the_network_of_that_seed(tiny_config: ConfigDict) -> None:
     tiny_config.seed = 3
-    fresh = Job.of(tiny_config).fresh_state().params
+    fresh = Job(tiny_config).fresh_state().params
     rngs = nnx.Rngs(params=jax.random.key(3))
     model = create_model("cifar_resnet8", num_classes=4, in_channels=1, widths=(16, 16, 24), rngs=rngs)
     jax.tree.map(

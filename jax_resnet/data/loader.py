@@ -22,12 +22,13 @@ def train_batch(split: Split, step: int, *, seed: int, batch_size: int, rows: np
     """
     indices, epochs = train_indices(seed, step, batch_size=batch_size, num_examples=len(split))
     indices, epochs = indices[rows], epochs[rows]
-    rngs = [
-        np.random.Generator(np.random.Philox(key=(seed << 32 | int(epoch), int(record))))
-        for epoch, record in zip(epochs, indices, strict=True)
-    ]
+    rngs = [_rng(seed, *of) for of in zip(epochs, indices, strict=True)] if split.crops_at_random else None
     images, labels = split.read(indices, rngs)
     return {"image": images, "label": labels}
+
+
+def _rng(seed: int, epoch: int, record: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=np.array([seed << 32 | int(epoch), record], np.uint64)))
 
 
 def train_batches(

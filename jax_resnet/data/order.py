@@ -7,7 +7,8 @@ import numpy as np
 
 @lru_cache(maxsize=4)  # a batch touches two epochs at most unless it is larger than one; threads read ahead by a few
 def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    permutation = np.random.Generator(np.random.Philox(key=(seed, epoch))).permutation(num_examples)
+    key = np.array([seed, epoch | 1 << 63], np.uint64)  # the high bit: no record's key (loader.py) has it
+    permutation = np.random.Generator(np.random.Philox(key=key)).permutation(num_examples)
     permutation.setflags(write=False)
     return permutation
 

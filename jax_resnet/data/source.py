@@ -27,6 +27,9 @@ EVAL_SPLITS = ("validation", "val", "valid", "test")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
+Records = Callable[[Sequence[int]], list[tuple[bytes, int, str]]]
+
+
 class Split(Protocol):
     """One part of a dataset."""
 
@@ -38,6 +41,11 @@ class Split(Protocol):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width, channels."""
+        ...
+
+    @property
+    def crops_at_random(self) -> bool:
+        """Whether `read` uses its generators: they are worth making only then."""
         ...
 
     def __len__(self) -> int: ...
@@ -62,28 +70,67 @@ class Dataset:
 
 
 @dataclass(frozen=True)
+class Pixels:
+    """What becomes of an image on the host before it joins a batch: the same whether it was decoded or in memory."""
+
+    size: int | None  # pixels a side; None: those the image has
+    channels: int
+    random_area: tuple[float, float] | None  # shares that random-resized crops cover; None: no such crops
+    random_ratio: tuple[float, float]
+    eval_crop: float  # share of the short side that evaluation keeps
+
+    @classmethod
+    def of(cls, c: ConfigDict, size: int | None) -> "Pixels":
+        """As `config.data` says. Only what is trained on random-resized crops is evaluated on a crop."""
+        random = c.crop == "random_resized"
+        area, ratio = tuple(c.crop_area), tuple(c.crop_ratio)
+        return cls(size, c.channels, area if random else None, ratio, c.eval_crop if random else 1.0)
+
+    def leaves_alone(self, height: int, width: int) -> bool:
+        """Whether images of that size come out as they went in."""
+        same = self.size is None or (height, width) == (self.size, self.size)
+        return same and self.random_area is None and self.eval_crop == 1
+
+    def crop(self, image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        """uint8 [H, W, channels] → [size, size, channels]: at random with `rng`, else the centre."""
+        if self.size is None:
+            return image
+        if rng is not None and self.random_area is not None:
+            return image_ops.random_resized_crop(image, self.size, self.random_area, self.random_ratio, rng)
+        return image_ops.resize_and_center_crop(image, self.size, self.eval_crop)
+
+
+@dataclass(frozen=True)
 class ArraySplit:
     """Images of one size, in memory."""
 
     name: str
-    images: np.ndarray  # uint8 [N, H, W, C]
+    images: np.ndarray  # uint8 [N, H, W, 1 or 3]
     labels: np.ndarray  # int32 [N]
-    random_crop: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None  # of training images, on the host
+    pixels: Pixels
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Height, width, channels."""
-        return self.images.shape[1:]
+        """Height, width, channels of what `read` gives."""
+        height, width = self.images.shape[1:3]
+        return (self.pixels.size or height, self.pixels.size or width, self.pixels.channels)
+
+    @property
+    def crops_at_random(self) -> bool:
+        """Whether `read` uses its generators."""
+        return self.pixels.random_area is not None
 
     def __len__(self) -> int:
         return len(self.images)
 
     def read(self, indices: np.ndarray, rngs: Sequence[np.random.Generator] | None) -> tuple[np.ndarray, np.ndarray]:
         """See Split."""
-        images = self.images[indices]
-        if rngs is not None and self.random_crop is not None:
-            for row, rng in enumerate(rngs):
-                images[row] = self.random_crop(images[row], rng)
+        found = image_ops.with_channels(self.images[indices], self.pixels.channels)
+        if self.pixels.leaves_alone(*found.shape[1:3]):
+            return found, self.labels[indices]
+        images = np.empty((len(indices), *self.image_shape), np.uint8)
+        for row, image in enumerate(found):
+            images[row] = self.pixels.crop(image, rngs[row] if rngs else None)
         return images, self.labels[indices]
 
 
@@ -93,11 +140,20 @@ class EncodedSplit:
 
     name: str
     size: int
-    records: Callable[[Sequence[int]], list[tuple[bytes, int, str]]]
-    image_shape: tuple[int, int, int]
+    records: Records
     num_classes: int
-    random_crop: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None
-    center_crop: Callable[[np.ndarray], np.ndarray]
+    pixels: Pixels
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width, channels of what `read` gives."""
+        side = self.pixels.size or 0
+        return (side, side, self.pixels.channels)
+
+    @property
+    def crops_at_random(self) -> bool:
+        """Whether `read` uses its generators."""
+        return self.pixels.random_area is not None
 
     def __len__(self) -> int:
         return self.size
@@ -108,16 +164,14 @@ class EncodedSplit:
         labels = np.empty(len(indices), np.int32)
         for row, (data, label, name) in enumerate(self.records(indices.tolist())):
             try:
-                image = image_ops.decode(data, self.image_shape[-1])
+                image = image_ops.decode(data, self.pixels.channels)
             except ValueError as e:
                 raise UserError(f"{self.name} split: {name}: {e}; repair or remove it") from None
             if not 0 <= label < self.num_classes:
                 raise UserError(
                     f"{self.name} split: {name} has label {label}; labels must lie in 0 … {self.num_classes - 1}"
                 )
-            crop_at_random = rngs is not None and self.random_crop is not None
-            images[row] = self.random_crop(image, rngs[row]) if crop_at_random else self.center_crop(image)  # type: ignore
-            labels[row] = label
+            images[row], labels[row] = self.pixels.crop(image, rngs[row] if rngs else None), label
         return images, labels
 
 
@@ -128,6 +182,8 @@ def open_dataset(c: ConfigDict) -> Dataset:
     labels are out of range.
     """
     kind, colon, path = c.name.partition(":")
+    if c.name in ("", "npz", "folder"):
+        raise UserError(f"config.data.name={c.name}: give a TFDS name, folder:PATH, npz:PATH or digits")
     if c.holdout and not (colon and kind == "folder"):
         raise UserError(f"config.data.holdout={c.holdout}: only a folder is split by it, not {c.name}")
     if (c.train_split or c.eval_split) and colon and kind == "npz":
@@ -201,19 +257,14 @@ def _in_memory(
             f"{source}: {name} label {labels[bad[0]]} of record {bad[0]} is out of range; "
             f"labels must lie in 0 … {num_classes - 1}"
         )
-    images = image_ops.with_channels(images, c.channels)
     size = c.image_size
-    if size and images.shape[1:3] != (size, size):
-        resized = np.empty((len(images), size, size, c.channels), np.uint8)
-        for i, image in enumerate(images):
-            resized[i] = image_ops.resize(image, size, size)
-        images = resized
-    if c.crop == "random_resized" and images.shape[1] != images.shape[2]:
-        raise UserError(
-            f"{source}: random-resized crops are square, the images {images.shape[1:3]}; set config.data.image_size"
-        )
-    crop = _random_crop(c, images.shape[1]) if c.crop == "random_resized" else None
-    return ArraySplit(name, images, labels.astype(np.int32), crop)
+    if size is None and c.crop == "random_resized":
+        size = images.shape[1]
+        if images.shape[1] != images.shape[2]:
+            raise UserError(
+                f"{source}: random-resized crops are square, the images {images.shape[1:3]}; set config.data.image_size"
+            )
+    return ArraySplit(name, images, labels.astype(np.int32), Pixels.of(c, size))
 
 
 # ---- a folder of class folders ---------------------------------------------------------------------------------------
@@ -221,7 +272,7 @@ def _in_memory(
 
 def _open_folder(path: str, c: ConfigDict) -> Dataset:
     root = Path(path).expanduser()
-    if not root.is_dir():
+    if not path or not root.is_dir():
         raise UserError(f"folder:{path}: no such folder")
     subfolders = {d.name: d for d in sorted(root.iterdir()) if d.is_dir() and not d.name.startswith(".")}
     train_name = c.train_split or "train"
@@ -246,7 +297,7 @@ def _open_folder(path: str, c: ConfigDict) -> Dataset:
         train_files, eval_files = _hold_out(_class_files(root, path), c.holdout)
     else:
         raise UserError(
-            f"folder:{path}: neither train/ and {EVAL_SPLITS[0]}/ in it nor a stated split; to keep a "
+            f"folder:{path}: neither train/ and val/ in it nor a stated split; to keep a "
             "fifth of each class for evaluation: --config.data.holdout=0.2"
         )
     classes = tuple(train_files)
@@ -295,33 +346,16 @@ def _files_split(name: str, files: dict[str, list[Path]], classes: Sequence[str]
     return _encoded(name, len(listed), records, len(classes), c)
 
 
-def _encoded(
-    name: str,
-    size: int,
-    records: Callable[[Sequence[int]], list[tuple[bytes, int, str]]],
-    num_classes: int,
-    c: ConfigDict,
-) -> EncodedSplit:
-    pixels, channels, eval_crop = c.image_size, c.channels, c.eval_crop
-    if pixels is None:
+def _encoded(name: str, size: int, records: Records, num_classes: int, c: ConfigDict) -> EncodedSplit:
+    if c.image_size is None:
         raise UserError(
             f"config.data.name={c.name}: its images differ in size; "
             "say which the network gets: --config.data.image_size=224"
         )
-    return EncodedSplit(
-        name,
-        size,
-        records,
-        (pixels, pixels, channels),
-        num_classes,
-        _random_crop(c, pixels) if c.crop == "random_resized" else None,
-        lambda image: image_ops.resize_and_center_crop(image, pixels, eval_crop),
-    )
-
-
-def _random_crop(c: ConfigDict, size: int) -> Callable[[np.ndarray, np.random.Generator], np.ndarray]:
-    area, ratio = tuple(c.crop_area), tuple(c.crop_ratio)
-    return lambda image, rng: image_ops.random_resized_crop(image, size, area, ratio, rng)
+    split = EncodedSplit(name, size, records, num_classes, Pixels.of(c, c.image_size))
+    if size:
+        split.read(np.zeros(1, np.int64), None)  # what is wrong with all of it shows now, not after an epoch
+    return split
 
 
 # ---- TensorFlow Datasets ---------------------------------------------------------------------------------------------
@@ -377,7 +411,7 @@ def _open_tfds(name: str, c: ConfigDict) -> Dataset:
 def _decode_all(
     name: str,
     size: int,
-    records: Callable[[Sequence[int]], list[tuple[bytes, int, str]]],
+    records: Records,
     shape: tuple[int, int],
     num_classes: int,
     c: ConfigDict,

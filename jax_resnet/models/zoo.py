@@ -79,8 +79,11 @@ def create_model(
         model.eval()
         logits = model(images)
 
-    Raises UserError for an unknown name or option.
+    Training with dropout needs keys for it: `model(images, rngs=nnx.Rngs(dropout=0))`.
+    Raises UserError for an unknown name or option, or fewer than one class.
     """
+    if num_classes < 1:
+        raise UserError(f"model {name!r}: num_classes={num_classes} must be at least 1")
     return ResNet(
         model_spec(name, **overrides), num_classes=num_classes, in_channels=in_channels, dtype=dtype, rngs=rngs
     )
