@@ -27,9 +27,8 @@ def run() -> None:
     if FLAGS.config is not None:
         validate(FLAGS.config)
     workdir = FLAGS.workdir or default_workdir()
-    # JAX is loaded here: a mistyped flag should not wait for it.
     if FLAGS.mode == "eval":
-        from jax_resnet.evaluate import evaluate_checkpoint
+        from jax_resnet.evaluate import evaluate_checkpoint  # loads JAX, for which a mistyped flag should not wait
 
         evaluate_checkpoint(workdir, config=FLAGS.config, which=FLAGS.checkpoint)
     else:
@@ -69,7 +68,7 @@ def _fail(error: UserError) -> int:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.ERROR)  # until the flags are parsed
     try:
         return parse_flags(argv)
     except UserError as e:
