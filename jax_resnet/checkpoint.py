@@ -22,23 +22,28 @@ def _best(metrics: Mapping[str, float]) -> float:
 class Checkpoints:
     """The checkpoints under workdir/checkpoints: the latest `keep_latest`, and the best by evaluated accuracy.
 
-    A context manager: leaving it waits until what was saved is on disk.
+    Without `keep_latest` they are only read, also beside a process that is still saving. A context manager: leaving it
+    waits until what was saved is on disk.
     """
 
-    def __init__(self, workdir: Path, keep_latest: int = 2):
+    def __init__(self, workdir: Path, keep_latest: int | None = None):
         self.directory = workdir.absolute() / "checkpoints"
-        policy = keep.AnyPreservationPolicy(
-            [
-                keep.LatestN(keep_latest),
-                keep.BestN(get_metric_fn=_best, n=1, keep_checkpoints_without_metrics=False),
-            ]
-        )
         # best_fn makes Orbax write the metrics, without which the best step is forgotten at a restart.
-        options = ocp.CheckpointManagerOptions(
-            best_fn=_best, best_mode="max", preservation_policy=policy, cleanup_tmp_directories=True
-        )
+        options: dict[str, Any] = {"best_fn": _best, "best_mode": "max"}
+        if keep_latest is None:
+            options["read_only"] = True
+        else:
+            options["cleanup_tmp_directories"] = True
+            options["preservation_policy"] = keep.AnyPreservationPolicy(
+                [
+                    keep.LatestN(keep_latest),
+                    keep.BestN(get_metric_fn=_best, n=1, keep_checkpoints_without_metrics=False),
+                ]
+            )
         handlers = {"state": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=ocp.CheckpointManagerOptions(**options), item_handlers=handlers
+        )
 
     def __enter__(self) -> "Checkpoints":
         return self

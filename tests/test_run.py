@@ -180,3 +180,14 @@ def test_digits_reach_the_stated_accuracy(tmp_path: Path) -> None:
     print("right of 360:", right)
     assert min(right) >= 355
     assert np.mean(right) >= 357
+
+
+def test_evaluating_leaves_a_save_in_progress_alone(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    tiny_config.stop_after_steps = 8
+    train(tiny_config, tmp_path)
+    saving = tmp_path / "checkpoints" / "9.orbax-checkpoint-tmp"
+    saving.mkdir()
+    before = set(tmp_path.rglob("*"))
+    assert evaluate_checkpoint(tmp_path)["step"] == 8
+    assert saving.is_dir()
+    assert set(tmp_path.rglob("*")) - before == {tmp_path / "eval.json"}
