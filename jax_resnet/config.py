@@ -131,13 +131,13 @@ def in_steps(length: ConfigDict, what: str, *, batch_size: int, num_examples: in
 
 def validate(c: ConfigDict) -> None:
     """Checks all that can be checked without the data; raises UserError with one line for the first fault."""
-    ref = default()
-    known = dict(_leaves(ref))
-    for key, _ in _leaves(c):
+    known = dict(_leaves(default()))
+    given = dict(_leaves(c))
+    for key in given:
         if key not in known:
             raise UserError(f"config.{key}: no such key; {_near_key(key, list(known))}")
     for key in known:
-        if key not in dict(_leaves(c)):
+        if key not in given:
             raise UserError(f"config.{key} is missing: start the config file from jax_resnet.config.default()")
     choose("config.dtype", c.dtype, DTYPES)
     choose("config.optimizer.name", c.optimizer.name, OPTIMIZERS)

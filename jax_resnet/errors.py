@@ -28,9 +28,8 @@ def did_you_mean(name: str, known: Iterable[str], *, listed: int = 12) -> str:
     return f"known: {', '.join(known[:listed])}{more}" if known else "none are known"
 
 
-def choose(what: str, name: str, known: Iterable[str]) -> str:
-    """`name` if it is among `known`; raises UserError naming `what` and the nearest otherwise."""
+def choose(what: str, name: str, known: Iterable[str]) -> None:
+    """Raises UserError naming `what` and the nearest known name, unless `name` is among `known`."""
     known = list(known)
     if name not in known:
         raise UserError(f"{what}: unknown name {name!r}; {did_you_mean(str(name), known)}")
-    return name
