@@ -14,8 +14,8 @@ from jax_resnet.errors import UserError
 # Each parameter is of the one kind whose rule its path fits; weight decay speaks of kinds.
 KIND_RULES = {
     "kernel": r".*/kernel|kernel",
-    "norm": r"(.*/)?(bn\d*|norm)/(scale|bias)",
-    "bias": r"(.*/)?(?!bn\d*/|norm/)[^/]+/bias",
+    "norm": r"(.*/)?norm\d*/(scale|bias|v|tau)",
+    "bias": r"(.*/)?(?!norm\d*/)[^/]+/bias",
 }
 
 

@@ -103,12 +103,12 @@ def test_peak_follows_the_batch_unless_the_reference_is_0(batch_size, reference,
 # ---- optimizers ------------------------------------------------------------------------------------------------------
 
 SHAPES = {  # one parameter or more of each kind, under the names the networks use
-    "stem": {"conv1": {"kernel": (3, 3, 2, 4)}, "bn1": {"scale": (4,), "bias": (4,)}},
+    "stem": {"conv1": {"kernel": (3, 3, 2, 4)}, "norm1": {"scale": (4,), "bias": (4,)}},
     "norm": {"scale": (4,), "bias": (4,)},
     "head": {"kernel": (4, 3), "bias": (3,)},
 }
 KINDS = {
-    "stem": {"conv1": {"kernel": "kernel"}, "bn1": {"scale": "norm", "bias": "norm"}},
+    "stem": {"conv1": {"kernel": "kernel"}, "norm1": {"scale": "norm", "bias": "norm"}},
     "norm": {"scale": "norm", "bias": "norm"},
     "head": {"kernel": "kernel", "bias": "bias"},
 }
@@ -233,7 +233,7 @@ def test_every_parameter_of_a_network_has_the_kind_of_its_layer(name):
     assert found == expected
 
 
-@pytest.mark.parametrize("path", ["stem/gamma", "bn1/offset", "stage1/block0/conv1/weight", "bias", "se/scale"])
+@pytest.mark.parametrize("path", ["stem/gamma", "norm1/offset", "stage1/block0/conv1/weight", "bias", "se/scale"])
 def test_parameter_with_a_strange_name_is_an_error_that_names_it(path):
     tree: Any = np.zeros(1)
     for key in reversed(path.split("/")):

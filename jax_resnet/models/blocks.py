@@ -1,18 +1,32 @@
 """Residual blocks (He et al. 2015, 2016) and their shortcuts.
 
-A block maps [N, H, W, in_features] to [N, ⌈H/stride⌉, ⌈W/stride⌉, planes · expansion].
+A block maps [N, H, W, in_features] to [N, ⌈H/stride⌉, ⌈W/stride⌉, widths[-1]], where `widths` are the channels that its
+convolutions give. `scale`, [N, 1, 1, 1] or None, multiplies the residual: stochastic depth.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_resnet.models.layers import BatchNorm, avg_pool
+from jax_resnet.models.layers import avg_pool
 
-ConvFactory = Callable[..., nnx.Conv]  # layers.conv with the dtype and rngs filled in
-NormFactory = Callable[..., BatchNorm]  # layers.BatchNorm with grouping, momentum and epsilon filled in
+
+@dataclass(frozen=True)
+class Parts:
+    """What the blocks of a stage are built from, with the network's choices filled in."""
+
+    conv: Callable[..., nnx.Conv]  # (in_features, out_features, kernel_size, stride=, groups=)
+    norm: Callable[..., nnx.Module]  # (features, activation=, zero_scale=)
+    shortcut: str  # A, B or D
+    shortcut_kernel: int = 1
+    groups: int = 1  # of the bottleneck's 3×3 convolution
+    attention: Callable[[int], nnx.Module] | None = None  # (features), over the residual
+    antialias: Callable[[jax.Array], jax.Array] | None = None  # halves the image, in place of a convolution's stride
+    zero_init_last: bool = False
+    stride_in_1x1: bool = False
 
 
 class Shortcut(nnx.Module):
@@ -21,26 +35,18 @@ class Shortcut(nnx.Module):
     kind "A": every stride-th pixel, zeros for the new channels, half on either side (He et al. 2015, section 3.3; the
     placing of the zeros is that of the usual CIFAR code). "B": strided 1×1 convolution and norm. "D": 2×2 average pool,
     then 1×1 convolution and norm, so that no pixel is dropped (He et al. 2018, "Bag of tricks", section 4.2).
-    Pre-activation blocks leave out the norm.
+    Pre-activation blocks leave out the norm. A wider kernel is used only with a stride.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        stride: int,
-        kind: str,
-        *,
-        conv: ConvFactory,
-        norm: NormFactory | None,
-    ):
-        self.kind, self.stride, self.new_channels = kind, stride, out_features - in_features
-        if kind not in ("A", "B", "D"):
-            raise ValueError(f"shortcut {kind!r}: must be A, B or D")
-        if kind != "A":
-            self.conv = conv(in_features, out_features, 1, stride=1 if kind == "D" else stride)
-            if norm is not None:
-                self.bn = norm(out_features)
+    def __init__(self, in_features: int, out_features: int, stride: int, parts: Parts, *, norm: bool):
+        self.kind, self.stride, self.new_channels = parts.shortcut, stride, out_features - in_features
+        if self.kind not in ("A", "B", "D"):
+            raise ValueError(f"shortcut {self.kind!r}: must be A, B or D")
+        if self.kind != "A":
+            kernel_size = parts.shortcut_kernel if stride > 1 else 1
+            self.conv = parts.conv(in_features, out_features, kernel_size, stride=1 if self.kind == "D" else stride)
+            if norm:
+                self.norm = parts.norm(out_features)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.kind == "A":
@@ -50,7 +56,7 @@ class Shortcut(nnx.Module):
         if self.kind == "D" and self.stride > 1:
             x = avg_pool(x)
         x = self.conv(x)
-        return self.bn(x) if hasattr(self, "bn") else x
+        return self.norm(x) if hasattr(self, "norm") else x
 
 
 class BasicBlock(nnx.Module):
@@ -58,114 +64,103 @@ class BasicBlock(nnx.Module):
 
     expansion = 1
 
-    def __init__(
-        self,
-        in_features: int,
-        planes: int,
-        stride: int,
-        *,
-        shortcut: str,
-        zero_init_last: bool,
-        conv: ConvFactory,
-        norm: NormFactory,
-    ):
-        self.conv1, self.bn1 = conv(in_features, planes, 3, stride=stride), norm(planes)
-        self.conv2, self.bn2 = conv(planes, planes, 3), norm(planes, zero_scale=zero_init_last)
-        self.shortcut = _shortcut(in_features, planes, stride, shortcut, conv=conv, norm=norm)
+    def __init__(self, in_features: int, widths: tuple[int, int], stride: int, parts: Parts):
+        inner, out = widths
+        self.antialias = parts.antialias if stride > 1 else None
+        self.conv1 = parts.conv(in_features, inner, 3, stride=1 if self.antialias else stride)
+        self.norm1 = parts.norm(inner, activation=True)
+        self.conv2 = parts.conv(inner, out, 3)
+        self.norm2 = parts.norm(out, zero_scale=parts.zero_init_last)
+        self.attention = parts.attention and parts.attention(out)
+        self.shortcut = _shortcut(in_features, out, stride, parts, norm=True)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = nnx.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+    def __call__(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+        y = self.norm1(self.conv1(x))
+        y = self.antialias(y) if self.antialias else y
+        y = self.norm2(self.conv2(y))
+        y = self.attention(y) if self.attention else y
+        return nnx.relu(_scaled(y, scale) + (self.shortcut(x) if self.shortcut else x))
 
 
 class Bottleneck(nnx.Module):
     """1×1 reduce, 3×3, 1×1 expand by 4 (He et al. 2015, figure 5 right).
 
-    `inner` is the width of the 3×3 convolution, `planes` unless the network is wide. The stride sits on the 3×3
-    convolution ("v1.5", as in torchvision), or on the first 1×1 with `stride_in_1x1` (the paper's v1).
+    The stride sits on the 3×3 convolution ("v1.5", as in torchvision), or on the first 1×1 with `stride_in_1x1` (the
+    paper's v1).
     """
 
     expansion = 4
 
-    def __init__(
-        self,
-        in_features: int,
-        planes: int,
-        stride: int,
-        *,
-        shortcut: str,
-        zero_init_last: bool,
-        conv: ConvFactory,
-        norm: NormFactory,
-        inner: int | None = None,
-        stride_in_1x1: bool = False,
-    ):
-        inner, out = inner or planes, planes * self.expansion
-        self.conv1, self.bn1 = conv(in_features, inner, 1, stride=stride if stride_in_1x1 else 1), norm(inner)
-        self.conv2, self.bn2 = conv(inner, inner, 3, stride=1 if stride_in_1x1 else stride), norm(inner)
-        self.conv3, self.bn3 = conv(inner, out, 1), norm(out, zero_scale=zero_init_last)
-        self.shortcut = _shortcut(in_features, out, stride, shortcut, conv=conv, norm=norm)
+    def __init__(self, in_features: int, widths: tuple[int, int, int], stride: int, parts: Parts):
+        first, inner, out = widths
+        self.antialias = parts.antialias if stride > 1 else None
+        stride1, stride2 = (stride, 1) if parts.stride_in_1x1 else (1, 1 if self.antialias else stride)
+        self.conv1 = parts.conv(in_features, first, 1, stride=stride1)
+        self.norm1 = parts.norm(first, activation=True)
+        self.conv2 = parts.conv(first, inner, 3, stride=stride2, groups=parts.groups)
+        self.norm2 = parts.norm(inner, activation=True)
+        self.conv3 = parts.conv(inner, out, 1)
+        self.norm3 = parts.norm(out, zero_scale=parts.zero_init_last)
+        self.attention = parts.attention and parts.attention(out)
+        self.shortcut = _shortcut(in_features, out, stride, parts, norm=True)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = nnx.relu(self.bn1(self.conv1(x)))
-        y = nnx.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+    def __call__(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+        y = self.norm1(self.conv1(x))
+        y = self.norm2(self.conv2(y))
+        y = self.antialias(y) if self.antialias else y
+        y = self.norm3(self.conv3(y))
+        y = self.attention(y) if self.attention else y
+        return nnx.relu(_scaled(y, scale) + (self.shortcut(x) if self.shortcut else x))
 
 
 class PreActBasicBlock(nnx.Module):
-    """Norm and ReLU before each convolution (He et al. 2016, "Identity mappings", figure 4e); the block of WRN too."""
+    """Norm and activation before each convolution (He et al. 2016, "Identity mappings", figure 4e); WRN's block too."""
 
     expansion = 1
 
-    def __init__(
-        self, in_features: int, planes: int, stride: int, *, shortcut: str, conv: ConvFactory, norm: NormFactory
-    ):
-        self.bn1, self.conv1 = norm(in_features), conv(in_features, planes, 3, stride=stride)
-        self.bn2, self.conv2 = norm(planes), conv(planes, planes, 3)
-        self.shortcut = _shortcut(in_features, planes, stride, shortcut, conv=conv, norm=None)
+    def __init__(self, in_features: int, widths: tuple[int, int], stride: int, parts: Parts):
+        inner, out = widths
+        self.norm1 = parts.norm(in_features, activation=True)
+        self.conv1 = parts.conv(in_features, inner, 3, stride=stride)
+        self.norm2 = parts.norm(inner, activation=True)
+        self.conv2 = parts.conv(inner, out, 3)
+        self.shortcut = _shortcut(in_features, out, stride, parts, norm=False)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        active = nnx.relu(self.bn1(x))
+    def __call__(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+        active = self.norm1(x)
         y = self.conv1(active)
-        y = self.conv2(nnx.relu(self.bn2(y)))
-        return y + (x if self.shortcut is None else self.shortcut(active))
+        y = self.conv2(self.norm2(y))
+        return _scaled(y, scale) + (self.shortcut(active) if self.shortcut else x)
 
 
 class PreActBottleneck(nnx.Module):
-    """The bottleneck with norm and ReLU before each convolution, the stride on the 3×3."""
+    """The bottleneck with norm and activation before each convolution, the stride on the 3×3."""
 
     expansion = 4
 
-    def __init__(
-        self,
-        in_features: int,
-        planes: int,
-        stride: int,
-        *,
-        shortcut: str,
-        conv: ConvFactory,
-        norm: NormFactory,
-        inner: int | None = None,
-    ):
-        inner, out = inner or planes, planes * self.expansion
-        self.bn1, self.conv1 = norm(in_features), conv(in_features, inner, 1)
-        self.bn2, self.conv2 = norm(inner), conv(inner, inner, 3, stride=stride)
-        self.bn3, self.conv3 = norm(inner), conv(inner, out, 1)
-        self.shortcut = _shortcut(in_features, out, stride, shortcut, conv=conv, norm=None)
+    def __init__(self, in_features: int, widths: tuple[int, int, int], stride: int, parts: Parts):
+        first, inner, out = widths
+        self.norm1 = parts.norm(in_features, activation=True)
+        self.conv1 = parts.conv(in_features, first, 1)
+        self.norm2 = parts.norm(first, activation=True)
+        self.conv2 = parts.conv(first, inner, 3, stride=stride, groups=parts.groups)
+        self.norm3 = parts.norm(inner, activation=True)
+        self.conv3 = parts.conv(inner, out, 1)
+        self.shortcut = _shortcut(in_features, out, stride, parts, norm=False)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        active = nnx.relu(self.bn1(x))
+    def __call__(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
+        active = self.norm1(x)
         y = self.conv1(active)
-        y = self.conv2(nnx.relu(self.bn2(y)))
-        y = self.conv3(nnx.relu(self.bn3(y)))
-        return y + (x if self.shortcut is None else self.shortcut(active))
+        y = self.conv2(self.norm2(y))
+        y = self.conv3(self.norm3(y))
+        return _scaled(y, scale) + (self.shortcut(active) if self.shortcut else x)
 
 
-def _shortcut(
-    in_features: int, out_features: int, stride: int, kind: str, *, conv: ConvFactory, norm: NormFactory | None
-) -> Shortcut | None:
+def _shortcut(in_features: int, out_features: int, stride: int, parts: Parts, *, norm: bool) -> Shortcut | None:
     if stride == 1 and in_features == out_features:
         return None
-    return Shortcut(in_features, out_features, stride, kind, conv=conv, norm=norm)
+    return Shortcut(in_features, out_features, stride, parts, norm=norm)
+
+
+def _scaled(residual: jax.Array, scale: jax.Array | None) -> jax.Array:
+    return residual if scale is None else residual * scale.astype(residual.dtype)

@@ -1,5 +1,8 @@
 """The layers that Flax does not have in the form residual networks need."""
 
+import math
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -15,6 +18,8 @@ def conv(
     kernel_size: int,
     *,
     stride: int = 1,
+    groups: int = 1,
+    standardise: bool = False,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
@@ -24,12 +29,13 @@ def conv(
     published in torch: on ResNet-50 by 7 % of the largest logit.
     """
     pad = kernel_size // 2
-    return nnx.Conv(
+    return (StandardisedConv if standardise else nnx.Conv)(
         in_features,
         out_features,
         (kernel_size, kernel_size),
         strides=stride,
         padding=((pad, pad), (pad, pad)),
+        feature_group_count=groups,
         use_bias=False,
         dtype=dtype,
         param_dtype=jnp.float32,
@@ -38,39 +44,69 @@ def conv(
     )
 
 
-class BatchNorm(nnx.Module):
-    """Batch normalisation (Ioffe and Szegedy 2015) over stated groups of examples.
+class StandardisedConv(nnx.Conv):
+    """A convolution whose kernel is shifted and scaled, for each output channel, to mean 0 and variance 1.
+
+    Qiao et al. 2019, "Micro-batch training with batch-channel normalization and weight standardization"; the epsilon is
+    that of BiT (Kolesnikov et al. 2019). The kernel is standardised in float32, then cast.
+    """
+
+    EPSILON = 1e-8
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
+        """[N, H, W, in_features] → [N, H', W', out_features]."""
+        kernel = self.kernel[...]
+        strides: Any = (self.strides, self.strides)
+        padding: Any = self.padding
+        centred = kernel - kernel.mean((0, 1, 2))
+        kernel = centred * jax.lax.rsqrt(jnp.square(centred).mean((0, 1, 2)) + self.EPSILON)
+        return jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            strides,
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=self.feature_group_count,
+        )
+
+
+class _Norm(nnx.Module):
+    """Scale and bias for each channel, float32, and whether the activation is part of it.
+
+    What a norm computes is float32 whatever the input's dtype; the result is cast to it once.
+    """
+
+    def __init__(self, features: int, *, activation: bool = False, zero_scale: bool = False, epsilon: float = 1e-5):
+        self.scale = nnx.Param(jnp.zeros(features) if zero_scale else jnp.ones(features))
+        self.bias = nnx.Param(jnp.zeros(features))
+        self.activation = activation
+        self.epsilon = epsilon
+
+    def _activate(self, x: jax.Array) -> jax.Array:
+        return nnx.relu(x) if self.activation else x
+
+
+class BatchNorm(_Norm):
+    """Batch normalisation (Ioffe and Szegedy 2015) over stated groups of examples, then ReLU if `activation`.
 
     The batch is cut into runs of `group_size` consecutive examples, each normalised by its own statistics; None means
     one group, the whole batch over all devices. What is computed therefore does not depend on how many devices hold the
     batch; when each device holds whole groups, no statistics travel between them. Running statistics follow the mean
     over groups, with the unbiased variance, as torch keeps it.
-
-    Statistics and the affine map are float32 whatever the input's dtype; the result is cast to it once.
     """
 
-    def __init__(
-        self,
-        features: int,
-        *,
-        group_size: int | None = None,
-        momentum: float = 0.9,
-        epsilon: float = 1e-5,
-        zero_scale: bool = False,
-    ):
-        self.scale = nnx.Param(jnp.zeros(features) if zero_scale else jnp.ones(features))
-        self.bias = nnx.Param(jnp.zeros(features))
+    def __init__(self, features: int, *, group_size: int | None = None, momentum: float = 0.9, **options: Any):
+        super().__init__(features, **options)
         self.mean = nnx.BatchStat(jnp.zeros(features))
         self.var = nnx.BatchStat(jnp.ones(features))
         self.group_size = group_size
         self.momentum = momentum
-        self.epsilon = epsilon
         self.use_running_average = False  # model.eval() sets it
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [N, H, W, C] → the same shape and dtype. Raises ValueError if the groups do not divide N in training."""
         if self.use_running_average:
-            return self._normalise(x.astype(jnp.float32), self.mean[...], self.var[...]).astype(x.dtype)
+            return self._activate(self._normalise(x.astype(jnp.float32), self.mean[...], self.var[...]).astype(x.dtype))
         n, h, w, c = x.shape
         size = n if self.group_size is None else self.group_size
         if n % size:
@@ -86,18 +122,146 @@ class BatchNorm(nnx.Module):
         self.mean.set_value(keep * self.mean[...] + (1 - keep) * mean.mean(0))
         self.var.set_value(keep * self.var[...] + (1 - keep) * var.mean(0) * (count / max(count - 1, 1)))
         spread = (slice(None), None, None, None)
-        return self._normalise(grouped, mean[spread], var[spread]).astype(x.dtype).reshape(x.shape)
+        y = self._normalise(grouped, mean[spread], var[spread]).astype(x.dtype).reshape(x.shape)
+        return self._activate(y)
 
     def _normalise(self, x: jax.Array, mean: jax.Array, var: jax.Array) -> jax.Array:
         return (x - mean) * (jax.lax.rsqrt(var + self.epsilon) * self.scale[...]) + self.bias[...]
 
 
-def max_pool(x: jax.Array) -> jax.Array:
-    """3×3 maximum at stride 2, padded by one pixel of −∞ on every side. [N, H, W, C] → [N, ⌈H/2⌉, ⌈W/2⌉, C]."""
-    return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+def _grouped(x: jax.Array, groups: int = 32) -> jax.Array:
+    """[N, H, W, C] → float32 [N, H, W, groups, C / groups]; of 32 groups, as many as divide C."""
+    *shape, c = x.shape
+    groups = math.gcd(groups, c)
+    return x.astype(jnp.float32).reshape(*shape, groups, c // groups)
+
+
+class GroupNorm(_Norm):
+    """Each example normalised over space and each of 32 groups of channels (Wu and He 2018), then ReLU."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [N, H, W, C] → the same shape and dtype."""
+        y = _grouped(x)
+        mean = y.mean((1, 2, 4), keepdims=True)
+        var = jnp.maximum(jnp.square(y).mean((1, 2, 4), keepdims=True) - jnp.square(mean), 0.0)
+        y = ((y - mean) * jax.lax.rsqrt(var + self.epsilon)).reshape(x.shape)
+        return self._activate((y * self.scale[...] + self.bias[...]).astype(x.dtype))
+
+
+class EvoNorm(_Norm):
+    """EvoNorm-S0 (Liu et al. 2020, table 2): x · sigmoid(v · x) / std of the channel's group.
+
+    Norm and activation in one. Without `activation` it only scales and shifts, as timm has it.
+    """
+
+    def __init__(self, features: int, **options: Any):
+        super().__init__(features, **options)
+        if self.activation:
+            self.v = nnx.Param(jnp.ones(features))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [N, H, W, C] → the same shape and dtype."""
+        y = x.astype(jnp.float32)
+        if self.activation:
+            grouped = _grouped(x)
+            std = jnp.sqrt(grouped.var((1, 2, 4), keepdims=True) + self.epsilon)
+            y = ((y * jax.nn.sigmoid(y * self.v[...])).reshape(grouped.shape) / std).reshape(x.shape)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+class FilterResponseNorm(_Norm):
+    """Each channel over its root mean square, then max(·, τ) with a learnt τ (Singh and Krishnan 2019)."""
+
+    def __init__(self, features: int, **options: Any):
+        super().__init__(features, **options)
+        if self.activation:
+            self.tau = nnx.Param(jnp.zeros(features))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [N, H, W, C] → the same shape and dtype."""
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean((1, 2), keepdims=True) + self.epsilon)
+        y = y * self.scale[...] + self.bias[...]
+        return (jnp.maximum(y, self.tau[...]) if self.activation else y).astype(x.dtype)
+
+
+class SqueezeExcite(nnx.Module):
+    """Channels weighted by a small network of their means (Hu et al. 2017, section 3). All of it in float32.
+
+    The inside has `ratio` times the channels, rounded to a multiple of 8, at least 8.
+    """
+
+    def __init__(self, features: int, *, ratio: float = 1 / 16, rngs: nnx.Rngs):
+        inside = max(8, int(features * ratio + 4) // 8 * 8)
+        self.fc1 = nnx.Linear(features, inside, kernel_init=kaiming_normal, rngs=rngs)
+        self.fc2 = nnx.Linear(inside, features, kernel_init=kaiming_normal, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [N, H, W, C] → the same shape and dtype."""
+        gate = jax.nn.sigmoid(self.fc2(nnx.relu(self.fc1(_means(x)))))
+        return x * gate[:, None, None].astype(x.dtype)
+
+
+class EfficientChannelAttention(nnx.Module):
+    """Channels weighted by a convolution along their means (Wang et al. 2019, section 3.2). All of it in float32.
+
+    The kernel grows with the logarithm of the width: of `features`, or of `nominal`, the width before pruning.
+    """
+
+    def __init__(self, features: int, *, nominal: int | None = None, rngs: nnx.Rngs):
+        size = int((math.log2(nominal or features) + 1) / 2)
+        size = max(3, size + 1 - size % 2)
+        self.conv = nnx.Conv(1, 1, (size,), padding=size // 2, use_bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [N, H, W, C] → the same shape and dtype."""
+        gate = jax.nn.sigmoid(self.conv(_means(x)[..., None]))[..., 0]
+        return x * gate[:, None, None].astype(x.dtype)
+
+
+def _means(x: jax.Array) -> jax.Array:
+    return x.mean((1, 2), dtype=jnp.float32)
+
+
+class DropPath(nnx.Module):
+    """Which residuals an example goes without in training: stochastic depth (Huang et al. 2016).
+
+    The share dropped grows linearly from 0 in the first block to `rate` in the last (section 3, "linear decay").
+    """
+
+    def __init__(self, rate: float, blocks: int):
+        self.keep = tuple(1 - rate * i / max(blocks - 1, 1) for i in range(blocks))
+        self.deterministic = False  # model.eval() sets it
+
+    def __call__(self, examples: int, key: jax.Array) -> jax.Array:
+        """float32 [blocks, examples, 1, 1, 1], by which the residuals are multiplied: 0 or 1 / the share kept."""
+        keep = jnp.array(self.keep)[:, None]
+        kept = jax.random.bernoulli(key, keep, (len(self.keep), examples))
+        return (kept / keep)[:, :, None, None, None]
+
+
+def max_pool(x: jax.Array, *, stride: int = 2, zero_padded: bool = False) -> jax.Array:
+    """3×3 maximum, padded by one pixel of −∞ (or of zeros) on every side. [N, H, W, C] → [N, ⌈H/stride⌉, …, C]."""
+    pad = ((1, 1), (1, 1))
+    if zero_padded:
+        return nnx.max_pool(jnp.pad(x, ((0, 0), *pad, (0, 0))), (3, 3), strides=(stride, stride))
+    return nnx.max_pool(x, (3, 3), strides=(stride, stride), padding=pad)
 
 
 def avg_pool(x: jax.Array) -> jax.Array:
     """2×2 mean at stride 2; at an odd border, the mean of what is there. [N, H, W, C] → [N, ⌈H/2⌉, ⌈W/2⌉, C]."""
     pad = tuple((0, size % 2) for size in x.shape[1:3])
     return nnx.avg_pool(x, (2, 2), strides=(2, 2), padding=pad, count_include_pad=False)
+
+
+def blur_pool(x: jax.Array) -> jax.Array:
+    """Binomial 3×3 filter at stride 2, mirrored at the border. [N, H, W, C] → [N, ⌈H/2⌉, ⌈W/2⌉, C].
+
+    Zhang 2019, "Making convolutional networks shift-invariant again". Both sides must be at least 2.
+    """
+    y = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect").astype(jnp.float32)
+    for axis in (1, 2):  # the filter is the outer product of (1, 2, 1) / 4 with itself
+        count = (y.shape[axis] - 1) // 2
+        a, b, c = (jax.lax.slice_in_dim(y, i, i + 2 * count - 1, 2, axis) for i in range(3))
+        y = (a + 2 * b + c) / 4
+    return y.astype(x.dtype)

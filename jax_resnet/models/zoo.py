@@ -11,33 +11,175 @@ from jax.typing import DTypeLike
 from jax_resnet.errors import UserError, did_you_mean
 from jax_resnet.models.resnet import ResNet, ResNetSpec
 
-# Depth → block and blocks of each stage: He et al. 2015, table 1; 200: He et al. 2016, section 4.2.
-IMAGENET_DEPTHS: dict[int, dict[str, Any]] = {
+Choices = dict[str, Any]  # fields of ResNetSpec
+
+# Depth → block and blocks of each stage. He et al. 2015, table 1; 200: He et al. 2016, section 4.2; 10, 14, 26: timm;
+# 269: SENet's and ECA's authors; 270, 350, 420: Bello et al. 2021, table 10.
+DEPTHS: dict[int, Choices] = {
+    10: {"block": "basic", "depths": (1, 1, 1, 1)},
+    14: {"block": "bottleneck", "depths": (1, 1, 1, 1)},
     18: {"block": "basic", "depths": (2, 2, 2, 2)},
+    26: {"block": "bottleneck", "depths": (2, 2, 2, 2)},
     34: {"block": "basic", "depths": (3, 4, 6, 3)},
     50: {"block": "bottleneck", "depths": (3, 4, 6, 3)},
     101: {"block": "bottleneck", "depths": (3, 4, 23, 3)},
     152: {"block": "bottleneck", "depths": (3, 8, 36, 3)},
     200: {"block": "bottleneck", "depths": (3, 24, 36, 3)},
+    201: {"block": "bottleneck", "depths": (3, 24, 36, 4)},
+    269: {"block": "bottleneck", "depths": (3, 30, 48, 8)},
+    270: {"block": "bottleneck", "depths": (4, 29, 53, 4)},
+    350: {"block": "bottleneck", "depths": (4, 36, 72, 4)},
+    420: {"block": "bottleneck", "depths": (4, 44, 87, 4)},
 }
-CIFAR: dict[str, Any] = {"block": "basic", "stem": "cifar", "stem_width": 16, "widths": (16, 32, 64)}
+
+# The letter after the depth. He et al. 2018, "Bag of tricks", figure 2: B (stride on the 3×3) is the default here; C
+# has three 3×3 convolutions in the stem; D also averages in the shortcuts. S is C with a wider stem, T is D with a
+# tiered one.
+C: Choices = {"stem": "deep"}
+D: Choices = {"stem": "deep", "shortcut": "D"}
+S: Choices = {"stem": "deep", "stem_width": 128}
+T: Choices = {"stem": "tiered", "shortcut": "D"}
+LETTERS: dict[str, Choices] = {"": {}, "c": C, "d": D, "s": S, "t": T}
+
+SE: Choices = {"attention": "se"}
+ECA: Choices = {"attention": "eca"}
+AVG: Choices = {"antialias": "avg"}
+BLUR: Choices = {"antialias": "blur"}
+RS: Choices = D | SE | {"se_ratio": 1 / 4, "stem_pool": "conv"}  # Bello et al. 2021, section 4.2
+V2: Choices = {"preactivation": True}
+CIFAR: Choices = {"block": "basic", "stem": "cifar", "stem_width": 16, "widths": (16, 32, 64)}
+
+
+def _net(depth: int, *choices: Choices, **more: Any) -> ResNetSpec:
+    merged: Choices = dict(DEPTHS[depth])
+    for choice in (*choices, more):
+        merged |= choice
+    return ResNetSpec(**merged)
+
+
+def _groups(groups: int, width: int) -> Choices:
+    """ResNeXt's 32×4d: 32 groups of 4 channels in the first stage (Xie et al. 2016, table 1)."""
+    return {"groups": groups, "inner_factor": groups * width / 64}
+
+
+def _bit(factor: int) -> Choices:
+    """Big Transfer (Kolesnikov et al. 2019, section 3.1): group norm, standardised kernels, every width × factor."""
+    widths = tuple(factor * width for width in (64, 128, 256, 512))
+    norm = {"norm": "group", "standardise": True}
+    return V2 | norm | {"stem_pool": "zero_max", "stem_width": 64 * factor, "widths": widths}
+
+
+def _pruned(*stages: tuple[int, tuple[tuple[int, int], ...]]) -> Choices:
+    """For each stage, what it gives and the widths inside each block."""
+    return {"block_widths": tuple(tuple((*inside, out) for inside in blocks) for out, blocks in stages)}
+
+
+# Knapsack pruning (Aflalo et al. 2020, "Knapsack pruning with inner distillation"), as published in timm.
+PRUNED_50D = _pruned(
+    (19, ((47, 18), (52, 22), (64, 35))),
+    (171, ((85, 37), (107, 80), (120, 85), (125, 87))),
+    (818, ((198, 126), (255, 232), (256, 233), (253, 235), (256, 225), (256, 239))),
+    (2022, ((492, 237), (512, 500), (512, 490))),
+)
+# fmt: off
+PRUNED_101D = _pruned(
+    (26, ((45, 25), (53, 20), (60, 27))),
+    (142, ((81, 24), (93, 49), (102, 54), (122, 78))),
+    (278, ((101, 25), (239, 160), (234, 156), (250, 176), (253, 191), (251, 175), (230, 128), (244, 154), (244, 159),
+           (238, 97), (244, 149), (253, 181), (245, 119), (255, 216), (256, 201), (253, 149), (254, 141), (256, 190),
+           (256, 217), (255, 156), (256, 155), (256, 232), (256, 214))),
+    (2042, ((499, 289), (512, 512), (512, 502))),
+)
+# fmt: on
 
 # Names of the form resnet50 are v1.5 (stride on the 3×3), resnet50_v1 the first paper's, resnetv2_50 pre-activation.
+# What timm also has goes by timm's name, and has its shape.
 ZOO: dict[str, ResNetSpec] = {
-    **{f"resnet{d}": ResNetSpec(**shape) for d, shape in IMAGENET_DEPTHS.items()},
-    **{f"resnet{d}_v1": ResNetSpec(**IMAGENET_DEPTHS[d], stride_in_1x1=True) for d in (50, 101, 152)},
-    **{f"resnetv2_{d}": ResNetSpec(**shape, preactivation=True) for d, shape in IMAGENET_DEPTHS.items()},
-    "wide_resnet50_2": ResNetSpec(**IMAGENET_DEPTHS[50], inner_factor=2.0),
-    "wide_resnet101_2": ResNetSpec(**IMAGENET_DEPTHS[101], inner_factor=2.0),
+    **{
+        f"resnet{depth}{letter}": _net(depth, LETTERS[letter])
+        for letter, depths in {
+            "": (18, 26, 34, 50, 101, 152, 200),
+            "c": (50, 101, 152),
+            "d": (18, 26, 34, 50, 101, 152, 200),
+            "s": (50, 101, 152),
+            "t": (10, 14, 26, 50),
+        }.items()
+        for depth in depths
+    },
+    **{f"resnet{depth}_v1": _net(depth, stride_in_1x1=True) for depth in (50, 101, 152)},
+    "resnet50_gn": _net(50, norm="group"),
+    "test_resnet": ResNetSpec(
+        **D,
+        block=("basic", "basic", "bottleneck", "basic"),
+        depths=(1, 1, 1, 1),
+        widths=(32, 48, 48, 96),
+        stem_width=32,
+    ),
+    # Zagoruyko and Komodakis 2016, section 3: bottlenecks with a wider inside.
+    "wide_resnet50_2": _net(50, inner_factor=2.0),
+    "wide_resnet101_2": _net(101, inner_factor=2.0),
+    # Xie et al. 2016.
+    "resnext50_32x4d": _net(50, _groups(32, 4)),
+    "resnext50d_32x4d": _net(50, D, _groups(32, 4)),
+    "resnext101_32x4d": _net(101, _groups(32, 4)),
+    "resnext101_32x8d": _net(101, _groups(32, 8)),
+    "resnext101_32x16d": _net(101, _groups(32, 16)),
+    "resnext101_32x32d": _net(101, _groups(32, 32)),
+    "resnext101_64x4d": _net(101, _groups(64, 4)),
+    # Hu et al. 2017: squeeze and excitation.
+    **{f"seresnet{depth}": _net(depth, SE) for depth in (18, 34, 50, 101, 152)},
+    **{f"seresnet{depth}d": _net(depth, D, SE) for depth in (152, 200, 269)},
+    "seresnet50t": _net(50, T, SE),
+    "seresnext26d_32x4d": _net(26, D, SE, _groups(32, 4)),
+    "seresnext26t_32x4d": _net(26, T, SE, _groups(32, 4)),
+    "seresnext50_32x4d": _net(50, SE, _groups(32, 4)),
+    "seresnext101_32x4d": _net(101, SE, _groups(32, 4)),
+    "seresnext101_32x8d": _net(101, SE, _groups(32, 8)),
+    "seresnext101d_32x8d": _net(101, D, SE, _groups(32, 8)),
+    "seresnext101_64x4d": _net(101, SE, _groups(64, 4)),
+    "senet154": _net(152, S, SE, _groups(64, 4), first_factor=0.5, shortcut_kernel=3),
+    # Wang et al. 2019: efficient channel attention.
+    **{f"ecaresnet{depth}d": _net(depth, D, ECA) for depth in (50, 101, 200, 269)},
+    **{f"ecaresnet{depth}t": _net(depth, T, ECA) for depth in (26, 50)},
+    "ecaresnet50d_pruned": _net(50, D, ECA, PRUNED_50D),
+    "ecaresnet101d_pruned": _net(101, D, ECA, PRUNED_101D),
+    "ecaresnetlight": _net(50, ECA, depths=(1, 1, 11, 3), shortcut="D"),
+    "ecaresnext26t_32x4d": _net(26, T, ECA, _groups(32, 4)),
+    "ecaresnext50t_32x4d": _net(50, T, ECA, _groups(32, 4)),
+    # Zhang 2019: anti-aliased, by the mean or by a binomial filter.
+    "resnetaa34d": _net(34, D, AVG),
+    "resnetaa50": _net(50, AVG),
+    "resnetaa50d": _net(50, D, AVG),
+    "resnetaa101d": _net(101, D, AVG),
+    "seresnetaa50d": _net(50, D, SE, AVG),
+    "seresnextaa101d_32x8d": _net(101, D, SE, AVG, _groups(32, 8)),
+    "seresnextaa201d_32x8d": _net(201, D, SE, AVG, _groups(32, 8), stem_width=128),
+    "resnetblur18": _net(18, BLUR),
+    "resnetblur50": _net(50, BLUR),
+    "resnetblur50d": _net(50, D, BLUR),
+    "resnetblur101d": _net(101, D, BLUR),
+    # Bello et al. 2021, "Revisiting ResNets".
+    **{f"resnetrs{depth}": _net(depth, RS) for depth in (50, 101, 152, 200, 270, 350, 420)},
+    # He et al. 2016, "Identity mappings": pre-activation.
+    **{f"resnetv2_{depth}": _net(depth, V2) for depth in (18, 34, 50, 101, 152, 200)},
+    **{f"resnetv2_{depth}d": _net(depth, V2, D) for depth in (18, 34, 50, 101, 152)},
+    "resnetv2_50t": _net(50, V2, T),
+    "resnetv2_50d_gn": _net(50, V2, D, norm="group"),
+    "resnetv2_50d_evos": _net(50, V2, D, norm="evonorm"),
+    "resnetv2_50d_frn": _net(50, V2, D, norm="frn"),
+    **{
+        f"resnetv2_{depth}x{factor}_bit": _net(depth, _bit(factor))
+        for depth, factor in ((50, 1), (50, 3), (101, 1), (101, 3), (152, 2), (152, 4))
+    },
     # He et al. 2015, section 4.2: 6n+2 layers, three stages of n blocks, shortcuts without parameters.
     **{
-        f"cifar_resnet{d}": ResNetSpec(**CIFAR, depths=((d - 2) // 6,) * 3, shortcut="A")
-        for d in (20, 32, 44, 56, 110, 1202)
+        f"cifar_resnet{depth}": ResNetSpec(**CIFAR, depths=((depth - 2) // 6,) * 3, shortcut="A")
+        for depth in (20, 32, 44, 56, 110, 1202)
     },
     # Zagoruyko and Komodakis 2016: 6n+4 layers, widths ×k, pre-activation.
-    "wrn_16_4": ResNetSpec(**CIFAR | {"widths": (64, 128, 256)}, depths=(2, 2, 2), preactivation=True),
-    "wrn_28_10": ResNetSpec(**CIFAR | {"widths": (160, 320, 640)}, depths=(4, 4, 4), preactivation=True),
-    "wrn_40_2": ResNetSpec(**CIFAR | {"widths": (32, 64, 128)}, depths=(6, 6, 6), preactivation=True),
+    "wrn_16_4": ResNetSpec(**CIFAR | V2 | {"widths": (64, 128, 256)}, depths=(2, 2, 2)),
+    "wrn_28_10": ResNetSpec(**CIFAR | V2 | {"widths": (160, 320, 640)}, depths=(4, 4, 4)),
+    "wrn_40_2": ResNetSpec(**CIFAR | V2 | {"widths": (32, 64, 128)}, depths=(6, 6, 6)),
 }
 
 

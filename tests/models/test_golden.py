@@ -21,17 +21,18 @@ TRAINED = SHARED / "oracle" / "akamaster_resnet20.th"
 
 LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 POST_ACTIVATION = {
-    "stem/": "",
+    "stem/conv": "conv",
     "stage": "layer",
     "/block": "/",
     "shortcut/conv": "downsample/0",
-    "shortcut/bn": "downsample/1",
+    "shortcut/norm": "downsample/1",
+    "stem/norm1": "bn1",
+    "/norm": "/bn",
     "head/": "fc/",
 }
 PRE_ACTIVATION = {
     "stem/conv1": "stem/conv",
     **{f"stage{i + 1}/block": f"stages/{i}/blocks/" for i in range(4)},
-    "/bn": "/norm",
     "shortcut": "downsample",
     "head/": "head/fc/",
 }
