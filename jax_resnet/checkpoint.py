@@ -64,6 +64,17 @@ class Checkpoints:
         """The step with the highest accuracy of those that were evaluated, None if none was."""
         return self._manager.best_step()
 
+    def find(self, which: str) -> int:
+        """The step meant by "best" (the latest if none was evaluated), "latest" or a number; UserError if not there."""
+        named = {"best": self.best_step() or self.latest_step(), "latest": self.latest_step()}
+        if which not in named and not which.isdigit():
+            raise UserError(f"--checkpoint={which}: must be best, latest or a step")
+        step = named[which] if which in named else int(which)
+        if step is None or step not in self.steps():
+            known = ", ".join(map(str, self.steps())) or "none"
+            raise UserError(f"{self.directory.parent}: no checkpoint at step {which}; saved: {known}")
+        return step
+
     def save(self, step: int, state: TrainState, config: dict[str, Any], metrics: dict[str, float] | None) -> None:
         """Starts saving; returns when the state's values have been copied. A step that is saved already is left."""
         if step not in self._manager.all_steps():
@@ -105,6 +116,22 @@ class Checkpoints:
                 return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))[
                     "state"
                 ]
+        except Exception as e:
+            raise self._damaged(step, e) from None
+
+    def weights(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The parameters and batch statistics at `step`, numpy arrays in nested dicts, of whatever network.
+
+        Raises UserError if the files are damaged.
+        """
+        try:
+            found = self._manager.item_metadata(step)["state"]
+            tree = found.tree if hasattr(found, "tree") else found
+            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
+            with jax.transfer_guard("allow"):
+                state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
+                return jax.device_get((state["state"]["params"], state["state"]["batch_stats"]))
         except Exception as e:
             raise self._damaged(step, e) from None
 

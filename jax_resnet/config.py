@@ -44,6 +44,8 @@ def default() -> ConfigDict:
     c.batch_size = 256  # examples in one update, over all devices
     c.train = duration(epochs=90)  # the whole schedule
     c.stop_after_steps = placeholder(int)  # leave at this step with a checkpoint; the schedule stays what it was
+    c.init_from = placeholder(str)  # weights to begin with: a file of safetensors or torch, a workdir, hf://ORG/NAME
+    c.freeze = ()  # parts that keep their weights and statistics: stem, stage1, …, norm, head
     c.dtype = "auto"  # of activations: bfloat16 on TPU and GPU, float32 on CPU. The rest is always float32
     c.label_smoothing = 0.0
     c.log_every = 50  # steps
@@ -53,10 +55,11 @@ def default() -> ConfigDict:
     c.model.num_classes = placeholder(int)  # None: as many as the data has
     c.model.depths = placeholder(tuple)  # blocks of each stage
     c.model.widths = placeholder(tuple)  # channels of the 3×3 convolutions of each stage
-    c.model.stem = placeholder(str)  # imagenet (7×7 stride 2, max pool) or cifar (3×3)
+    c.model.stem = placeholder(str)  # imagenet (7×7 stride 2), cifar (3×3), deep or tiered (three 3×3)
     c.model.shortcut = placeholder(str)  # A (subsample, pad channels), B (projection) or D (average pool, projection)
     c.model.pool = placeholder(str)  # avg or max, over the last feature map
     c.model.dropout = 0.0  # before the head
+    c.model.drop_path = 0.0  # share of the last block's residuals left out in training; earlier blocks' grows up to it
     c.model.zero_init_last = placeholder(bool)  # start each block as the identity: scale 0 in its last norm
     c.model.bn_group_size = placeholder(int)  # consecutive examples that share statistics; None: the whole batch
     c.model.bn_momentum = 0.9  # share of the old value a running statistic keeps each step
@@ -90,6 +93,7 @@ def default() -> ConfigDict:
     c.optimizer.beta2 = 0.999  # adam, adamw; the decay of rmsprop's mean square
     c.optimizer.epsilon = 1e-8  # adam, adamw, rmsprop, adagrad
     c.optimizer.weight_decay = 1e-4  # added to the gradient; for adamw to the update (decoupled)
+    c.optimizer.layer_decay = 1.0  # rate of each block over that of the next; the head has all of it
     c.optimizer.no_decay = ("norm", "bias")  # kinds of parameters without decay: kernel, norm, bias
 
     c.schedule = ConfigDict()
@@ -168,6 +172,7 @@ def validate(c: ConfigDict) -> None:
     for key in (
         "label_smoothing",
         "model.dropout",
+        "model.drop_path",
         "model.bn_momentum",
         "optimizer.momentum",
         "optimizer.beta1",
@@ -179,6 +184,8 @@ def validate(c: ConfigDict) -> None:
     for key in ("schedule.warmup_from", "schedule.final", "schedule.factor"):
         if not 0 <= _get(c, key) <= 1:
             raise UserError(f"config.{key}={_get(c, key)}: must be at least 0 and at most 1")
+    if not 0 < c.optimizer.layer_decay <= 1:
+        raise UserError(f"config.optimizer.layer_decay={c.optimizer.layer_decay}: must be more than 0 and at most 1")
     if not 0 < c.schedule.power < math.inf:
         raise UserError(f"config.schedule.power={c.schedule.power}: must be more than 0")
     for key in ("data.mean", "data.std", "data.crop_area", "data.crop_ratio", "schedule.boundaries"):
@@ -216,6 +223,11 @@ def validate(c: ConfigDict) -> None:
     for what in ("train", "schedule.warmup", "eval.every", "checkpoint.every"):
         if not in_steps(_get(c, what), what, batch_size=1, num_examples=1) and what != "schedule.warmup":
             raise UserError(f"config.{what} is 0: must be more")
+
+
+def model_overrides(c: ConfigDict) -> dict[str, Any]:
+    """What `config.model` changes of the named network, for `model_spec` and `create_model`; None: nothing."""
+    return {key: value for key, value in c.model.items() if key not in ("name", "num_classes")}
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:

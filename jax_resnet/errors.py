@@ -1,6 +1,7 @@
 """What a user did wrong, in one line."""
 
 import difflib
+import sys
 from collections.abc import Iterable
 
 
@@ -14,6 +15,12 @@ class Interrupted(Exception):
     def __init__(self, text: str, signum: int):
         super().__init__(text)
         self.signum = signum
+
+
+def fail(error: UserError) -> int:
+    """Prints the one line; returns the exit status of a command that a user's mistake has ended."""
+    print(f"error: {error}", file=sys.stderr)
+    return 2
 
 
 def did_you_mean(name: str, known: Iterable[str], *, listed: int = 12) -> str:

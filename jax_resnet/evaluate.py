@@ -49,27 +49,33 @@ def evaluate_checkpoint(
     """Evaluates a checkpoint of `workdir`: "best", "latest" or a step. Writes eval.json and returns its content.
 
     The config is the one the run was begun with; one that is given must name the same network, and may name other data.
+    "init" evaluates the weights of `config.init_from` instead: step 0, for which nothing need be in the workdir.
     Raises UserError for a workdir without that checkpoint, or a config that does not fit it.
     """
     workdir = local_path(workdir)
     stored = read_config(workdir)
-    if stored is None:
+    if stored is None and which != "init":
         raise UserError(f"{workdir}: no run has been begun here")
     config = config or stored
-    check_same_config(stored, config, workdir, "model.")
-    if not has_checkpoints(workdir):
-        raise UserError(f"{workdir}: no checkpoint has been saved yet")
-    job = Job(config, training=False)
-    with Checkpoints(workdir) as checkpoints:
-        named = {"best": checkpoints.best_step() or checkpoints.latest_step(), "latest": checkpoints.latest_step()}
-        if which not in named and not which.isdigit():
-            raise UserError(f"--checkpoint={which}: must be best, latest or a step")
-        step = named[which] if which in named else int(which)
-        if step is None or step not in checkpoints.steps():
-            known = ", ".join(map(str, checkpoints.steps())) or "none"
-            raise UserError(f"{workdir}: no checkpoint at step {which}; saved: {known}")
-        began = time.monotonic()
-        metrics = evaluate(job, checkpoints.restore(step, job.abstract_state))
+    if config is None or (which == "init" and not config.init_from):
+        raise UserError("--checkpoint=init: evaluates config.init_from, which is not given")
+    if stored is not None:
+        check_same_config(stored, config, workdir, "model.")
+    began = time.monotonic()
+    if which == "init":
+        job, step = Job(config, training=False), 0
+        state, rows = job.initial_state()
+        if jax.process_index() == 0:
+            print("\n".join(f"{name:<8}  {text}" for name, text in rows.items()))
+            workdir.mkdir(parents=True, exist_ok=True)
+    else:
+        if not has_checkpoints(workdir):
+            raise UserError(f"{workdir}: no checkpoint has been saved yet")
+        job = Job(config, training=False)
+        with Checkpoints(workdir) as checkpoints:
+            step = checkpoints.find(which)
+            state = checkpoints.restore(step, job.abstract_state)
+    metrics = evaluate(job, state)
     result = {
         "step": step,
         "splits": {job.data.eval.name: metrics},

@@ -7,17 +7,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
 from jax_resnet import parallel
-from jax_resnet.config import in_steps, validate
+from jax_resnet.config import in_steps, model_overrides, validate
 from jax_resnet.data.source import open_dataset
-from jax_resnet.errors import UserError
+from jax_resnet.errors import UserError, choose
 from jax_resnet.models.cost import multiply_adds
 from jax_resnet.models.zoo import create_model, model_spec
 from jax_resnet.optim import make_optimizer, make_schedule, peak_learning_rate
-from jax_resnet.state import make_state
+from jax_resnet.pretrained import initialise
+from jax_resnet.state import TrainState, make_state
 from jax_resnet.step import make_eval_step, make_train_step
 
 
@@ -71,8 +73,8 @@ class Job:
         validate(config)
         c = self.config = config.copy_and_resolve_references()
         c.dtype = activation_dtype(c.dtype).name
-        overrides = {k: v for k, v in c.model.items() if k not in ("name", "num_classes")}
-        spec = model_spec(c.model.name, **overrides)
+        overrides = model_overrides(c)
+        spec = self.spec = model_spec(c.model.name, **overrides)
         self.mesh = parallel.data_mesh()
         self.sharding, whole = parallel.batch_sharding(self.mesh), parallel.replicated(self.mesh)
         if training:
@@ -106,7 +108,7 @@ class Job:
         )
         self.learning_rate = jax.jit(schedule)
         self.all_finite = jax.jit(_all_finite)
-        optimizer = make_optimizer(c.optimizer, schedule)
+        optimizer = make_optimizer(c.optimizer, schedule, c.freeze)
         make_model = partial(
             create_model,
             c.model.name,
@@ -118,6 +120,10 @@ class Job:
         self.graph, self.abstract_state, self.fresh_state = make_state(
             lambda rngs: make_model(rngs=rngs), optimizer, c.seed, whole
         )
+        for part in c.freeze:
+            choose("config.freeze", part, self.abstract_state.params)
+        if set(c.freeze) >= self.abstract_state.params.keys():
+            raise UserError(f"config.freeze={c.freeze}: nothing is left to be trained")
         pixels = {"mean": tuple(c.data.mean), "std": tuple(c.data.std)}
         self.train_step = jax.jit(
             make_train_step(
@@ -127,6 +133,7 @@ class Job:
                 pad=c.data.pad if c.data.crop == "pad" else 0,
                 flip=c.data.flip,
                 label_smoothing=c.label_smoothing,
+                freeze=c.freeze,
                 **pixels,
             ),
             in_shardings=(whole, self.sharding),
@@ -136,6 +143,21 @@ class Job:
         self.eval_step = jax.jit(
             make_eval_step(self.graph, **pixels), in_shardings=(whole, whole, self.sharding), out_shardings=whole
         )
+
+    def initial_state(self) -> tuple[TrainState, dict[str, str]]:
+        """The state before the first step; if its weights come from elsewhere, a line for each heading about them.
+
+        Raises UserError for a `config.init_from` that cannot be read or does not fit.
+        """
+        state, c = self.fresh_state(), self.config
+        if not c.init_from:
+            return state, {}
+        state, report, weights = initialise(state, self.spec, c.init_from)
+        rows = {"weights": c.init_from, **report.lines()}
+        for key, there in (("mean", weights.mean), ("std", weights.std)):
+            if there and len(there) == len(c.data[key]) and not np.allclose(there, c.data[key], atol=1e-3):
+                rows["note"] = f"these weights know images of {key} {there}; config.data.{key} is {tuple(c.data[key])}"
+        return state, rows
 
     def header(self, workdir: Path, start: int) -> dict[str, str]:
         """What is about to run, a line for each heading."""

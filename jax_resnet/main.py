@@ -11,12 +11,12 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jax_resnet.config import parse_flags, validate
-from jax_resnet.errors import Interrupted, UserError
+from jax_resnet.errors import Interrupted, UserError, fail
 
 config_flags.DEFINE_config_file("config", None, "The config file, with `:argument` where it takes one.")
 flags.DEFINE_string("workdir", None, "Where the run is kept. Default: runs/CONFIG/DATA-seedN.")
 flags.DEFINE_enum("mode", "train", ["train", "eval"], "eval: evaluate a checkpoint of the workdir.")
-flags.DEFINE_string("checkpoint", "best", "With --mode=eval: best, latest or a step.")
+flags.DEFINE_string("checkpoint", "best", "With --mode=eval: best, latest, a step, or init (of init_from).")
 FLAGS = flags.FLAGS
 
 
@@ -52,7 +52,7 @@ def main(_: list[str]) -> int:
     try:
         run()
     except UserError as e:
-        return _fail(e)
+        return fail(e)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -62,17 +62,12 @@ def main(_: list[str]) -> int:
     return 0
 
 
-def _fail(error: UserError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-
-
 def _parse(argv: list[str]) -> list[str]:
     logging.set_verbosity(logging.ERROR)  # until the flags are parsed
     try:
         return parse_flags(argv)
     except UserError as e:
-        sys.exit(_fail(e))
+        sys.exit(fail(e))
 
 
 if __name__ == "__main__":

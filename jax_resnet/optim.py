@@ -1,7 +1,7 @@
 """Optimizers and schedules from config, all of them optax's."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +33,27 @@ def parameter_kinds(params: Any) -> Any:
         return kinds[0]
 
     return jax.tree_util.tree_map_with_path(kind, params)
+
+
+def layer_scales(params: Any, decay: float) -> Any:
+    """Layer-wise decay of the learning rate: for each parameter decay^(layers above it), as a tree like `params`.
+
+    The stem is a layer, each block is one, the head (with a last norm) is the highest (Clark et al. 2020, "ELECTRA",
+    section 3.2). Raises ValueError naming a parameter that is in none of them.
+    """
+    blocks = [(stage, block) for stage in sorted(params) if stage.startswith("stage") for block in params[stage]]
+    order = sorted(blocks, key=lambda b: (int(b[0].removeprefix("stage")), int(b[1].removeprefix("block"))))
+
+    def scale(path: Any, _: Any) -> float:
+        part, *inside = (str(key.key) for key in path)
+        if part.startswith("stage"):
+            return decay ** (len(order) - order.index((part, inside[0])))
+        above = {"stem": len(order) + 1, "norm": 0, "head": 0}.get(part)
+        if above is None:
+            raise ValueError(f"parameter {'/'.join((part, *inside))}: in no layer that the rate could decay with")
+        return decay**above
+
+    return jax.tree_util.tree_map_with_path(scale, params)
 
 
 def make_schedule(c: ConfigDict, *, peak: float, steps: int, warmup_steps: int) -> Callable[[Any], jax.Array]:
@@ -71,12 +92,31 @@ def peak_learning_rate(c: ConfigDict, batch_size: int) -> float:
     return c.learning_rate * (batch_size / c.reference_batch if c.reference_batch else 1.0)
 
 
-def make_optimizer(c: ConfigDict, schedule: Callable[[Any], jax.Array]) -> optax.GradientTransformation:
-    """The optimizer that `config.optimizer` names.
+def make_optimizer(
+    c: ConfigDict, schedule: Callable[[Any], jax.Array], freeze: Sequence[str] = ()
+) -> optax.GradientTransformation:
+    """The optimizer that `config.optimizer` names, with what lies under `freeze` (stem, stage1, …) left alone.
 
     Weight decay reaches the kinds of parameters not in `no_decay`. For adamw it is added to the update (decoupled,
     Loshchilov and Hutter 2017), for the others to the gradient, before momentum and scaling (L2).
     """
+    optimizer = _named_optimizer(c, schedule)
+    if c.layer_decay != 1:
+
+        def scaled(updates: Any, params: Any) -> Any:
+            return jax.tree.map(lambda update, scale: update * scale, updates, layer_scales(params, c.layer_decay))
+
+        optimizer = optax.chain(optimizer, optax.stateless(scaled))
+    if not freeze:
+        return optimizer
+
+    def labels(params: Any) -> Any:
+        return {part: "frozen" if part in freeze else "trained" for part in params}
+
+    return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
+
+
+def _named_optimizer(c: ConfigDict, schedule: Callable[[Any], jax.Array]) -> optax.GradientTransformation:
 
     def decayed(params: Any) -> Any:
         return jax.tree.map(lambda kind: kind not in c.no_decay, parameter_kinds(params))

@@ -27,9 +27,11 @@ def make_train_step(
     pad: int,
     flip: bool,
     label_smoothing: float,
+    freeze: Sequence[str] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """The update: (state, {image uint8 [N, H, W, C], label int32 [N]}) → (new state, sums over the batch).
 
+    The parts of the network in `freeze` normalise by their running statistics and leave them as they are.
     All randomness comes from (seed, state.step) and the row in the global batch.
     """
 
@@ -42,6 +44,8 @@ def make_train_step(
         def loss(params: Any) -> tuple[jax.Array, tuple[Any, Sums]]:
             model: Any = nnx.merge(graph, params, state.batch_stats)
             model.train()
+            for part in freeze:
+                getattr(model, part).eval()
             logits = model(images, rngs=nnx.Rngs(dropout=dropout_key))
             losses = cross_entropy(logits, batch["label"], label_smoothing)
             stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))

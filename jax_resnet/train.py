@@ -18,13 +18,14 @@ from jax_resnet.job import Job
 from jax_resnet.metrics import Sums, accuracy_text, total
 from jax_resnet.signals import Signals
 from jax_resnet.telemetry import Telemetry
-from jax_resnet.workdir import claimed, local_path
+from jax_resnet.workdir import claimed, local_path, write_json
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Trains as `config` says, going on from the newest checkpoint in `workdir` if there is one.
 
-    Leaves in workdir: config.json, checkpoints/, metrics.jsonl, tensorboard/; at the end curves.png and result.json.
+    Leaves in workdir: config.json, data.json, checkpoints/, metrics.jsonl, tensorboard/; at the end curves.png and
+    result.json.
     Returns {"step": updates done, "splits": {split: metrics}}, with metrics as `evaluate` gives them.
 
     Raises UserError for what the user can mend, and Interrupted, with everything saved, after SIGINT or SIGTERM.
@@ -36,6 +37,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
         Signals() as signals,
         Telemetry(workdir, job.plan, start := checkpoints.latest_step() or 0) as telemetry,
     ):
+        if jax.process_index() == 0:
+            facts = {"class_names": job.data.class_names, "image_shape": job.data.train.image_shape}
+            write_json(workdir / "data.json", facts)
         telemetry.header(job.header(workdir, start))
         with jax.transfer_guard("disallow"):  # what moves between host and devices does so by name
             return _run(job, workdir, start, checkpoints, telemetry, signals)
@@ -45,7 +49,11 @@ def _run(
     job: Job, workdir: Path, start: int, checkpoints: Checkpoints, telemetry: Telemetry, signals: Signals
 ) -> dict[str, Any]:
     config, plan, split = job.config, job.plan, job.data.eval.name
-    state = checkpoints.restore(start, job.abstract_state) if start else job.fresh_state()
+    if start:
+        state = checkpoints.restore(start, job.abstract_state)
+    else:
+        state, weights = job.initial_state()
+        telemetry.header(weights)
     last = min(plan.steps, config.stop_after_steps or plan.steps)
     batches = train_batches(
         job.data.train,

@@ -1,0 +1,34 @@
+"""What the commands beside `main` share: flags, and a user's mistake as one line."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from absl import logging
+
+from jax_resnet.errors import UserError, did_you_mean, fail
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, except that a mistake is one line that says what was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+        if message.startswith("unrecognized arguments") and unknown.startswith("-"):
+            message = f"{unknown}: no such flag; {did_you_mean(unknown, flags)}"
+        raise UserError(message)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a command and leaves with its exit status: 2, after one line on stderr, for a user's mistake."""
+    logging.set_verbosity(logging.ERROR)  # Orbax and JAX report at length
+    try:
+        main()
+    except UserError as e:
+        sys.exit(fail(e))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,126 @@
+"""The command that gives a run's weights to timm and torchvision: `python -m jax_resnet.export --workdir runs/mine`.
+
+It writes DIR/model.safetensors, which `load_state_dict` takes with strict=True, and DIR/config.json, from which
+`timm.create_model("local-dir:DIR", pretrained=True)` builds the same network; uploaded, it is a model of the hub.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import safetensors.numpy
+from ml_collections import ConfigDict
+
+from jax_resnet.checkpoint import Checkpoints
+from jax_resnet.command import Parser, run
+from jax_resnet.config import from_json, model_overrides
+from jax_resnet.errors import UserError
+from jax_resnet.models.resnet import ResNetSpec
+from jax_resnet.models.torch_weights import flatten, to_torch, torch_name
+from jax_resnet.models.zoo import ZOO, model_spec
+from jax_resnet.workdir import has_checkpoints, local_path, read_config, write_json
+
+NOT_IN_TIMM = re.compile(r"cifar_|wrn_|.*_v1$|resnetv2_200$")
+WITHOUT_EFFECT = ("dropout", "drop_path", "zero_init_last", "bn_group_size", "bn_momentum")  # on trained weights
+
+
+def export(workdir: str | os.PathLike[str], *, checkpoint: str = "best", out: str | None = None) -> list[Path]:
+    """Writes the weights of a checkpoint ("best", "latest" or a step) of `workdir`; returns the files.
+
+    `out` is the folder, by default WORKDIR/export. config.json is written if timm has the network.
+    Raises UserError for a workdir without that checkpoint, a folder that cannot be written, or one given as `out` in
+    which there is a model already.
+    """
+    workdir = local_path(workdir)
+    if read_config(workdir) is None or not has_checkpoints(workdir):
+        raise UserError(f"{workdir}: no checkpoint has been saved here")
+    with Checkpoints(workdir) as checkpoints:
+        step = checkpoints.find(checkpoint)
+        config, trees = from_json(checkpoints.config(step)), checkpoints.weights(step)
+    spec = model_spec(config.model.name, **model_overrides(config))
+    tensors = to_torch({name: array for tree in trees for name, array in flatten(tree).items()}, spec)
+    folder = Path(out).expanduser() if out else workdir / "export"
+    weights, description = folder / "model.safetensors", folder / "config.json"
+    for file in (weights, description):
+        if out and file.exists():
+            raise UserError(f"{file}: is there already; choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = weights.with_name(weights.name + ".part")
+        part.write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))  # save_file ignores the umask
+        os.replace(part, weights)
+        architecture = timm_name(spec)
+        if architecture is None:
+            description.unlink(missing_ok=True)
+            return [weights]
+        facts = json.loads((workdir / "data.json").read_text())
+        classes = len(tensors[torch_name("head/bias", spec)])
+        write_json(description, hub_config(architecture, spec, config, classes, facts))
+    except (OSError, safetensors.SafetensorError) as e:
+        raise UserError(f"{folder}: cannot be written ({e})") from None
+    return [weights, description]
+
+
+def timm_name(spec: ResNetSpec) -> str | None:
+    """timm's name for the network, None if it has none of that shape."""
+
+    def shape(spec: ResNetSpec) -> ResNetSpec:
+        same: dict[str, Any] = {name: getattr(ResNetSpec, name) for name in (*WITHOUT_EFFECT, "pool")}
+        return dataclasses.replace(spec, **same)
+
+    names = [name for name, known in ZOO.items() if not NOT_IN_TIMM.match(name) and shape(known) == shape(spec)]
+    return names[0] if names else None
+
+
+def hub_config(
+    architecture: str, spec: ResNetSpec, config: ConfigDict, classes: int, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """The config.json from which timm, and the hub, know the network and the images that it was trained on.
+
+    `facts`: image_shape [H, W, C] and class_names of the data.
+    """
+    data = config.data
+    height, width, channels = facts["image_shape"]
+    model_args = {"in_chans": channels} if channels != 3 else {}
+    model_args |= {"global_pool": spec.pool} if spec.pool != "avg" else {}
+    return {
+        "architecture": architecture,
+        "num_classes": classes,
+        "num_features": spec.channels[-1],
+        "global_pool": spec.pool,
+        "label_names": facts["class_names"],
+        **({"model_args": model_args} if model_args else {}),
+        "pretrained_cfg": {
+            "input_size": [channels, height, width],
+            "fixed_input_size": False,
+            "interpolation": "bilinear",
+            "crop_pct": data.eval_crop if data.crop == "random_resized" else 1.0,
+            "crop_mode": "center",
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "num_classes": classes,
+            "first_conv": torch_name("stem/conv1/kernel", spec).removesuffix(".weight"),
+            "classifier": torch_name("head/bias", spec).removesuffix(".bias"),
+        },
+    }
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = Parser(prog="python -m jax_resnet.export", description="Writes a run's weights for timm and torchvision.")
+    parser.add_argument("--workdir", required=True, help="the run, as it was given to jax_resnet.main")
+    parser.add_argument("--to", default="safetensors", choices=["safetensors"], help="the form of the file")
+    parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
+    parser.add_argument("--out", help="the folder to write; default: WORKDIR/export")
+    args = parser.parse_args()
+    files = export(args.workdir, checkpoint=args.checkpoint, out=args.out)
+    print("\n".join(map(str, files)))
+    if len(files) == 1:
+        print("timm has no network of this shape, so no config.json; names and layouts are those it would have")
+
+
+if __name__ == "__main__":
+    run(main)
