@@ -14,6 +14,7 @@ from jax_resnet.data.loader import eval_batches
 from jax_resnet.errors import UserError
 from jax_resnet.job import Job
 from jax_resnet.metrics import Sums, accuracy_text, summary, total
+from jax_resnet.pretrained import placed
 from jax_resnet.state import TrainState
 from jax_resnet.workdir import check_same_config, has_checkpoints, local_path, read_config, write_json
 
@@ -64,7 +65,8 @@ def evaluate_checkpoint(
     began = time.monotonic()
     if which == "init":
         job, step = Job(config, training=False), 0
-        state, rows = job.initial_state()
+        weights, rows = job.weights_to_begin_with()
+        state = placed(job.fresh_state(), weights)
         if jax.process_index() == 0:
             print("\n".join(f"{name:<8}  {text}" for name, text in rows.items()))
             workdir.mkdir(parents=True, exist_ok=True)

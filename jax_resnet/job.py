@@ -16,10 +16,11 @@ from jax_resnet.config import in_steps, model_overrides, validate
 from jax_resnet.data.source import open_dataset
 from jax_resnet.errors import UserError, choose
 from jax_resnet.models.cost import multiply_adds
+from jax_resnet.models.torch_weights import Arrays
 from jax_resnet.models.zoo import create_model, model_spec
 from jax_resnet.optim import make_optimizer, make_schedule, peak_learning_rate
-from jax_resnet.pretrained import initialise
-from jax_resnet.state import TrainState, make_state
+from jax_resnet.pretrained import fitting
+from jax_resnet.state import make_state
 from jax_resnet.step import make_eval_step, make_train_step
 
 
@@ -144,20 +145,23 @@ class Job:
             make_eval_step(self.graph, **pixels), in_shardings=(whole, whole, self.sharding), out_shardings=whole
         )
 
-    def initial_state(self) -> tuple[TrainState, dict[str, str]]:
-        """The state before the first step; if its weights come from elsewhere, a line for each heading about them.
+    def weights_to_begin_with(self) -> tuple[Arrays, dict[str, str]]:
+        """The arrays of `config.init_from` by name, and a line for each heading about them; nothing if it is not given.
 
-        Raises UserError for a `config.init_from` that cannot be read or does not fit.
+        Raises UserError if it cannot be read or does not fit.
         """
-        state, c = self.fresh_state(), self.config
+        c = self.config
         if not c.init_from:
-            return state, {}
-        state, report, weights = initialise(state, self.spec, c.init_from)
+            return {}, {}
+        arrays, report, weights = fitting(c.init_from, self.abstract_state, self.spec)
         rows = {"weights": c.init_from, **report.lines()}
-        for key, there in (("mean", weights.mean), ("std", weights.std)):
-            if there and len(there) == len(c.data[key]) and not np.allclose(there, c.data[key], atol=1e-3):
-                rows["note"] = f"these weights know images of {key} {there}; config.data.{key} is {tuple(c.data[key])}"
-        return state, rows
+        there = weights.mean + weights.std
+        if len(there) == 2 * c.data.channels and not np.allclose(there, (*c.data.mean, *c.data.std), atol=1e-3):
+            rows["note"] = (
+                f"the weights know images normalised with other numbers: --config.data.mean={weights.mean} "
+                f"--config.data.std={weights.std}"
+            )
+        return arrays, rows
 
     def header(self, workdir: Path, start: int) -> dict[str, str]:
         """What is about to run, a line for each heading."""

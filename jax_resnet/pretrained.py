@@ -18,7 +18,7 @@ from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.config import from_json, model_overrides
 from jax_resnet.errors import UserError, did_you_mean
 from jax_resnet.models.resnet import ResNetSpec
-from jax_resnet.models.torch_weights import Report, flatten, from_torch, to_torch
+from jax_resnet.models.torch_weights import Arrays, Report, flatten, from_torch, to_torch
 from jax_resnet.models.zoo import model_spec
 from jax_resnet.state import TrainState
 
@@ -32,45 +32,46 @@ class Weights:
 
     tensors: Mapping[str, Any]
     architecture: str | None = None
-    mean: tuple[float, ...] | None = None  # of the pixels in [0, 1] they were trained on
-    std: tuple[float, ...] | None = None
+    mean: tuple[float, ...] = ()  # of the pixels in [0, 1] they were trained on; empty: not said
+    std: tuple[float, ...] = ()
 
 
-def initialise(state: TrainState, spec: ResNetSpec, path: str) -> tuple[TrainState, Report, Weights]:
-    """`state` with the parameters and batch statistics that `path` has for the network; its optimizer is untouched.
+def fitting(path: str, state: TrainState, spec: ResNetSpec) -> tuple[Arrays, Report, Weights]:
+    """The parameters and batch statistics that `path` has for the network of `state`, which may be abstract.
 
-    The head is left as it is if the number of classes differs, the first kernel summed if that of the channels does.
+    The head is left out if the number of classes differs, the first kernel summed if that of the channels does.
     `path`: a .safetensors file, a torch file (with the extra `torch`, opened as data only), a folder with one of them,
     a workdir of ours (the most accurate checkpoint) or its checkpoints/STEP, or hf://ORGANISATION/NAME[@REVISION].
     Raises UserError, naming `path`, for what cannot be read or does not fit.
     """
-    trees = (state.params, state.batch_stats)
-    leaves = {name: leaf for tree in trees for name, leaf in flatten(tree).items()}
+    shapes = {name: x.shape for tree in (state.params, state.batch_stats) for name, x in flatten(tree).items()}
     weights = None
     try:
         weights = read_weights(path)
-        arrays, report = from_torch(
-            weights.tensors, {name: leaf.shape for name, leaf in leaves.items()}, spec, strict=False
-        )
+        arrays, report = from_torch(weights.tensors, shapes, spec, strict=False)
     except UserError as e:
         known = f" (it is said to be {weights.architecture})" if weights and weights.architecture else ""
         raise UserError(f"config.init_from={path}: {e}{known}") from None
-
-    def placed(tree: Any) -> Any:
-        flat = {name: _like(leaf, arrays[name]) if name in arrays else leaf for name, leaf in flatten(tree).items()}
-        return nnx.traversals.unflatten_mapping({tuple(name.split("/")): leaf for name, leaf in flat.items()})
-
-    params, batch_stats = map(placed, trees)
-    return replace(state, params=params, batch_stats=batch_stats), report, weights
+    return arrays, report, weights
 
 
-def _like(leaf: jax.Array, array: np.ndarray) -> jax.Array:
+def placed(state: TrainState, arrays: Arrays) -> TrainState:
+    """`state` with `arrays`, by name, in the place of its parameters and batch statistics, sharded as they were."""
+
+    def place(tree: Any) -> Any:
+        flat = {name: _like(x, arrays[name]) if name in arrays else x for name, x in flatten(tree).items()}
+        return nnx.traversals.unflatten_mapping({tuple(name.split("/")): x for name, x in flat.items()})
+
+    return replace(state, params=place(state.params), batch_stats=place(state.batch_stats))
+
+
+def _like(x: jax.Array, array: np.ndarray) -> jax.Array:
     with jax.transfer_guard("allow"):  # this way of saying what goes where counts as implicit
-        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
+        return jax.make_array_from_callback(x.shape, x.sharding, lambda index: array[index])
 
 
 def read_weights(path: str) -> Weights:
-    """What `initialise` describes, from a file, folder or the hub. Raises UserError, which the path is to precede."""
+    """What `fitting` describes, from a file, folder or the hub. Raises UserError, which the path is to precede."""
     if path.startswith("hf://"):
         return _from_hub(path.removeprefix("hf://"))
     if "://" in path:
@@ -122,7 +123,7 @@ def _described(tensors: Mapping[str, Any], description: Path) -> Weights:
     try:
         content = json.loads(description.read_text())
         facts = content.get("pretrained_cfg", content)
-        mean, std = (tuple(map(float, facts[key])) if key in facts else None for key in ("mean", "std"))
+        mean, std = (tuple(map(float, facts.get(key, ()))) for key in ("mean", "std"))
         return Weights(tensors, content.get("architecture"), mean, std)
     except (OSError, ValueError, TypeError, AttributeError):
         return Weights(tensors)
@@ -142,7 +143,9 @@ def _from_run(path: Path) -> Weights:
 def _from_hub(name: str) -> Weights:
     import huggingface_hub
     from huggingface_hub import errors
+    from huggingface_hub.utils import logging as hub_logging
 
+    hub_logging.set_verbosity_error()  # it tells of each of its retries twice
     name, _, revision = name.partition("@")
     if name.count("/") != 1:
         raise UserError("must be hf://ORGANISATION/NAME, or hf://ORGANISATION/NAME@REVISION")

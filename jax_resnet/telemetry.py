@@ -114,7 +114,7 @@ class Telemetry:
 
     def header(self, rows: dict[str, str]) -> None:
         """What is about to run."""
-        width = max(map(len, rows), default=0)
+        width = max(map(len, rows))
         for name, text in rows.items():
             self.say(f"{name:<{width}}  {text}")
 

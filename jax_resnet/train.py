@@ -16,9 +16,11 @@ from jax_resnet.errors import Interrupted, UserError
 from jax_resnet.evaluate import IN_FLIGHT, evaluate
 from jax_resnet.job import Job
 from jax_resnet.metrics import Sums, accuracy_text, total
+from jax_resnet.models.torch_weights import Arrays
+from jax_resnet.pretrained import placed
 from jax_resnet.signals import Signals
 from jax_resnet.telemetry import Telemetry
-from jax_resnet.workdir import claimed, local_path, write_json
+from jax_resnet.workdir import claimed, has_checkpoints, local_path, write_json
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -31,6 +33,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     Raises UserError for what the user can mend, and Interrupted, with everything saved, after SIGINT or SIGTERM.
     """
     job, workdir = Job(config), local_path(workdir)
+    weights, about_weights = ({}, {}) if has_checkpoints(workdir) else job.weights_to_begin_with()
     with (
         claimed(workdir, job.config),
         Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
@@ -40,20 +43,22 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
         if jax.process_index() == 0:
             facts = {"class_names": job.data.class_names, "image_shape": job.data.train.image_shape}
             write_json(workdir / "data.json", facts)
-        telemetry.header(job.header(workdir, start))
+        telemetry.header(job.header(workdir, start) | about_weights)
         with jax.transfer_guard("disallow"):  # what moves between host and devices does so by name
-            return _run(job, workdir, start, checkpoints, telemetry, signals)
+            return _run(job, workdir, start, weights, checkpoints, telemetry, signals)
 
 
 def _run(
-    job: Job, workdir: Path, start: int, checkpoints: Checkpoints, telemetry: Telemetry, signals: Signals
+    job: Job,
+    workdir: Path,
+    start: int,
+    weights: Arrays,
+    checkpoints: Checkpoints,
+    telemetry: Telemetry,
+    signals: Signals,
 ) -> dict[str, Any]:
     config, plan, split = job.config, job.plan, job.data.eval.name
-    if start:
-        state = checkpoints.restore(start, job.abstract_state)
-    else:
-        state, weights = job.initial_state()
-        telemetry.header(weights)
+    state = checkpoints.restore(start, job.abstract_state) if start else placed(job.fresh_state(), weights)
     last = min(plan.steps, config.stop_after_steps or plan.steps)
     batches = train_batches(
         job.data.train,
