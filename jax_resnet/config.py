@@ -24,6 +24,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "adagrad")
 SCHEDULES = ("constant", "cosine", "linear", "polynomial", "exponential", "step")
 CROPS = ("random_resized", "pad", "none")
+INTERPOLATIONS = ("nearest", "bilinear")
 PARAMETER_KINDS = ("kernel", "norm", "bias")
 
 # What may differ when a run goes on in its workdir: nothing here changes what is computed.
@@ -80,6 +81,13 @@ def default() -> ConfigDict:
     c.data.crop_ratio = (3 / 4, 4 / 3)  # its width over its height
     c.data.pad = 4  # pixels
     c.data.flip = True  # left-right, every other training image
+    c.data.randaugment = (0, 9)  # operations on each image, their magnitude (0 … 30 as in torchvision); (0, …): none
+    c.data.trivial_augment = False  # one operation of any magnitude: torchvision's TrivialAugmentWide
+    c.data.augment_interpolation = "nearest"  # of what these two shear and rotate; or bilinear
+    c.data.color_jitter = (0.0, 0.0, 0.0, 0.0)  # up to what share brightness, contrast, saturation, hue are changed
+    c.data.erase = 0.0  # probability that a rectangle of an image gets the mean colour
+    c.data.mixup = 0.0  # α of the weights' Beta(α, α); 0: none
+    c.data.cutmix = 0.0  # the same; with mixup too, each batch has one of them, at random
     c.data.eval_crop = 0.875  # evaluation: resize the short side to image_size / eval_crop, keep the centre
     c.data.threads = 2  # batches read and decoded at the same time
 
@@ -147,6 +155,7 @@ def validate(c: ConfigDict) -> None:
     choose("config.optimizer.name", c.optimizer.name, OPTIMIZERS)
     choose("config.schedule.name", c.schedule.name, SCHEDULES)
     choose("config.data.crop", c.data.crop, CROPS)
+    choose("config.data.augment_interpolation", c.data.augment_interpolation, INTERPOLATIONS)
     for kind in c.optimizer.no_decay:
         choose("config.optimizer.no_decay", kind, PARAMETER_KINDS)
     for key in (
@@ -166,7 +175,7 @@ def validate(c: ConfigDict) -> None:
     for key in ("optimizer.learning_rate", "model.bn_epsilon", "optimizer.epsilon"):
         if not 0 < _get(c, key) < math.inf:
             raise UserError(f"config.{key}={_get(c, key)}: must be more than 0")
-    for key in ("optimizer.weight_decay", "optimizer.reference_batch", "data.pad"):
+    for key in ("optimizer.weight_decay", "optimizer.reference_batch", "data.pad", "data.mixup", "data.cutmix"):
         if not 0 <= _get(c, key) < math.inf:
             raise UserError(f"config.{key}={_get(c, key)}: must be a number, not negative")
     for key in (
@@ -181,14 +190,15 @@ def validate(c: ConfigDict) -> None:
     ):
         if not 0 <= _get(c, key) < 1:
             raise UserError(f"config.{key}={_get(c, key)}: must be at least 0 and less than 1")
-    for key in ("schedule.warmup_from", "schedule.final", "schedule.factor"):
+    for key in ("schedule.warmup_from", "schedule.final", "schedule.factor", "data.erase"):
         if not 0 <= _get(c, key) <= 1:
             raise UserError(f"config.{key}={_get(c, key)}: must be at least 0 and at most 1")
     if not 0 < c.optimizer.layer_decay <= 1:
         raise UserError(f"config.optimizer.layer_decay={c.optimizer.layer_decay}: must be more than 0 and at most 1")
     if not 0 < c.schedule.power < math.inf:
         raise UserError(f"config.schedule.power={c.schedule.power}: must be more than 0")
-    for key in ("data.mean", "data.std", "data.crop_area", "data.crop_ratio", "schedule.boundaries"):
+    numbers = ("data.mean", "data.std", "data.crop_area", "data.crop_ratio", "data.color_jitter", "schedule.boundaries")
+    for key in numbers:
         if not all(isinstance(v, int | float) and math.isfinite(v) for v in _get(c, key)):
             raise UserError(f"config.{key}={_get(c, key)}: must be numbers")
     if c.seed < 0 or c.seed >= 2**32:
@@ -209,6 +219,21 @@ def validate(c: ConfigDict) -> None:
                 f"config.data.{key}={pair}: must be two rising numbers more than 0"
                 + (", at most 1" if key == "crop_area" else "")
             )
+    operations = c.data.randaugment
+    if len(operations) != 2 or any(type(v) is not int or v < 0 for v in operations) or operations[1] > 30:
+        raise UserError(
+            f"config.data.randaugment={operations}: must be two whole numbers, operations and magnitude (0 … 30)"
+        )
+    if operations[0] and c.data.trivial_augment:
+        raise UserError("config.data.randaugment and trivial_augment: choose one of them")
+    jitter = c.data.color_jitter
+    if len(jitter) != 4 or min(jitter) < 0 or jitter[3] > 0.5:
+        raise UserError(
+            f"config.data.color_jitter={jitter}: must be four numbers, not negative: brightness, contrast, saturation "
+            "and hue, this at most 0.5"
+        )
+    if (c.data.mixup or c.data.cutmix) and c.batch_size % 2:
+        raise UserError(f"config.batch_size={c.batch_size}: must be even, for mixup and cutmix mix pairs of images")
     if c.schedule.name == "exponential" and c.schedule.final <= 0:
         raise UserError("config.schedule.final: an exponential schedule needs more than 0")
     boundaries = c.schedule.boundaries

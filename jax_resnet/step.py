@@ -27,19 +27,28 @@ def make_train_step(
     pad: int,
     flip: bool,
     label_smoothing: float,
+    erase: float = 0.0,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
     freeze: Sequence[str] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """The update: (state, {image uint8 [N, H, W, C], label int32 [N]}) → (new state, sums over the batch).
 
+    Of a mixed image the label with more weight is the right one (of equals the lower), as torchvision counts too.
     The parts of the network in `freeze` normalise by their running statistics and leave them as they are.
     All randomness comes from (seed, state.step) and the row in the global batch.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STEPS), state.step)
-        augment_key, dropout_key = jax.random.split(key)
+        augment_key, dropout_key, erase_key, mix_key = jax.random.split(key, 4)
         images = device.augment(batch["image"], augment_key, pad=pad, flip=flip)
         images = device.normalise(images, mean, std)
+        if erase:
+            images = device.random_erase(images, erase_key, erase)
+        mixed = mixup or cutmix
+        if mixed:
+            images, kept = device.mix(images, mix_key, mixup=mixup, cutmix=cutmix)
 
         def loss(params: Any) -> tuple[jax.Array, tuple[Any, Sums]]:
             model: Any = nnx.merge(graph, params, state.batch_stats)
@@ -47,9 +56,13 @@ def make_train_step(
             for part in freeze:
                 getattr(model, part).eval()
             logits = model(images, rngs=nnx.Rngs(dropout=dropout_key))
-            losses = cross_entropy(logits, batch["label"], label_smoothing)
+            labels = right = batch["label"]
+            if mixed:
+                labels = device.mix_labels(right, kept, logits.shape[-1])
+                right = labels.argmax(-1)
+            losses = cross_entropy(logits, labels, label_smoothing)
             stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-            return losses.mean(), (stats, classification_sums(logits, batch["label"], losses))
+            return losses.mean(), (stats, classification_sums(logits, right, losses))
 
         grads, (batch_stats, sums) = jax.grad(loss, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -30,7 +30,14 @@ def column(rows: list[dict], kind: str, name: str) -> list[float]:
     return [row[name] for row in rows if row["kind"] == kind]
 
 
-@pytest.mark.parametrize("more", [[], ["--config.model.bn_group_size=2", "--config.model.dropout=0.3"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--config.model.bn_group_size=2", "--config.model.dropout=0.3"],
+        ["--config.data.erase=0.3", "--config.data.mixup=0.2", "--config.data.cutmix=1.0"],
+    ],
+)
 def test_one_and_eight_devices(tiny_npz: Path, tmp_path: Path, more: list[str]) -> None:
     one, eight = (run(tiny_npz, tmp_path / str(n), n, *more) for n in (1, 8))
     assert column(one, "train", "step") == column(eight, "train", "step") == list(range(1, 21))

@@ -4,12 +4,15 @@ Coordinate images show where pixels come from: channel 0 holds the row, channel 
 """
 
 import base64
+import io
 import math
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import simplejpeg
+from PIL import Image, ImageOps
 
 from jax_resnet.data.images import decode, random_resized_crop, resize, resize_and_center_crop, with_channels
 
@@ -96,6 +99,109 @@ def test_cmyk_jpeg_is_decoded():
     assert found.shape == (16, 16, 3)
     np.testing.assert_allclose(found.astype(int), np.broadcast_to([200, 100, 50], (16, 16, 3)), atol=4)
     np.testing.assert_allclose(decode(CMYK_JPEG, 1), luma(found), atol=0.6)
+
+
+@pytest.mark.parametrize("kind", ["grey", "grey and alpha", "palette", "two-tone"])
+def test_pngs_of_every_kind_are_read_as_pillow_reads_them(kind):
+    mode = {"grey": "L", "grey and alpha": "LA", "palette": "P", "two-tone": "1"}[kind]
+    image = Image.fromarray(smooth(16, 24)).convert(mode)
+    data = saved(image, "PNG", **({"transparency": 3} if kind == "palette" else {}))
+    np.testing.assert_array_equal(decode(data, 3), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def test_16_bit_grey_png_keeps_its_high_byte():
+    values = np.array([[0x0000, 0x01FF, 0x0180, 0xFEFF, 0xFFFF]], np.uint16)
+    assert decode(cv2.imencode(".png", values)[1].tobytes(), 1).ravel().tolist() == [0, 1, 1, 254, 255]
+
+
+# ---- EXIF ------------------------------------------------------------------------------------------------------------
+
+
+def saved(image: Image.Image, kind: str, **how: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **how)
+    return out.getvalue()
+
+
+def turned_as_exif_says(data: bytes) -> np.ndarray:
+    return np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "CMYK JPEG"])
+def test_images_are_turned_as_their_exif_says(kind, orientation):
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112] = "a camera", orientation
+    image = Image.fromarray(smooth(16, 40)).convert("CMYK" if kind == "CMYK JPEG" else "RGB")
+    how = {"WEBP": {"lossless": True}, "TIFF": {"tiffinfo": {0x0112: orientation}}}.get(kind, {})
+    data = saved(image, kind.removeprefix("CMYK "), **{"exif": exif} | how)
+    found, expected = decode(data, 3), turned_as_exif_says(data)
+    assert found.shape == ((16, 40, 3) if orientation < 5 else (40, 16, 3))
+    assert found.flags.c_contiguous
+    np.testing.assert_allclose(found.astype(int), expected, atol=1)
+    np.testing.assert_allclose(decode(data, 1), luma(expected), atol=2)
+
+
+def with_exif(tiff: bytes, *, before: bytes = b"") -> bytes:
+    """A JPEG of 16×40 pixels that has `before` and an EXIF segment in front of everything else."""
+    content = b"Exif\0\0" + tiff
+    jpeg = simplejpeg.encode_jpeg(smooth(16, 40), quality=95)
+    return jpeg[:2] + before + b"\xff\xe1" + (len(content) + 2).to_bytes(2) + content + jpeg[2:]
+
+
+def tiff(order: str, entries: list[tuple[int, int]], *, at: int = 8) -> bytes:
+    """A TIFF header and a first directory, `at` that offset, of (tag, value) shorts."""
+    mark = {"little": b"II", "big": b"MM"}[order] + (42).to_bytes(2, order) + at.to_bytes(4, order)
+    directory = len(entries).to_bytes(2, order) + b"".join(
+        tag.to_bytes(2, order) + (3).to_bytes(2, order) + (1).to_bytes(4, order) + value.to_bytes(2, order) + b"\0\0"
+        for tag, value in entries
+    )
+    return mark.ljust(at, b"\0") + directory + b"\0" * 4
+
+
+@pytest.mark.parametrize("order", ["little", "big"])
+@pytest.mark.parametrize("at", [8, 30])
+@pytest.mark.parametrize("before", [b"", b"\xff\xfe\0\x05abc", b"\xff\xe1\0\x0ahttp://x\0"[:12]], ids=len)
+def test_exif_of_either_byte_order_is_found_behind_other_segments(order, at, before):
+    data = with_exif(tiff(order, [(0x0100, 7), (0x0112, 6), (0x0128, 2)], at=at), before=before)
+    assert decode(data, 3).shape == (40, 16, 3)
+    np.testing.assert_allclose(decode(data, 3).astype(int), turned_as_exif_says(data), atol=1)
+
+
+BAD_EXIF = {
+    "nothing": b"",
+    "no such orientation": tiff("big", [(0x0112, 9)]),
+    "orientation 0": tiff("little", [(0x0112, 0)]),
+    "another tag": tiff("big", [(0x0113, 6)]),
+    "directory elsewhere": b"II*\0\xff\xff\xff\x7f",
+    "cut off in the entry": tiff("big", [(0x0112, 6)])[:16],
+    "many entries, none there": b"MM\0*\0\0\0\x08\xff\xff",
+    "noise": bytes(range(200)),
+}
+
+
+@pytest.mark.parametrize("content", BAD_EXIF.values(), ids=BAD_EXIF)
+def test_exif_that_says_nothing_sensible_turns_nothing(content):
+    np.testing.assert_allclose(decode(with_exif(content), 3).astype(int), smooth(16, 40), atol=6)
+
+
+@pytest.mark.parametrize("end", range(12, 60, 5))
+def test_exif_cut_off_anywhere_is_no_crash(end):
+    jpeg = with_exif(tiff("big", [(0x0112, 6)]))
+    with pytest.raises(ValueError, match="can be decoded"):
+        decode(jpeg[:end], 3)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.99])
+def test_truncated_cmyk_jpeg_raises(share):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 4), dtype=np.uint8)
+    data = saved(Image.fromarray(noise, "CMYK"), "JPEG")
+    assert decode(data, 3).shape == (64, 64, 3)
+    with pytest.raises(ValueError, match="can be decoded"):
+        decode(data[: int(len(data) * share)], 3)
 
 
 @pytest.mark.parametrize(

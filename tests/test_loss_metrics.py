@@ -41,6 +41,15 @@ def test_cross_entropy_is_the_mean_surprise_under_the_smoothed_target(smoothing,
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_is_linear_in_the_target(smoothing):
+    logits, labels = random_batch(6, 5)
+    one, other = (cross_entropy(logits, jnp.asarray(of), smoothing) for of in (labels, labels[::-1].copy()))
+    hot = np.eye(5, dtype=np.float32)
+    mixed = cross_entropy(logits, jnp.asarray(0.3 * hot[labels] + 0.7 * hot[labels[::-1]]), smoothing)
+    np.testing.assert_allclose(mixed, 0.3 * one + 0.7 * other, rtol=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_cross_entropy_of_equal_logits_is_the_log_of_the_classes(smoothing):
     losses = cross_entropy(jnp.full((2, 7), 3.0), jnp.array([0, 6]), smoothing)
     np.testing.assert_allclose(losses, math.log(7), rtol=1e-6)

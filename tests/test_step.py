@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
+from jax_resnet.data import device
 from jax_resnet.data.loader import train_batches
 from jax_resnet.job import Job
 from jax_resnet.models.zoo import create_model
@@ -91,6 +92,24 @@ def test_a_nan_ends_the_run_in_one_line(tiny_config: ConfigDict, tmp_path: Path)
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))  # nothing that is no number is saved
     tiny_config.optimizer.learning_rate = 0.1
     assert train(tiny_config, tmp_path)["step"] == 20  # and the advice can be followed in the same workdir
+
+
+def test_mixed_labels_share_the_loss_and_the_larger_one_is_right(
+    tiny_config: ConfigDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sums(job: Job, labels: np.ndarray) -> Any:
+        batch = next(batches(job, 1)) | {"label": jax.device_put(labels, job.sharding)}
+        return jax.device_get(job.train_step(job.fresh_state(), batch)[1])
+
+    labels = np.random.default_rng(0).integers(0, 4, 16, dtype=np.int32)
+    without = Job(tiny_config)
+    own, partners = sums(without, labels), sums(without, labels[np.arange(16) ^ 1])
+    assert own["correct_top1"] != partners["correct_top1"]  # or nothing would be told apart
+    tiny_config.data.mixup = 0.2
+    monkeypatch.setattr(device, "mix", lambda images, key, mixup, cutmix: (images, jax.numpy.float32(0.3)))
+    mixed = sums(Job(tiny_config), labels)
+    np.testing.assert_allclose(mixed["loss"], 0.3 * own["loss"] + 0.7 * partners["loss"], rtol=1e-5)
+    assert mixed["correct_top1"] == partners["correct_top1"]
 
 
 def test_the_fresh_state_is_the_network_of_that_seed(tiny_config: ConfigDict) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 
 import cv2
 import numpy as np
@@ -12,26 +13,62 @@ cv2.setNumThreads(0)  # the loader's own threads work on different batches
 # ITU-R BT.601 luma, the weights that PIL, OpenCV and TensorFlow use for grey.
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
+_BEFORE_IMAGE = re.compile(rb"\xff[\xe0-\xef\xfe]")  # marks of a JPEG's applications and comments: EXIF is one
+
 
 def decode(data: bytes, channels: int) -> np.ndarray:
-    """An encoded image (JPEG, PNG, or what else OpenCV reads) as uint8 [H, W, channels].
+    """An encoded image (JPEG, PNG, or what else OpenCV reads) as uint8 [H, W, channels], turned as its EXIF says.
 
-    Raises ValueError if it is none.
+    Alpha is left out, whatever it hides; of 16 bits a PNG keeps the high 8; CMYK is taken as Adobe writes it, inverted.
+    Raises ValueError for what is no image, or only a part of one.
     """
     if data[:3] == b"\xff\xd8\xff":
         try:
-            return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY")
-        except ValueError as e:
+            image = simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY")
+        except ValueError as e:  # for one, that it is CMYK
             if "premature end" in str(e).lower():  # OpenCV would fill up with grey
                 raise ValueError(f"not an image that can be decoded: {e} ({len(data)} bytes)") from None
+        else:
+            return _upright(image, _jpeg_orientation(data))
     image = None
     with contextlib.suppress(cv2.error):
-        # simplejpeg does not turn images as their EXIF says, so nothing else may.
-        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     if image is None:
         raise ValueError(f"not an image that can be decoded ({len(data)} bytes)")
     return with_channels(image, channels)
+
+
+def _jpeg_orientation(data: bytes) -> int:
+    """What a JPEG's EXIF says of its orientation, 1 … 8; where it says nothing, 1: upright."""
+    at = 2
+    while _BEFORE_IMAGE.match(data, at):
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4])
+        if data[at + 4 : at + 10] == b"Exif\0\0":
+            return _tiff_orientation(data[at + 10 : end])
+        at = end
+    return 1
+
+
+def _tiff_orientation(tiff: bytes) -> int:
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(tiff[at : at + size], "little" if tiff[:2] == b"II" else "big")
+
+    first = number(4, 4) + 2
+    for entry in range(first, min(first + 12 * number(first - 2, 2), len(tiff) - 11), 12):
+        if number(entry, 2) == 0x0112:
+            orientation = number(entry + 8, 2)
+            return orientation if 1 <= orientation <= 8 else 1
+    return 1
+
+
+def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Undoes an EXIF orientation of an image [H, W, C]."""
+    if orientation == 1:
+        return image
+    if orientation >= 5:
+        image = image.swapaxes(0, 1)
+    rows, columns = (-1 if orientation in which else 1 for which in ((3, 4, 7, 8), (2, 3, 6, 7)))
+    return np.ascontiguousarray(image[::rows, ::columns])
 
 
 def with_channels(images: np.ndarray, channels: int) -> np.ndarray:

@@ -182,8 +182,8 @@ def open_dataset(c: ConfigDict) -> Dataset:
     labels are out of range.
     """
     kind, colon, path = c.name.partition(":")
-    if c.name in ("", "npz", "folder"):
-        raise UserError(f"config.data.name={c.name}: give a TFDS name, folder:PATH, npz:PATH or digits")
+    if c.name in ("", "npz", "folder", "prepared"):
+        raise UserError(f"config.data.name={c.name}: give a TFDS name, folder:PATH, npz:PATH, prepared:PATH or digits")
     if c.holdout and not (colon and kind == "folder"):
         raise UserError(f"config.data.holdout={c.holdout}: only a folder is split by it, not {c.name}")
     if (c.train_split or c.eval_split) and colon and kind == "npz":
@@ -364,15 +364,10 @@ def _encoded(name: str, size: int, records: Records, num_classes: int, c: Config
 def _open_tfds(name: str, c: ConfigDict) -> Dataset:
     import tensorflow_datasets as tfds
 
-    builder = _digits_builder(c.data_dir) if name == "digits" else _tfds_builder(tfds, name, c.data_dir)
+    builder = tfds_builder(name, c.data_dir)
     info = builder.info
-    image_key, label_key = info.supervised_keys if info.supervised_keys and len(info.supervised_keys) == 2 else ("", "")
-    features = dict(info.features) if isinstance(info.features, tfds.features.FeaturesDict) else {}
-    feature, label = features.get(image_key), features.get(label_key)
-    if not isinstance(feature, tfds.features.Image) or not isinstance(label, tfds.features.ClassLabel):
-        raise UserError(
-            f"config.data.name={name}: not an image-classification dataset (its features: {', '.join(features)})"
-        )
+    image_key, label_key = image_and_label(builder, name)
+    feature, label = info.features[image_key], info.features[label_key]
     train = c.train_split or "train"
     evaluation = c.eval_split or next((s for s in EVAL_SPLITS if s in info.splits), "test")
     splits: list[Split] = []
@@ -406,6 +401,31 @@ def _open_tfds(name: str, c: ConfigDict) -> Dataset:
         else:
             splits.append(_encoded(split, len(source), records, label.num_classes, c))
     return Dataset(name, splits[0], splits[1], tuple(label.names))
+
+
+def tfds_builder(name: str, data_dir: str | None) -> Any:
+    """The TFDS builder, its records at random access, of a dataset by name or of a folder as prepared:PATH."""
+    import tensorflow_datasets as tfds
+
+    kind, _, path = name.partition(":")
+    if kind == "prepared":
+        return _prepared_builder(tfds, path)
+    return _digits_builder(data_dir) if name == "digits" else _tfds_builder(tfds, name, data_dir)
+
+
+def image_and_label(builder: Any, name: str) -> tuple[str, str]:
+    """What the dataset calls an example's image and its label. Raises UserError if it has no such pair."""
+    import tensorflow_datasets as tfds
+
+    info = builder.info
+    image, label = info.supervised_keys if info.supervised_keys and len(info.supervised_keys) == 2 else ("", "")
+    features = dict(info.features) if isinstance(info.features, tfds.features.FeaturesDict) else {}
+    kinds = tfds.features.Image, tfds.features.ClassLabel
+    if not isinstance(features.get(image), kinds[0]) or not isinstance(features.get(label), kinds[1]):
+        raise UserError(
+            f"config.data.name={name}: not an image-classification dataset (its features: {', '.join(features)})"
+        )
+    return image, label
 
 
 def _decode_all(
@@ -456,6 +476,19 @@ def _prepare_quietly(builder: Any) -> None:
     except Exception:  # another process may have prepared it in the meantime
         if not type(builder)(data_dir=builder._data_dir_root, file_format="array_record").info.splits:
             raise
+
+
+def _prepared_builder(tfds: Any, path: str) -> Any:
+    folder = Path(path).expanduser()
+    if not (folder / "dataset_info.json").exists():
+        begun = (folder / "prepare.json").exists()
+        state = "not finished; run the command that began it again" if begun else "no dataset in it"
+        raise UserError(f"config.data.name=prepared:{path}: {state if folder.is_dir() else 'no such folder'}")
+    try:
+        return tfds.builder_from_directory(folder, file_format="array_record")
+    except Exception as e:  # TFDS and protobuf each raise their own
+        why = str(e).splitlines()[0]
+        raise UserError(f"config.data.name=prepared:{path}: no TFDS dataset in array_record ({why})") from None
 
 
 def _tfds_builder(tfds: Any, name: str, data_dir: str | None) -> Any:

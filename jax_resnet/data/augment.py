@@ -1,0 +1,178 @@
+"""One image at a time, on the host: RandAugment, TrivialAugment, colour jitter.
+
+Operations and magnitudes are those of torchvision, and a pixel becomes what Pillow makes of it: exactly for tables of
+grey levels and nearest-pixel geometry, within one grey level for Color, Contrast and Sharpness. Of what Pillow keeps to
+256 levels (hue) or truncates (bilinear) the rounding differs.
+"""
+
+import math
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from ml_collections import ConfigDict
+
+LEVELS = 31  # a magnitude is one of 0 … 30
+
+# Strongest magnitude of RandAugment and of TrivialAugment, and whether its sign is drawn.
+OPERATIONS = {
+    "Identity": (0.0, 0.0, False),
+    "ShearX": (0.3, 0.99, True),  # pixels a pixel
+    "ShearY": (0.3, 0.99, True),
+    "TranslateX": (150 / 331, 32.0, True),  # shares of the side; pixels
+    "TranslateY": (150 / 331, 32.0, True),
+    "Rotate": (30.0, 135.0, True),  # degrees, counterclockwise
+    "Brightness": (0.9, 0.99, True),  # what is added to a factor of 1
+    "Color": (0.9, 0.99, True),
+    "Contrast": (0.9, 0.99, True),
+    "Sharpness": (0.9, 0.99, True),
+    "Posterize": (4.0, 6.0, False),  # bits fewer than 8
+    "Solarize": (255.0, 255.0, False),  # grey levels under 255 from which pixels are inverted
+    "AutoContrast": (0.0, 0.0, False),
+    "Equalize": (0.0, 0.0, False),
+}
+_NAMES = tuple(OPERATIONS)
+_JITTER = ("Brightness", "Contrast", "Color", "Hue")
+_GREY = np.arange(256)
+_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to training images after the crop; false where it is nothing."""
+
+    operations: int  # of RandAugment, for each image
+    level: int  # of RandAugment, 0 … 30
+    trivial: bool  # TrivialAugment
+    jitter: tuple[float, ...]  # of brightness, contrast, saturation, hue
+    bilinear: bool  # rather than the nearest pixel, where an operation shears or rotates
+
+    @classmethod
+    def of(cls, c: ConfigDict) -> "Augmentation":
+        """As `config.data` says."""
+        operations, level = c.randaugment
+        bilinear = c.augment_interpolation == "bilinear"
+        return cls(operations, level, c.trivial_augment, tuple(c.color_jitter), bilinear)
+
+    def __bool__(self) -> bool:
+        return bool(self.operations or self.trivial or any(self.jitter))
+
+
+def augment(image: np.ndarray, rng: np.random.Generator, policy: Augmentation) -> np.ndarray:
+    """uint8 [H, W, 1 or 3] → same; `image` itself is not changed.
+
+    RandAugment (Cubuk et al. 2019): `operations` drawn one by one, all at one level. TrivialAugment (Müller & Hutter
+    2021, the wide space): one operation at a level drawn too. Then colour jitter: each factor uniform in 1 ± its share
+    (not below 0), the hue turned by up to that part of the circle, in random order.
+    """
+    for _ in range(1 if policy.trivial else policy.operations):
+        name = _NAMES[rng.integers(len(_NAMES))]
+        level = int(rng.integers(LEVELS)) if policy.trivial else policy.level
+        value = magnitude(name, level, policy.trivial, *image.shape[:2])
+        if OPERATIONS[name][2] and rng.integers(2):
+            value = -value
+        image = apply(image, name, value, policy.bilinear)
+    for i in rng.permutation(len(_JITTER)) if any(policy.jitter) else ():
+        if share := policy.jitter[i]:
+            image = apply(image, _JITTER[i], rng.uniform(-min(share, 1), share))
+    return image
+
+
+def magnitude(name: str, level: int, wide: bool, height: int, width: int) -> float:
+    """What operation `name` does at `level`, without its sign, in the unit that `apply` takes."""
+    value = OPERATIONS[name][wide] * level / (LEVELS - 1)
+    if name.startswith("Translate") and not wide:
+        return value * (width if name == "TranslateX" else height)
+    return {"Posterize": 8 - round(value), "Solarize": 255 - value}.get(name, value)
+
+
+def apply(image: np.ndarray, name: str, value: float, bilinear: bool = False) -> np.ndarray:
+    """One operation on uint8 [H, W, 1 or 3], by its name in OPERATIONS or "Hue" (`value`: part of the circle)."""
+    height, width, channels = image.shape
+    out = image
+    match name:
+        case "ShearX":
+            out = _affine(image, (1, value, 0, 0, 1, 0), bilinear)
+        case "ShearY":
+            out = _affine(image, (1, 0, 0, value, 1, 0), bilinear)
+        case "TranslateX":
+            out = _affine(image, (1, 0, -int(value), 0, 1, 0), False)
+        case "TranslateY":
+            out = _affine(image, (1, 0, 0, 0, 1, -int(value)), False)
+        case "Rotate":
+            # Pillow rounds to 15 digits too: a quarter turn takes whole pixels.
+            cos, sin = round(math.cos(math.radians(value)), 15), round(math.sin(math.radians(value)), 15)
+            x, y = width / 2, height / 2
+            out = _affine(image, (cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y), bilinear)
+        case "Brightness":
+            out = cv2.LUT(image, _blend_levels(0, 1 + value))
+        case "Contrast":
+            grey = image if channels == 1 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+            out = cv2.LUT(image, _blend_levels(int(cv2.mean(grey)[0] + 0.5), 1 + value))
+        case "Color" if channels == 3:
+            out = _blend(cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB), image, 1 + value)
+        case "Sharpness":
+            smooth = cv2.filter2D(image, -1, _SMOOTH, borderType=cv2.BORDER_REPLICATE).reshape(image.shape)
+            for edge in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):
+                smooth[edge] = image[edge]
+            out = _blend(smooth, image, 1 + value)
+        case "Hue" if channels == 3:
+            hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)  # 256 steps around the circle: adding wraps
+            hsv[..., 0] += np.uint8(round(256 * value) % 256)
+            out = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+        case "Posterize":
+            out = image & np.uint8(256 - 2 ** (8 - int(value)))
+        case "Solarize":
+            out = cv2.LUT(image, np.where(value > _GREY, _GREY, 255 - _GREY).astype(np.uint8))
+        case "AutoContrast":
+            low, high = image.min(0).min(0).astype(int), image.max(0).max(0).astype(int)
+            out = _channelwise(image, [_stretched(*ends) for ends in zip(low, high, strict=True)])
+        case "Equalize":
+            counts = [cv2.calcHist([image], [i], None, [256], [0, 256]) for i in range(channels)]
+            out = _channelwise(image, [_equalised(count.astype(int).ravel()) for count in counts])
+    return out.reshape(image.shape)
+
+
+def _affine(image: np.ndarray, matrix: tuple[float, ...], bilinear: bool) -> np.ndarray:
+    """The pixel at (x, y) from (a·x + b·y + c, d·x + e·y + f), of centres at ½; 0 from beyond the image."""
+    a, b, c, d, e, f = matrix
+    height, width = image.shape[:2]
+    if bilinear:
+        inverse = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
+        return cv2.warpAffine(image, inverse, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    # In fixed point with 16 bits, for the very pixels that Pillow takes; cv2.warpAffine has 10.
+    a, b, c, d, e, f = (math.floor(v * 65536 + 0.5) for v in (a, b, c + (a + b) / 2, d, e, f + (d + e) / 2))
+    rows, columns = np.arange(height, dtype=np.int32)[:, None], np.arange(width, dtype=np.int32)
+    at = np.empty((height, width, 2), np.int16)
+    at[..., 0] = (columns * a + (rows * b + c)) >> 16
+    at[..., 1] = (columns * d + (rows * e + f)) >> 16
+    return cv2.remap(image, at, None, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT)
+
+
+def _blend(start: np.ndarray, image: np.ndarray, factor: float) -> np.ndarray:
+    """start + factor · (image − start), truncated and kept in 0 … 255."""
+    # addWeighted rounds to the nearest: less ½ that truncates, but for the float32 error at whole numbers.
+    return cv2.addWeighted(image, factor, start, 1 - factor, 1e-4 - 0.5)
+
+
+def _blend_levels(start: int, factor: float) -> np.ndarray:
+    levels = start + np.float32(factor) * (_GREY - start).astype(np.float32)
+    return np.clip(levels, 0, 255).astype(np.uint8)
+
+
+def _channelwise(image: np.ndarray, tables: list[np.ndarray]) -> np.ndarray:
+    return cv2.LUT(image, np.clip(np.stack(tables, -1), 0, 255).astype(np.uint8)[None])
+
+
+def _stretched(low: int, high: int) -> np.ndarray:
+    """The table that takes low … high to 0 … 255."""
+    if high <= low:
+        return _GREY
+    scale = 255.0 / (high - low)
+    return _GREY * scale + -low * scale
+
+
+def _equalised(counts: np.ndarray) -> np.ndarray:
+    """The table that makes every level as frequent as the others, from how often each occurs: as ImageOps.equalize."""
+    step = (counts.sum() - counts[counts.nonzero()[0][-1]]) // 255
+    return (step // 2 + counts.cumsum() - counts) // step if step else _GREY

@@ -1,0 +1,527 @@
+"""The command that makes images ready: what is written, what is left out, and going on after kill -9."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import simplejpeg
+from ml_collections import ConfigDict
+from PIL import Image, ImageOps
+
+from jax_resnet.config import default
+from jax_resnet.data import prepare
+from jax_resnet.data.images import decode
+from jax_resnet.data.source import open_dataset
+from jax_resnet.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+ENV = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+
+
+def command(*args: Any) -> list[str]:
+    return [sys.executable, "-m", "jax_resnet.data.prepare", *map(str, args)]
+
+
+def run(*args: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*args), env=ENV, capture_output=True, text=True, timeout=120)
+
+
+def here(monkeypatch: pytest.MonkeyPatch, *args: Any) -> None:
+    """The command in this process."""
+    monkeypatch.setattr(sys, "argv", ["prepare", *map(str, args)])
+    prepare.main()
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, *args: Any) -> str:
+    with pytest.raises(UserError) as e:
+        here(monkeypatch, *args)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def jpeg(value: int, height: int = 24, width: int = 32) -> bytes:
+    """A JPEG of grey noise around `value`."""
+    noise = np.random.default_rng(value).integers(-20, 20, (height, width, 1)).repeat(3, axis=-1)
+    return simplejpeg.encode_jpeg(np.clip(value + noise, 0, 255).astype(np.uint8), 90)
+
+
+def write_images(root: Path, count: int, *, splits: tuple[str, ...] = ("train", "val")) -> Path:
+    """`count` images for each split, in turn of the classes cat, dog and eel, of three sizes."""
+    for split in splits:
+        for i in range(count):
+            file = root / split / ("cat", "dog", "eel")[i % 3] / f"{i}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(jpeg(i % 200, *[(24, 32), (60, 40), (50, 50)][i % 3]))
+    return root
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The shards."""
+    return {f.name: f.read_bytes() for f in folder.glob("images-*") if f.suffix != ".part"}
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "prepare.json").read_text())
+
+
+def config(folder: Path, **changes: Any) -> ConfigDict:
+    c = default().data
+    c.name, c.crop, c.image_size = f"prepared:{folder}", "none", 16
+    c.update(changes)
+    return c
+
+
+def stored(folder: Path, split: str = "train") -> list[tuple[bytes, int]]:
+    """The bytes and the label of each record, as TFDS reads them."""
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(folder)
+    records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+    return [(record["image"], int(record["label"])) for record in (records[i] for i in range(len(records)))]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("source"), 30)
+
+
+def work_here(shards, done, workers, console):
+    for shard in shards:
+        prepare.make_shard(shard)
+        done(shard)
+
+
+@pytest.fixture(autouse=True)
+def one_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No workers, which take seconds to start, but in the tests that are about them."""
+    if "workers" not in request.node.name:
+        monkeypatch.setattr(prepare, "_work", work_here)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of at least 8 images, so that there are several."""
+    monkeypatch.setattr(prepare, "SHARD_IMAGES", 8)
+
+
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small")
+def test_bytes_are_copied_and_the_package_trains_on_them(source, tmp_path, monkeypatch, capsys):
+    here(monkeypatch, source, tmp_path / "to", "--workers=2")
+    names = sorted(files(tmp_path / "to"))
+    assert names == [f"images-{s}.array_record-0000{i}-of-00004" for s in ("train", "val") for i in range(4)]
+    expected = [(f.read_bytes(), ["cat", "dog", "eel"].index(f.parent.name)) for f in (source / "train").rglob("*.jpg")]
+    found = stored(tmp_path / "to")
+    assert sorted(found) == sorted(expected)
+    assert len({label for _, label in found[:9]}) == 3  # a part of it is of all classes
+    dataset = open_dataset(config(tmp_path / "to"))
+    assert (len(dataset.train), len(dataset.eval), dataset.eval.name) == (30, 30, "val")
+    assert dataset.class_names == ("cat", "dog", "eel")
+    images, labels = dataset.train.read(np.arange(30), None)
+    assert labels.tolist() == [label for _, label in found]
+    assert abs(images.mean() - np.mean([decode(data, 3).mean() for data, _ in found])) < 3
+    out = capsys.readouterr().out
+    assert "train: 30 images of 3 classes, 10 to 10 of each; height × width 45×41 on average" in out
+    assert out.endswith(f"to train on it: --config.data.name=prepared:{tmp_path / 'to'}\n")
+
+
+def areas(size: int, to: int) -> np.ndarray:
+    """[to, size]: what share of each of `to` equal parts of a line each of its `size` pixels covers."""
+    edges, pixels = np.arange(to + 1) * size / to, np.arange(size)
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return np.maximum(overlap, 0) * to / size
+
+
+def test_resizing_shrinks_the_short_side_and_enlarges_nothing(source, tmp_path, monkeypatch):
+    here(monkeypatch, source, tmp_path / "to", "--resize=30", "--quality=100")
+    names = [name for name, _, _ in prepare.list_folder(source).splits["train"]]
+    shapes = []
+    for name, (data, _) in zip(names, stored(tmp_path / "to"), strict=True):
+        original, found = (source / name).read_bytes(), decode(data, 1)
+        shapes.append(found.shape)
+        if found.shape == (24, 32, 1):
+            assert data == original
+        else:
+            image = decode(original, 1)[..., 0]
+            means = areas(image.shape[0], found.shape[0]) @ image @ areas(image.shape[1], found.shape[1]).T
+            assert np.abs(means - found[..., 0]).mean() < 1
+    assert Counter(shapes) == {(24, 32, 1): 10, (45, 30, 1): 10, (30, 30, 1): 10}
+    assert facts(tmp_path / "to")["splits"]["train"] | {"bytes": 0, "classes": {}} == {
+        "images": 30, "bytes": 0, "classes": {}, "height": 33.0, "width": 30.7,
+    }  # fmt: skip
+
+
+@pytest.mark.usefixtures("small")
+def test_the_same_source_gives_the_same_bytes_whatever_the_workers(source, tmp_path, monkeypatch):
+    here(monkeypatch, source, tmp_path / "a", "--resize=30", "--workers=2")
+    with monkeypatch.context() as m:
+        m.setattr(prepare, "_work", work_here)
+        here(m, source, tmp_path / "b", "--resize=30")
+    assert files(tmp_path / "a") == files(tmp_path / "b") != {}
+
+
+def test_images_of_one_size_are_kept_in_memory(tmp_path, monkeypatch):
+    for i, name in enumerate(("train/a", "train/b", "val/a")):
+        (tmp_path / "from" / name).mkdir(parents=True)
+        (tmp_path / "from" / name / "1.jpg").write_bytes(jpeg(50 * i))
+    here(monkeypatch, tmp_path / "from", tmp_path / "to")
+    dataset = open_dataset(config(tmp_path / "to", image_size=None))
+    assert dataset.train.image_shape == (24, 32, 3)
+
+
+def test_class_folders_alone_become_one_split_that_can_be_cut(tmp_path, monkeypatch, capsys):
+    write_images(tmp_path, 30, splits=("from",))
+    here(monkeypatch, tmp_path / "from", tmp_path / "to")
+    assert "--config.data.train_split='train[:90%]' --config.data.eval_split='train[90%:]'" in capsys.readouterr().out
+    dataset = open_dataset(config(tmp_path / "to", train_split="train[:50%]", eval_split="train[50%:]"))
+    assert (len(dataset.train), len(dataset.eval)) == (15, 15)
+    for part in (dataset.train, dataset.eval):
+        assert set(part.read(np.arange(15), None)[1]) == {0, 1, 2}
+
+
+def test_a_tfds_dataset_is_written_as_it_is(tmp_path, monkeypatch):
+    open_dataset(config(tmp_path, name="digits", channels=1, data_dir=str(tmp_path / "tfds")))
+    here(monkeypatch, "tfds:digits", tmp_path / "to", f"--data_dir={tmp_path / 'tfds'}")
+    ours = open_dataset(config(tmp_path / "to", channels=1, image_size=None))
+    theirs = open_dataset(config(tmp_path, name="digits", channels=1, image_size=None, data_dir=str(tmp_path / "tfds")))
+    for a, b in ((ours.train, theirs.train), (ours.eval, theirs.eval)):
+        for x, y in zip(a.read(np.arange(len(a)), None), b.read(np.arange(len(b)), None), strict=True):
+            np.testing.assert_array_equal(x, y)
+    assert "not prepared in" in refusal(monkeypatch, "tfds:cifar10", tmp_path / "no", f"--data_dir={tmp_path}")
+    assert refusal(monkeypatch, "tfds:digitz", tmp_path / "no").startswith("tfds:digitz: unknown dataset")
+    assert not (tmp_path / "no").exists()
+
+
+def test_other_files_are_counted(source, tmp_path, monkeypatch, capsys):
+    folder = write_images(tmp_path / "from", 3)
+    for name in ("train/cat/a.gif", "train/dog/b.gif", "val/eel/README", "train/cat/.hidden.jpg"):
+        (folder / name).write_bytes(b"x")
+    (folder / "extra").mkdir()
+    here(monkeypatch, folder, tmp_path / "to")
+    assert "left alone: 2 .gif, 1 extra/, 1 no suffix" in capsys.readouterr().out
+    assert facts(tmp_path / "to")["left_alone"] == {".gif": 2, "extra/": 1, "no suffix": 1}
+
+
+# ---- odd and broken images -------------------------------------------------------------------------------------------
+
+
+def saved(image: Image.Image, kind: str, **how: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **how)
+    return out.getvalue()
+
+
+def odd_kinds() -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """Files that are read, and files that are refused."""
+    rows, columns = np.mgrid[:24, :36]
+    image = Image.fromarray(np.stack([rows * 10, columns * 7, np.full_like(rows, 90)], -1).astype(np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain, png, turned = saved(image, "JPEG"), saved(image, "PNG"), image.copy()
+    turned.putalpha(Image.fromarray((columns * 7).astype(np.uint8)))
+    read = {
+        "png_named.jpg": png,
+        "jpeg_named.png": plain,
+        "grey.jpg": saved(image.convert("L"), "JPEG"),
+        "grey.png": saved(image.convert("L"), "PNG"),
+        "two_tone.png": saved(image.convert("1"), "PNG"),
+        "palette.png": saved(image.convert("P"), "PNG", transparency=3),
+        "rgba.png": saved(turned, "PNG"),
+        "grey_alpha.png": saved(turned.convert("LA"), "PNG"),
+        "sixteen.png": cv2.imencode(".png", np.asarray(image)[..., ::-1].astype(np.uint16) * 257)[1].tobytes(),
+        "cmyk.jpg": saved(image.convert("CMYK"), "JPEG"),
+        "exif6.jpg": saved(image, "JPEG", exif=exif),
+        "progressive.jpg": saved(image, "JPEG", progressive=True),
+        "bitmap.bmp": saved(image, "BMP"),
+        "web.webp": saved(image, "WEBP", lossless=True),
+        "tag.tiff": saved(image, "TIFF"),
+    }
+    refused = {
+        "truncated.jpg": plain[: len(plain) // 2],
+        "truncated.png": png[: len(png) // 2],
+        "zero.jpg": b"",
+        "text.jpg": b"hello",
+        "page.jpg": b"<!DOCTYPE html><html><body>404</body></html>",
+        "noise.jpg": b"\xff\xd8\xff" + bytes(range(256)),
+    }
+    return read, refused
+
+
+def test_odd_kinds_are_read_as_pillow_reads_them_and_broken_ones_named(tmp_path, monkeypatch, capsys):
+    read, refused = odd_kinds()
+    folder = write_images(tmp_path / "from", 6)
+    for name, data in (read | refused).items():
+        (folder / "train" / "cat" / name).write_bytes(data)
+    monkeypatch.setattr(prepare, "BROKEN_SHARE", 0.5)
+    here(monkeypatch, folder, tmp_path / "to")
+    stored_bytes = [data for data, _ in stored(tmp_path / "to")]
+    for name, data in read.items():
+        assert data in stored_bytes, name
+        expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")).astype(int)
+        np.testing.assert_allclose(decode(data, 3).astype(int), expected, atol=1, err_msg=name)
+    assert len(stored_bytes) == 6 + len(read)
+    lines = facts(tmp_path / "to")["broken"]
+    assert [line.partition(":")[0] for line in lines] == sorted(f"train/cat/{name}" for name in refused)
+    assert f"train/cat/text.jpg: not an image that can be decoded ({len(refused['text.jpg'])} bytes)" in lines
+    out = capsys.readouterr().out
+    assert all(line in out for line in lines)
+    assert "left out: 6 broken images" in out
+
+
+@pytest.mark.parametrize(("broken", "stops"), [(2, False), (3, True)])
+def test_more_than_one_in_a_hundred_broken_stops(tmp_path, monkeypatch, capsys, broken, stops):
+    folder = write_images(tmp_path / "from", 100)
+    for i in range(broken):
+        (folder / "train" / "cat" / f"{3 * i}.jpg").write_bytes(b"x")
+    if stops:
+        text = refusal(monkeypatch, folder, tmp_path / "to")
+        assert "3 of 200 images are broken, more than 1 %" in text
+        assert capsys.readouterr().out.count("not an image that can be decoded (1 bytes)") == 3
+        with pytest.raises(UserError, match="not finished; run the command that began it again"):
+            open_dataset(config(tmp_path / "to"))
+    else:
+        here(monkeypatch, folder, tmp_path / "to")
+        assert len(open_dataset(config(tmp_path / "to")).train) == 98
+
+
+# ---- going on --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small")
+def test_finished_files_are_not_written_again(source, tmp_path, monkeypatch):
+    here(monkeypatch, source, tmp_path / "to")
+    before = files(tmp_path / "to")
+    kept, gone = sorted(before)[0], sorted(before)[1]
+    (tmp_path / "to" / gone).unlink()
+    at = (tmp_path / "to" / kept).stat().st_mtime_ns
+    here(monkeypatch, source, tmp_path / "to")
+    assert files(tmp_path / "to") == before
+    assert (tmp_path / "to" / kept).stat().st_mtime_ns == at
+
+
+@pytest.mark.parametrize("spoil", [lambda b: b[: len(b) // 2], lambda b: b.replace(b"\xff\xda", b"\xff\xdb")])
+def test_a_damaged_file_is_named(source, tmp_path, monkeypatch, spoil):
+    here(monkeypatch, source, tmp_path / "to")
+    (shard,) = (tmp_path / "to").glob("images-val*")
+    shard.write_bytes(spoil(shard.read_bytes()))
+    assert refusal(monkeypatch, source, tmp_path / "to").startswith(f"{shard}: damaged (")
+    shard.unlink()
+    here(monkeypatch, source, tmp_path / "to")
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (["--resize=30"], ["--resize=20"], "begun with resize=30"),
+        ([], ["--resize=20"], "begun with resize=None"),
+        (["--resize=30"], ["--resize=30", "--quality=80"], "begun with quality=95"),
+    ],
+)
+def test_another_command_is_refused(source, tmp_path, monkeypatch, first, second, expected):
+    here(monkeypatch, source, tmp_path / "to", *first)
+    before = files(tmp_path / "to")
+    assert expected in refusal(monkeypatch, source, tmp_path / "to", *second)
+    assert files(tmp_path / "to") == before
+
+
+def test_other_images_are_refused(tmp_path, monkeypatch):
+    folder = write_images(tmp_path / "from", 6)
+    here(monkeypatch, folder, tmp_path / "to")
+    (folder / "train" / "cat" / "0.jpg").write_bytes(jpeg(1, 8, 8))
+    assert "begun with contents=" in refusal(monkeypatch, folder, tmp_path / "to")
+    (folder / "train" / "cat" / "0.jpg").unlink()
+    assert f"begun with images=12 of {folder}, not images=11" in refusal(monkeypatch, folder, tmp_path / "to")
+
+
+def alive(group: int) -> bool:
+    """Whether a process of that group is still there."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, in_group = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(in_group) == group and state != "Z":
+            return True
+    return False
+
+
+SLOWLY = """
+import sys, jax_resnet.data.prepare as p
+p.SHARD_IMAGES = 8
+if __name__ == "__main__":
+    p.main()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="counts processes in /proc")
+def test_killed_while_writing_then_run_again(tmp_path):
+    """kill -9 of the command alone: its workers end too, and the next run gives what an uninterrupted one does."""
+    folder = write_images(tmp_path / "from", 320, splits=("train",))
+    (tmp_path / "slowly.py").write_text(SLOWLY)
+    args = [sys.executable, str(tmp_path / "slowly.py"), folder]
+    subprocess.run([*args, tmp_path / "whole", "--resize=20"], env=ENV, check=True, timeout=100)
+    again = [*args, tmp_path / "to", "--resize=20"]
+    for finished in (3,):
+        process = subprocess.Popen(again, env=ENV, start_new_session=True)
+        while len(files(tmp_path / "to")) < finished and process.poll() is None:
+            time.sleep(0.002)
+        process.kill()  # not its group
+        process.wait()
+        deadline = time.monotonic() + 10
+        while alive(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not alive(process.pid)
+        assert finished <= len(files(tmp_path / "to")) < 40
+        assert not (tmp_path / "to" / "dataset_info.json").exists()
+    done = subprocess.run(again, env=ENV, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "to") == files(tmp_path / "whole")
+    assert len(files(tmp_path / "to")) == 40
+    for name in ("dataset_info.json", "features.json", "label.labels.txt"):
+        assert (tmp_path / "to" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list((tmp_path / "to").rglob("*.part"))
+
+
+@pytest.mark.parametrize("waits_for", ["shards", "images-*"], ids=["workers start", "workers work"])
+def test_interrupted_it_ends_at_once_and_leaves_nothing_half_written(tmp_path, waits_for):
+    folder = write_images(tmp_path / "from", 600, splits=("train",))
+    (tmp_path / "slowly.py").write_text(SLOWLY.replace("p.main()", "p.run(p.main)"))
+    args = [sys.executable, str(tmp_path / "slowly.py"), folder, tmp_path / "to", "--resize=20"]
+    process = subprocess.Popen(args, env=ENV, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while not list((tmp_path / "to").glob(waits_for)) and process.poll() is None:
+        time.sleep(0.002)
+    if waits_for == "shards":
+        time.sleep(0.5)  # in the middle of what workers import
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (130, "interrupted\n")
+    assert not list((tmp_path / "to").rglob("*.part"))
+
+
+def test_two_runs_at_once_are_refused(source, tmp_path, monkeypatch):
+    with prepare.claim(tmp_path / "to"):
+        (tmp_path / "to" / "prepare.json").write_text("{}")
+        assert "another run is writing to it" in refusal(monkeypatch, source, tmp_path / "to")
+
+
+# ---- archives --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz"])
+@pytest.mark.parametrize("inside", ["", "flowers"], ids=["splits", "one folder"])
+def test_an_archive_gives_what_its_folder_gives(source, tmp_path, monkeypatch, kind, inside):
+    archive = tmp_path / f"images.{kind}"
+    with tarfile.open(archive, "w:gz" if kind == "tar.gz" else "w") as tar:
+        tar.add(source, inside or ".")
+    here(monkeypatch, archive, tmp_path / "a")
+    here(monkeypatch, source, tmp_path / "b")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert facts(tmp_path / "a")["source"] == str(archive)
+    assert sorted(f.name for f in (tmp_path / "a").iterdir()) == sorted(f.name for f in (tmp_path / "b").iterdir())
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        member("../evil.jpg"),
+        member("train/../../evil.jpg"),
+        member("/tmp/evil_absolute.jpg"),
+        member("train/cat/link.jpg", tarfile.SYMTYPE, "/etc/passwd"),
+        member("train/cat/inside.jpg", tarfile.SYMTYPE, "0.jpg"),
+        member("train/cat/hard.jpg", tarfile.LNKTYPE, "train/cat/0.jpg"),
+        member("train/cat/device.jpg", tarfile.CHRTYPE),
+        member("train/cat/pipe.jpg", tarfile.FIFOTYPE),
+    ],
+    ids=lambda m: m.name,
+)
+def test_an_archive_that_reaches_out_is_refused(source, tmp_path, monkeypatch, evil):
+    (tmp_path / "in").mkdir()
+    archive = tmp_path / "in" / "images.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(source / "train" / "cat" / "0.jpg", "train/cat/0.jpg")
+        tar.addfile(evil)
+    text = refusal(monkeypatch, archive, tmp_path / "in" / "to")
+    assert text == f"{archive}: {evil.name!r} is a link or device, or leads out of the archive"
+    assert [f.name for f in tmp_path.rglob("*")] == ["in", "images.tar"]
+    assert not Path("/tmp/evil_absolute.jpg").exists()
+
+
+@pytest.mark.parametrize("spoil", [lambda b: b"hello", lambda b: b[: len(b) // 2], lambda b: b""])
+def test_an_archive_that_is_none_is_refused(source, tmp_path, monkeypatch, spoil):
+    archive = tmp_path / "images.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(source, ".")
+    archive.write_bytes(spoil(archive.read_bytes()))
+    assert refusal(monkeypatch, archive, tmp_path / "to").startswith(f"{archive}: cannot be read as a .tar (")
+    assert not (tmp_path / "to").exists()
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_are_one_line_and_leave_nothing(source, tmp_path, monkeypatch):
+    to = tmp_path / "to"
+    assert refusal(monkeypatch, tmp_path / "none", to).startswith(f"{tmp_path / 'none'}: no such folder or .tar")
+    assert "--resize=0: must be a whole number, from 1 to 65535" in refusal(monkeypatch, source, to, "--resize=0")
+    assert "--quality=101: must be" in refusal(monkeypatch, source, to, "--resize=9", "--quality=101")
+    assert "--workers=two: must be" in refusal(monkeypatch, source, to, "--workers=two")
+    assert "--quality: only with --resize" in refusal(monkeypatch, source, to, "--quality=90")
+    assert "--data_dir: only with tfds:NAME" in refusal(monkeypatch, source, to, "--data_dir=x")
+    assert "did you mean --resize" in refusal(monkeypatch, source, to, "--resise=4")
+    assert f"lies in {source}" in refusal(monkeypatch, source, source / "train" / "to")
+    (tmp_path / "empty").mkdir()
+    assert "no class folders in it" in refusal(monkeypatch, tmp_path / "empty", to)
+    (tmp_path / "empty" / "cat").mkdir()
+    assert "empty/cat: no images in it" in refusal(monkeypatch, tmp_path / "empty", to)
+    for name in ("train/cat/1.jpg", "val/cta/1.jpg"):
+        (tmp_path / "odd" / name).parent.mkdir(parents=True)
+        (tmp_path / "odd" / name).write_bytes(jpeg(1))
+    assert "val/cta: train/ has no such class; did you mean cat?" in refusal(monkeypatch, tmp_path / "odd", to)
+    assert not to.exists()
+    to.mkdir()
+    (to / "thesis.part").write_text("mine")
+    assert "has thesis.part in it, not by this command" in refusal(monkeypatch, source, to)
+    assert [f.name for f in to.iterdir()] == ["thesis.part"]
+    (tmp_path / "file").write_text("")
+    assert refusal(monkeypatch, source, tmp_path / "file").startswith(f"{tmp_path / 'file'}: ")
+
+
+def test_the_command_ends_with_status_2_after_one_line(tmp_path):
+    done = run(tmp_path / "none", tmp_path / "to")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert done.stderr.startswith("error: ")
+
+
+def test_a_folder_that_is_not_prepared_is_refused(tmp_path):
+    for name, text in ((tmp_path / "none", "no such folder"), (tmp_path, "no dataset in it")):
+        with pytest.raises(UserError, match=f"^config.data.name=prepared:{name}: {text}$"):
+            open_dataset(config(name))
+
+
+def test_an_image_that_cannot_be_read_stops(tmp_path, monkeypatch):
+    folder = write_images(tmp_path / "from", 6)
+    (folder / "train" / "cat" / "gone.jpg").symlink_to(folder / "val" / "cat" / "0.jpg")
+    listed = prepare.list_folder(folder)
+    (folder / "val" / "cat" / "0.jpg").unlink()
+    shard = prepare.Shard(tmp_path / "x", "train", listed, listed.splits["train"], None, None)
+    with pytest.raises(UserError, match=r"gone.jpg.*run the same command again to go on"):
+        prepare.make_shard(shard)
