@@ -153,9 +153,9 @@ def _from_hub(name: str) -> Weights:
     def fetch(file: str) -> Path | None:
         try:
             return Path(huggingface_hub.hf_hub_download(name, file, revision=revision or None))
-        except errors.LocalEntryNotFoundError:
-            where = os.environ.get("HF_ENDPOINT", "the hub")
-            raise UserError(f"{where} cannot be reached, and {file} is not in the cache") from None
+        except errors.LocalEntryNotFoundError as e:
+            where, why = os.environ.get("HF_ENDPOINT", "the hub"), _first_line(e.__cause__ or e)
+            raise UserError(f"{where} cannot be reached ({why}), and {file} is not in the cache") from None
         except errors.EntryNotFoundError:
             return None
         except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as e:
@@ -168,5 +168,5 @@ def _from_hub(name: str) -> Weights:
     return _described(_tensors(file), description) if description else Weights(_tensors(file))
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -255,7 +255,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             self.wfile.write(self.answer())
 
         def answer(self) -> bytes:
-            org, name, _, revision, file = self.path.strip("/").split("/", 4)
+            org, name, _, revision, file = (self.path.strip("/").split("/", 4) + [""] * 5)[:5]
             path = folder / org / name / file
             if not path.is_file():
                 self.send_response(404)

@@ -57,7 +57,7 @@ UNOPTIMISED = {"xla_backend_optimization_level": 0}
 
 
 class Keys:
-    """In place of nnx.Rngs, for a model of which only the shapes are made."""
+    """In place of nnx.Rngs, whose counting takes time quadratic in the depth, where only shapes are made."""
 
     def params(self):
         return jax.random.key(0)

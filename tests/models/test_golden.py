@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from numpy.testing import assert_allclose
+from test_families import Keys
 
 from jax_resnet.models.torch_weights import flatten, import_weights, to_torch
 from jax_resnet.models.zoo import create_model
@@ -23,13 +24,6 @@ TRAINED = SHARED / "oracle" / "akamaster_resnet20.th"
 
 # Of the largest logit. Two networks magnify float32's rounding: in timm too, float32 and float64 differ there by 3e-5.
 CLOSE = {"resnetv2_50d_frn": 1e-4, "resnetv2_50x1_bit": 1e-4}
-
-
-class Keys:
-    """In place of nnx.Rngs, whose counting takes longer than all else where only shapes are made."""
-
-    def params(self):
-        return jax.random.key(0)
 
 
 def abstract(name, num_classes, **options):

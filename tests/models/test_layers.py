@@ -211,8 +211,8 @@ def test_norms_of_single_examples_start_at_one_and_zero(kind):
 
 @pytest.mark.parametrize("kind", [GroupNorm, EvoNorm])
 def test_constant_groups_stay_finite(kind):
-    x = jnp.full((2, 3, 3, 64), 1000.1, jnp.float32)
-    assert np.isfinite(kind(64, activation=True)(x)).all()
+    values = np.float32(1000 * np.random.RandomState(3).randn(32)).repeat(2)  # E[x²] - E[x]² is negative for some
+    assert np.isfinite(kind(64, activation=True)(jnp.broadcast_to(values, (2, 3, 3, 64)))).all()
 
 
 def convolved(x, kernel, stride=1, groups=1):
@@ -270,7 +270,7 @@ def sigmoid(x):
 
 @pytest.mark.parametrize(
     ("features", "ratio", "inside"),
-    [(64, 1 / 16, 8), (192, 1 / 16, 16), (256, 1 / 16, 16), (2048, 1 / 16, 128), (64, 1 / 4, 16), (24, 1, 24)],
+    [(32, 1 / 16, 8), (64, 1 / 16, 8), (192, 1 / 16, 16), (2048, 1 / 16, 128), (64, 1 / 4, 16), (24, 1, 24)],
 )
 def test_squeeze_excite_width(features, ratio, inside):
     layer = nnx.eval_shape(lambda: SqueezeExcite(features, ratio=ratio, rngs=nnx.Rngs(0)))

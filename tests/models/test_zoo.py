@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
+from test_families import Keys
 
 import jax_resnet
 from jax_resnet.errors import UserError
@@ -25,7 +26,7 @@ TINY = {"depths": (1, 1), "widths": (4, 8), "stem": "cifar", "stem_width": 4}
 @functools.cache
 def abstract(name, num_classes=10, **options):
     """The model, with shapes in the place of arrays, in evaluation mode."""
-    model = nnx.eval_shape(lambda: create_model(name, num_classes=num_classes, rngs=nnx.Rngs(0), **options))
+    model = nnx.eval_shape(lambda: create_model(name, num_classes=num_classes, rngs=Keys(), **options))
     model.eval()
     return model
 
@@ -282,13 +283,16 @@ SMALL = {"depths": (1, 1), "widths": (4, 8), "stem_width": 8}
 def test_pyramid_features_pooled_and_logits(name, options, size):
     @jax.jit
     def answers(model, x):
-        return model.pyramid(x), model.features(x), model.pooled(x), model(x)
+        first = model.stage1(model.stem(x))
+        return [first, model.stage2(first)], model.pyramid(x), model.features(x), model.pooled(x), model(x)
 
     model, x = filled(name, **options), jnp.float32(np.random.RandomState(1).randn(2, *size, 3))
     spec = model.spec
-    maps, features, pooled, logits = jax.tree.map(np.asarray, answers(model, x))
+    stages, maps, features, pooled, logits = jax.tree.map(np.asarray, answers(model, x))
     sides = [tuple(-(-side // stride) for side in size) for stride in spec.strides]
     assert [m.shape for m in maps] == [(2, *s, c) for s, c in zip(sides, spec.channels, strict=True)]
+    for pair in zip(maps, stages, strict=True):
+        assert_array_equal(*pair)
     expected = maps[-1]
     if spec.preactivation:
         scale, bias, mean, var = (np.float64(getattr(model.norm, leaf)) for leaf in ("scale", "bias", "mean", "var"))
