@@ -83,7 +83,7 @@ def started(name, **options):
     ("name", "dtype"),
     [(name, "float32") for name in FAST]
     + [pytest.param(name, "float32", marks=pytest.mark.slow) for name in SLOW]
-    + [pytest.param(name, "bfloat16", marks=pytest.mark.slow) for name in FAST + SLOW],
+    + [pytest.param(name, "bfloat16", marks=pytest.mark.slow) for name in FAST + SLOW[-5:]],
 )
 def test_ten_steps_learn_ten_images(name, dtype):
     model = started(name, **FAMILIES[name], dtype=jnp.dtype(dtype), drop_path=0.1)

@@ -199,6 +199,7 @@ LONGER = SMALL | {"depths": (2, 1)}
         (("resnet50", SMALL), ("resnet50_gn", SMALL)),
         (("resnet50_gn", SMALL), ("resnet50", SMALL)),
         (("resnetrs50", SMALL), ("seresnet152d", SMALL)),
+        (("seresnet152d", SMALL | {"se_ratio": 1 / 4}), ("resnetrs50", SMALL)),
         (("resnet50", SMALL), ("wide_resnet50_2", SMALL)),
         (("resnetv2_50d", SMALL), ("resnetv2_50d_evos", SMALL)),
     ],
@@ -222,7 +223,10 @@ def prefixed(tensors, prefix):
         lambda good, other: {"model": {"state_dict": good}},
         lambda good, other: {"model": other, "model_ema": good},
         lambda good, other: {"state_dict": other, "state_dict_ema": good},
-        lambda good, other: {"model": good, "model_ema": None},
+        lambda good, other: {"model": good, "model_ema": None, "state_dict_ema": {}},
+        lambda good, other: prefixed(good, "ema.") | prefixed(other, "model."),
+        lambda good, other: prefixed(other, "model.") | prefixed(good, "ema."),
+        lambda good, other: {"ema": prefixed(good, "module."), "model": other},
         lambda good, other: prefixed(good, "module."),
         lambda good, other: prefixed(good, "_orig_mod."),
         lambda good, other: {"state_dict": prefixed(good, "model.")},
@@ -245,6 +249,13 @@ def test_what_scripts_wrap_around_is_taken_off(wrap):
 def test_a_file_without_tensors_is_refused():
     with pytest.raises(UserError, match="holds no tensors"):
         import_weights(random_model("resnet18", **SMALL), {"state_dict": {"epoch": 3}})
+
+
+def test_a_name_that_stands_twice_is_refused():
+    model = random_model("resnet18", **SMALL)
+    tensors = export_weights(model)
+    with pytest.raises(UserError, match=r"holds bn1\.bias twice"):
+        import_weights(model, tensors | {"module.bn1.bias": tensors["bn1.bias"]})
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64", ">f4"])

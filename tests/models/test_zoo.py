@@ -498,6 +498,9 @@ def test_bfloat16_activations_and_float32_logits(name):
     assert_allclose(logits, run(full, images()), rtol=0.02, atol=0.02)
 
 
+ONE_STAGE = {"depths": (1,), "widths": (8,)}
+
+
 @pytest.mark.parametrize(
     ("name", "options", "line"),
     [
@@ -545,7 +548,19 @@ def test_bfloat16_activations_and_float32_logits(name):
         ("cifar_resnet8", {"stem_pool": "conv"}, "stem_pool=conv: the cifar stem does not pool"),
         ("resnet50d", {"stem_width": 60}, "stem_width=60: must be a multiple of 8 for a deep stem"),
         ("resnet50t", {"stem_width": 60}, "stem_width=60: must be a multiple of 8 for a tiered stem"),
-        ("ecaresnet50d_pruned", {"depths": (3, 4, 6, 2)}, "block_widths: needs (3, 4, 6, 2) blocks"),
+        ("ecaresnet50d_pruned", {"depths": (3, 4, 6, 2)}, "block_widths: must be of (3, 4, 6, 2) blocks"),
+        ("ecaresnet50d_pruned", {"widths": (8, 16, 32, 64)}, "pruned to widths of its own"),
+        ("resnet50", ONE_STAGE | {"block_widths": (((4, 4),),)}, "must be 3 whole numbers a block"),
+        ("resnet18", ONE_STAGE | {"block_widths": (((4, 4, 4),),)}, "must be 2 whole numbers a block"),
+        ("resnet18", ONE_STAGE | {"block_widths": (((),),)}, "must be 2 whole numbers a block"),
+        ("resnet18", ONE_STAGE | {"block_widths": (((4, 8.0),),)}, "must be 2 whole numbers a block"),
+        (
+            "resnet18",
+            {"depths": (2,), "widths": (8,), "block_widths": (((4, 8), (4, 9)),)},
+            "the last alike in a stage",
+        ),
+        ("resnet50_gn", {"bn_group_size": 4}, "bn_group_size=4: group norm knows no groups of examples"),
+        ("resnet50", {"in_channels": 0}, "in_channels=0 must be at least 1"),
         (
             "resnext50_32x4d",
             {"inner_factor": 1.25},
