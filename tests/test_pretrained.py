@@ -31,7 +31,7 @@ TINY = ROOT / "tests" / "tiny.py"
 
 
 def arrays_of(state: Any) -> dict[str, np.ndarray]:
-    return {n: np.asarray(x) for tree in (state.params, state.batch_stats) for n, x in flatten(tree).items()}
+    return {name: np.asarray(x) for name, x in flatten(state.params, state.batch_stats).items()}
 
 
 def random_like(state: Any, seed: int = 0) -> dict[str, np.ndarray]:

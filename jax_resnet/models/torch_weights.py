@@ -148,10 +148,10 @@ def unwrap(content: Mapping[str, Any]) -> dict[str, Any]:
     return tensors
 
 
-def flatten(tree: Any) -> dict[str, Any]:
-    """{"stage1/block0/conv1/kernel": leaf} of an nnx State or of nested dicts."""
-    pure = nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
-    return {"/".join(map(str, path)): leaf for path, leaf in nnx.traversals.flatten_mapping(pure).items()}
+def flatten(*trees: Any) -> dict[str, Any]:
+    """{"stage1/block0/conv1/kernel": leaf} of nnx States or nested dicts that have no name in common."""
+    pure = (nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree for tree in trees)
+    return {"/".join(map(str, path)): x for tree in pure for path, x in nnx.traversals.flatten_mapping(tree).items()}
 
 
 def torch_name(name: str, spec: ResNetSpec) -> str:
