@@ -9,7 +9,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
-from jax_resnet.errors import UserError
+from jax_resnet.errors import UserError, first_line
 from jax_resnet.state import TrainState
 
 BEST_BY = "accuracy_top1"
@@ -97,7 +97,7 @@ class Checkpoints:
         try:
             yield
         except Exception as e:  # Orbax, tensorstore and the file system have no error in common
-            raise UserError(f"{self.directory}: a checkpoint could not be {done} ({_first_line(e)})") from None
+            raise UserError(f"{self.directory}: a checkpoint could not be {done} ({first_line(e)})") from None
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state at `step`, on the devices and in the shardings of the abstract state `like`.
@@ -138,11 +138,7 @@ class Checkpoints:
     def _damaged(self, step: int, error: Exception) -> UserError:
         steps = [s for s in self._manager.all_steps() if s != step]
         rest = f"to go on from step {max(steps)}, move that folder away" if steps else "no other step is saved"
-        return UserError(f"{self.directory}/{step}: this checkpoint cannot be read ({_first_line(error)}); {rest}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        return UserError(f"{self.directory}/{step}: this checkpoint cannot be read ({first_line(error)}); {rest}")
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

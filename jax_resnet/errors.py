@@ -23,6 +23,11 @@ def fail(error: UserError) -> int:
     return 2
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def did_you_mean(name: str, known: Iterable[str], *, listed: int = 12) -> str:
     """The end of an error line about an unknown `name`: the nearest known names, or the first `listed` of them."""
     known = sorted(set(known))

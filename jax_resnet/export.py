@@ -41,7 +41,7 @@ def export(workdir: str | os.PathLike[str], *, checkpoint: str = "best", out: st
         step = checkpoints.find(checkpoint)
         config, trees = from_json(checkpoints.config(step)), checkpoints.weights(step)
     spec = model_spec(config.model.name, **model_overrides(config))
-    tensors = to_torch({name: array for tree in trees for name, array in flatten(tree).items()}, spec)
+    tensors = to_torch(flatten(*trees), spec)
     folder = Path(out).expanduser() if out else workdir / "export"
     weights, description = folder / "model.safetensors", folder / "config.json"
     for file in (weights, description):

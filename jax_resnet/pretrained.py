@@ -16,7 +16,7 @@ from flax import nnx
 
 from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.config import from_json, model_overrides
-from jax_resnet.errors import UserError, did_you_mean
+from jax_resnet.errors import UserError, did_you_mean, first_line
 from jax_resnet.models.resnet import ResNetSpec
 from jax_resnet.models.torch_weights import Arrays, Report, flatten, from_torch, to_torch
 from jax_resnet.models.zoo import model_spec
@@ -44,7 +44,7 @@ def fitting(path: str, state: TrainState, spec: ResNetSpec) -> tuple[Arrays, Rep
     a workdir of ours (the most accurate checkpoint) or its checkpoints/STEP, or hf://ORGANISATION/NAME[@REVISION].
     Raises UserError, naming `path`, for what cannot be read or does not fit.
     """
-    shapes = {name: x.shape for tree in (state.params, state.batch_stats) for name, x in flatten(tree).items()}
+    shapes = {name: x.shape for name, x in flatten(state.params, state.batch_stats).items()}
     weights = None
     try:
         weights = read_weights(path)
@@ -112,7 +112,7 @@ def _tensors(file: Path) -> Mapping[str, Any]:
             f"not opened: it is damaged or holds more than tensors, which could run code ({unsafe})"
         ) from None
     except Exception as e:  # a damaged file fails in as many ways as there are formats
-        raise UserError(f"cannot be read as a torch file ({_first_line(e)})") from None
+        raise UserError(f"cannot be read as a torch file ({first_line(e)})") from None
     if not isinstance(content, Mapping):
         raise UserError(f"holds a {type(content).__name__}, not tensors by name")
     return content
@@ -136,8 +136,7 @@ def _from_run(path: Path) -> Weights:
         config, trees = from_json(checkpoints.config(chosen)), checkpoints.weights(chosen)
     spec = model_spec(config.model.name, **model_overrides(config))
     mean, std = tuple(config.data.mean), tuple(config.data.std)
-    arrays = {name: array for tree in trees for name, array in flatten(tree).items()}
-    return Weights(to_torch(arrays, spec), config.model.name, mean, std)
+    return Weights(to_torch(flatten(*trees), spec), config.model.name, mean, std)
 
 
 def _from_hub(name: str) -> Weights:
@@ -153,20 +152,16 @@ def _from_hub(name: str) -> Weights:
     def fetch(file: str) -> Path | None:
         try:
             return Path(huggingface_hub.hf_hub_download(name, file, revision=revision or None))
-        except errors.LocalEntryNotFoundError:
-            where = os.environ.get("HF_ENDPOINT", "the hub")
-            raise UserError(f"{where} cannot be reached, and {file} is not in the cache") from None
+        except errors.LocalEntryNotFoundError as e:
+            where, why = os.environ.get("HF_ENDPOINT", "the hub"), first_line(e.__cause__ or e)
+            raise UserError(f"{where} cannot be reached ({why}), and {file} is not in the cache") from None
         except errors.EntryNotFoundError:
             return None
         except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as e:
-            raise UserError(f"cannot be fetched ({_first_line(e)})") from None
+            raise UserError(f"cannot be fetched ({first_line(e)})") from None
 
     file = next((path for name_ in HUB_FILES if (path := fetch(name_))), None)
     if file is None:
         raise UserError(f"has neither {' nor '.join(HUB_FILES)}")
     description = fetch("config.json")
     return _described(_tensors(file), description) if description else Weights(_tensors(file))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

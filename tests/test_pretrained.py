@@ -24,14 +24,14 @@ from jax_resnet.export import export
 from jax_resnet.job import Job
 from jax_resnet.models.torch_weights import flatten, to_torch
 from jax_resnet.models.zoo import create_model
-from jax_resnet.pretrained import fitting, placed, read_weights
+from jax_resnet.pretrained import fitting, placed
 from jax_resnet.train import train
 
 TINY = ROOT / "tests" / "tiny.py"
 
 
 def arrays_of(state: Any) -> dict[str, np.ndarray]:
-    return {n: np.asarray(x) for tree in (state.params, state.batch_stats) for n, x in flatten(tree).items()}
+    return {name: np.asarray(x) for name, x in flatten(state.params, state.batch_stats).items()}
 
 
 def random_like(state: Any, seed: int = 0) -> dict[str, np.ndarray]:
@@ -255,7 +255,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             self.wfile.write(self.answer())
 
         def answer(self) -> bytes:
-            org, name, _, revision, file = self.path.strip("/").split("/", 4)
+            org, name, _, revision, file = (self.path.strip("/").split("/", 4) + [""] * 5)[:5]
             path = folder / org / name / file
             if not path.is_file():
                 self.send_response(404)
@@ -279,24 +279,30 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        endpoint = f"http://127.0.0.1:{server.server_port}"
-        monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
         yield folder
         server.shutdown()
 
 
-def test_from_the_hub(hub: Path, job: Job, tensors: dict[str, np.ndarray]) -> None:
-    (hub / "timm" / "tiny").mkdir(parents=True)
-    save_file(tensors, hub / "timm" / "tiny" / "model.safetensors")
-    (hub / "timm" / "tiny" / "config.json").write_text('{"architecture": "tiny", "pretrained_cfg": {"mean": [0.5]}}')
-    weights = read_weights("hf://timm/tiny")
-    assert (weights.architecture, weights.mean, weights.std) == ("tiny", (0.5,), ())
-    assert {n: a.shape for n, a in weights.tensors.items()} == {n: a.shape for n, a in tensors.items()}
-    (hub / "timm" / "tiny" / "model.safetensors").rename(hub / "timm" / "tiny" / "gone")
-    assert "has neither model.safetensors nor pytorch_model.bin" in error(job, "hf://timm/tiny@" + "b" * 40)
-    assert "cannot be fetched" in error(job, "hf://timm/tni")
+def test_from_the_hub(hub: Path, tiny_npz: Path, tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
+    served = hub / "timm" / "tiny"
+    served.mkdir(parents=True)
+    save_file(tensors, served / "model.safetensors")
+    (served / "config.json").write_text('{"pretrained_cfg": {"mean": [0.5], "std": [0.5]}}')
+
+    def begin(path: str) -> Any:  # the hub's library reads its address when it is first imported
+        return run_main(f"--config={TINY}:{tiny_npz}", f"--workdir={tmp_path / 'run'}", "--config.stop_after_steps=1",
+                        f"--config.init_from={path}")  # fmt: skip
+
+    (served / "model.safetensors").rename(served / "gone")
+    assert "has neither model.safetensors nor pytorch_model.bin" in begin("hf://timm/tiny@" + "b" * 40).stderr
+    assert "cannot be fetched" in begin("hf://timm/tni").stderr
+    (served / "gone").rename(served / "model.safetensors")
+    done = begin("hf://timm/tiny")
+    assert done.returncode == 0, done.stderr
+    assert f"{len(tensors)} of {len(tensors)} arrays" in done.stdout
+    assert "--config.data.mean=(0.5,)" in done.stdout
 
 
 # ---- freezing and layer-wise decay -----------------------------------------------------------------------------------

@@ -82,8 +82,12 @@ def test_asked_to_stop_saves_says_so_and_goes_on(
     args = [f"--config={TINY}:{tiny_npz}", "--config.train.steps=400", "--config.log_every=1"]
     args += ["--config.eval.every.steps=1000", "--config.checkpoint.every.steps=1000"]  # only the stop saves
     stopped = tmp_path / "stopped"
+    before = signal.signal(
+        signum, signal.SIG_DFL
+    )  # ignored, as a shell leaves SIGINT in the background, it is inherited
     process = subprocess.Popen(main_command(*args, f"--workdir={stopped}"), env=main_env(), cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    signal.signal(signum, before)
     wait_for_step(stopped, 3, process)
     process.send_signal(signum)
     _, stderr = process.communicate(timeout=60)

@@ -121,17 +121,6 @@ def test_blocks_left_out_are_counted(name):
     assert totals(count(name, image_size=96, num_classes=10)) == in_full(name, 96, 10)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ZOO)
-def test_every_network_on_its_smallest_image(name):
-    size = ZOO[name].total_stride
-    smallest = count(name, image_size=size, num_classes=10)
-    assert totals(smallest) == in_full(name, size, 10)
-    assert smallest.parts[-2].shape == (1, 1, ZOO[name].channels[-1])
-    with pytest.raises(UserError, match=f"images of {size - 1} px are too small; the least is {size}"):
-        count(name, image_size=size - 1)
-
-
 def test_what_is_not_given_suits_the_network():
     assert count("resnet18").image_shape == (224, 224, 3)
     assert count("resnet18").parts[-1].shape == (1000,)

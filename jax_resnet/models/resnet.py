@@ -108,8 +108,9 @@ class ResNetSpec:
             raise ValueError(f"stem_pool={self.stem_pool}: the cifar stem does not pool")
         if self.stem in ("deep", "tiered") and self.stem_width % 8:
             raise ValueError(f"stem_width={self.stem_width}: must be a multiple of 8 for a {self.stem} stem")
-        if self.block_widths and tuple(map(len, self.block_widths)) != self.depths:
-            raise ValueError(f"block_widths: needs {self.depths} blocks")
+        if self.norm != "batch" and self.bn_group_size is not None:
+            raise ValueError(f"bn_group_size={self.bn_group_size}: {self.norm} norm knows no groups of examples")
+        self._check_block_widths()
         for stage, depth in enumerate(self.depths):
             for block in range(depth):
                 widths = self.conv_widths(stage, block)
@@ -121,6 +122,18 @@ class ResNetSpec:
         outputs = [self.stem_width, *self.channels]
         if self.shortcut == "A" and outputs != sorted(outputs):
             raise ValueError(f"shortcut A cannot take channels away, and widths={self.widths} would have it do so")
+
+    def _check_block_widths(self) -> None:
+        stages = self.block_widths or ()
+        if stages and tuple(map(len, stages)) != self.depths:
+            raise ValueError(f"block_widths: must be of {self.depths} blocks, as depths says")
+        for stage, kind in zip(stages, self.stage_blocks, strict=False):
+            convs = 2 if kind == "basic" else 3
+            whole = all(len(block) == convs and all(type(w) is int for w in block) for block in stage)
+            if not whole or len({block[-1] for block in stage}) > 1:
+                raise ValueError(
+                    f"block_widths: {stage} must be {convs} whole numbers a block, the last alike in a stage"
+                )
 
     @property
     def stage_blocks(self) -> tuple[str, ...]:
@@ -287,7 +300,7 @@ class ResNet(nnx.Module):
         return x.mean((1, 2)) if self.spec.pool == "avg" else x.max((1, 2))
 
     def features(self, images: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """The last feature map, [N, ⌈H/s⌉, ⌈W/s⌉, spec.channels[-1]] with s = spec.total_stride.
+        """The last feature map, [N, H/s, W/s, spec.channels[-1]] with s = spec.total_stride, rounded as in `pyramid`.
 
         In pre-activation networks it has gone through the last norm.
         """
@@ -297,6 +310,7 @@ class ResNet(nnx.Module):
     def pyramid(self, images: jax.Array, *, rngs: nnx.Rngs | None = None) -> list[jax.Array]:
         """What each stage gives: for stage i, [N, ⌈H/s⌉, ⌈W/s⌉, spec.channels[i]] with s = spec.strides[i].
 
+        Where the stem averages (antialias="avg"), what it makes of an odd side is rounded down.
         A pre-activation network's blocks end in a sum; the norm and activation that follow are the next block's.
         """
         x = self.stem(images.astype(self.dtype))

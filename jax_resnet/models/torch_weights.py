@@ -21,8 +21,9 @@ Arrays = dict[str, np.ndarray]
 
 LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 # What training scripts wrap a state dict in; the averaged weights are the ones to have.
-WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model")
+WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "state_dict", "model_state_dict", "model")
 PREFIXES = re.compile(r"^((module|_orig_mod|model|ema)\.)+")
+TRUNK = re.compile(r"(conv1|bn1|maxpool|layer\d+|stem|stages|norm)\.")  # names of any network but for its head
 NOT_WEIGHTS = re.compile(r"(^|\.)(num_batches_tracked|n_averaged)$")
 OTHER_NAMES = ((re.compile(r"^linear\."), "fc."), (re.compile(r"\.shortcut\."), ".downsample."))  # usual CIFAR code
 
@@ -102,9 +103,7 @@ def from_torch(
     wanted = [name for name in shapes if name not in new]
 
     missing = [name for name in wanted if theirs[name] not in tensors]
-    trunk = {theirs[name].partition(".")[0] for name in shapes if not name.startswith("head/")}
-    foreign = [name for name in left_over if strict or re.match(r"layer\d|stages?\d*$", name.partition(".")[0])]
-    foreign += [name for name in left_over if name.partition(".")[0] in trunk and name not in foreign]
+    foreign = [name for name in left_over if strict or TRUNK.match(name)]
     if missing or foreign:
         raise UserError(
             "holds another network: "
@@ -132,24 +131,27 @@ def unwrap(content: Mapping[str, Any]) -> dict[str, Any]:
     Raises UserError if there are none.
     """
     for key in WRAPPERS:
-        if isinstance(content.get(key), Mapping):
+        if content.get(key) and isinstance(content[key], Mapping):
             return unwrap(content[key])
-    tensors = {}
-    for name, tensor in content.items():
+    averaged = [name for name in content if str(name).startswith("ema.")]
+    tensors: dict[str, Any] = {}
+    for original in averaged or content:
+        name, tensor = PREFIXES.sub("", str(original)), content[original]
         if hasattr(tensor, "shape") and not NOT_WEIGHTS.search(name):
-            name = PREFIXES.sub("", name)
             for pattern, usual in OTHER_NAMES:
                 name = pattern.sub(usual, name)
+            if name in tensors:
+                raise UserError(f"holds {name} twice, under different prefixes")
             tensors[name] = tensor
     if not tensors:
         raise UserError("holds no tensors by name")
     return tensors
 
 
-def flatten(tree: Any) -> dict[str, Any]:
-    """{"stage1/block0/conv1/kernel": leaf} of an nnx State or of nested dicts."""
-    pure = nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
-    return {"/".join(map(str, path)): leaf for path, leaf in nnx.traversals.flatten_mapping(pure).items()}
+def flatten(*trees: Any) -> dict[str, Any]:
+    """{"stage1/block0/conv1/kernel": leaf} of nnx States or nested dicts that have no name in common."""
+    pure = (nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree for tree in trees)
+    return {"/".join(map(str, path)): x for tree in pure for path, x in nnx.traversals.flatten_mapping(tree).items()}
 
 
 def torch_name(name: str, spec: ResNetSpec) -> str:

@@ -195,6 +195,8 @@ def model_spec(name: str, **overrides: Any) -> ResNetSpec:
     fields = {f.name for f in dataclasses.fields(ResNetSpec)}
     for key in overrides.keys() - fields:
         raise UserError(f"model {name!r}: no option {key!r}; {did_you_mean(key, fields)}")
+    if spec.block_widths and overrides.get("widths") and not overrides.get("block_widths"):
+        raise UserError(f"model {name!r}: pruned to widths of its own; change block_widths, or take another network")
     try:
         return dataclasses.replace(spec, **{k: v for k, v in overrides.items() if v is not None})
     except ValueError as e:
@@ -222,10 +224,11 @@ def create_model(
         logits = model(images)
 
     Training with dropout needs keys for it: `model(images, rngs=nnx.Rngs(dropout=0))`.
-    Raises UserError for an unknown name or option, or fewer than one class.
+    Raises UserError for an unknown name or option, or fewer than one class or channel.
     """
-    if num_classes < 1:
-        raise UserError(f"model {name!r}: num_classes={num_classes} must be at least 1")
+    for what, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if value < 1:
+            raise UserError(f"model {name!r}: {what}={value} must be at least 1")
     return ResNet(
         model_spec(name, **overrides), num_classes=num_classes, in_channels=in_channels, dtype=dtype, rngs=rngs
     )

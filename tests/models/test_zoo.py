@@ -1,6 +1,8 @@
 import functools
+import json
 import math
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,20 +10,23 @@ import numpy as np
 import pytest
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
+from test_families import Keys
 
 import jax_resnet
 from jax_resnet.errors import UserError
 from jax_resnet.models.cost import multiply_adds
 from jax_resnet.models.layers import BatchNorm
+from jax_resnet.models.resnet import ResNetSpec
 from jax_resnet.models.zoo import ZOO, create_model, model_spec
 
+TIMM = json.loads((Path(__file__).parents[1] / "data" / "timm_golden.json").read_text())["models"]
 TINY = {"depths": (1, 1), "widths": (4, 8), "stem": "cifar", "stem_width": 4}
 
 
 @functools.cache
 def abstract(name, num_classes=10, **options):
     """The model, with shapes in the place of arrays, in evaluation mode."""
-    model = nnx.eval_shape(lambda: create_model(name, num_classes=num_classes, rngs=nnx.Rngs(0), **options))
+    model = nnx.eval_shape(lambda: create_model(name, num_classes=num_classes, rngs=Keys(), **options))
     model.eval()
     return model
 
@@ -113,27 +118,27 @@ def test_every_parameter_path():
     assert sorted(shapes(abstract("cifar_resnet8"))) == [
         "head/bias",
         "head/kernel",
+        "stage1/block0/conv1/kernel",
+        "stage1/block0/conv2/kernel",
         "stage1/block0/norm1/bias",
         "stage1/block0/norm1/scale",
         "stage1/block0/norm2/bias",
         "stage1/block0/norm2/scale",
-        "stage1/block0/conv1/kernel",
-        "stage1/block0/conv2/kernel",
+        "stage2/block0/conv1/kernel",
+        "stage2/block0/conv2/kernel",
         "stage2/block0/norm1/bias",
         "stage2/block0/norm1/scale",
         "stage2/block0/norm2/bias",
         "stage2/block0/norm2/scale",
-        "stage2/block0/conv1/kernel",
-        "stage2/block0/conv2/kernel",
+        "stage3/block0/conv1/kernel",
+        "stage3/block0/conv2/kernel",
         "stage3/block0/norm1/bias",
         "stage3/block0/norm1/scale",
         "stage3/block0/norm2/bias",
         "stage3/block0/norm2/scale",
-        "stage3/block0/conv1/kernel",
-        "stage3/block0/conv2/kernel",
+        "stem/conv1/kernel",
         "stem/norm1/bias",
         "stem/norm1/scale",
-        "stem/conv1/kernel",
     ]
 
 
@@ -237,6 +242,80 @@ def test_overrides_shape_the_network():
     assert not any(path.startswith(("stage1/block1", "stage2/block2", "stage3")) for path in found)
     assert [m.shape for m in feature_maps(model, images(2, 8, 1))] == [(2, 8, 8, 4), (2, 8, 8, 32), (2, 4, 4, 64)]
     assert model.spec.total_stride == 2
+
+
+def test_every_name_of_timm_is_here():
+    assert len(TIMM) == 101
+    assert not TIMM.keys() - ZOO.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "strides"),
+    [
+        ("resnet34", (64, 128, 256, 512), (4, 8, 16, 32)),
+        ("wide_resnet50_2", (256, 512, 1024, 2048), (4, 8, 16, 32)),
+        ("ecaresnet50d_pruned", (19, 171, 818, 2022), (4, 8, 16, 32)),
+        ("test_resnet", (32, 48, 192, 96), (4, 8, 16, 32)),
+        ("resnetv2_152x2_bit", (512, 1024, 2048, 4096), (4, 8, 16, 32)),
+        ("wrn_28_10", (160, 320, 640), (1, 2, 4)),
+    ],
+)
+def test_channels_and_strides_of_the_stages(name, channels, strides):
+    spec = ZOO[name]
+    assert (spec.channels, spec.strides, spec.total_stride) == (channels, strides, strides[-1])
+
+
+SMALL = {"depths": (1, 1), "widths": (4, 8), "stem_width": 8}
+
+
+@pytest.mark.parametrize("size", [(37, 50), (48, 32)])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("cifar_resnet8", TINY),
+        ("resnet18d", SMALL | {"block": ("basic", "bottleneck"), "pool": "max"}),
+        ("resnetblur18", SMALL),
+        ("resnetrs50", SMALL),
+        ("resnetv2_50t", SMALL),
+        ("resnetv2_50x1_bit", SMALL | {"norm": "batch"}),
+    ],
+)
+def test_pyramid_features_pooled_and_logits(name, options, size):
+    @jax.jit
+    def answers(model, x):
+        first = model.stage1(model.stem(x))
+        return [first, model.stage2(first)], model.pyramid(x), model.features(x), model.pooled(x), model(x)
+
+    model, x = filled(name, **options), jnp.float32(np.random.RandomState(1).randn(2, *size, 3))
+    spec = model.spec
+    stages, maps, features, pooled, logits = jax.tree.map(np.asarray, answers(model, x))
+    sides = [tuple(-(-side // stride) for side in size) for stride in spec.strides]
+    assert [m.shape for m in maps] == [(2, *s, c) for s, c in zip(sides, spec.channels, strict=True)]
+    for pair in zip(maps, stages, strict=True):
+        assert_array_equal(*pair)
+    expected = maps[-1]
+    if spec.preactivation:
+        scale, bias, mean, var = (np.float64(getattr(model.norm, leaf)) for leaf in ("scale", "bias", "mean", "var"))
+        expected = np.maximum((expected - mean) / np.sqrt(var + 1e-5) * scale + bias, 0)
+    assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
+    assert_allclose(pooled, features.mean((1, 2)) if spec.pool == "avg" else features.max((1, 2)), rtol=1e-5)
+    assert_allclose(logits, pooled @ model.head.kernel[...] + model.head.bias[...], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet50_gn", "seresnet50", "ecaresnet26t", "resnetaa50", "resnetblur50d", "resnetrs50", "resnetv2_50",
+     "resnetv2_50d_evos", "resnetv2_50d_frn", "resnetv2_50x1_bit"],
+)  # fmt: skip
+def test_activations_stay_bfloat16_up_to_the_pool(name):
+    def answers(model, x):
+        return *model.pyramid(x), model.features(x), model.pooled(x), model(x)
+
+    model = abstract(name, **SMALL, dtype=jnp.bfloat16)
+    *maps, pooled, logits = jax.eval_shape(answers, model, images(2, 32))
+    assert {m.dtype for m in maps} == {jnp.dtype("bfloat16")}
+    assert (pooled.dtype, logits.dtype) == (jnp.float32, jnp.float32)
+    assert {v.dtype for v in jax.tree.leaves(pure(model))} == {jnp.dtype("float32")}
 
 
 def test_override_none_keeps_the_value():
@@ -358,6 +437,44 @@ def test_dropout_is_off_in_evaluation():
     assert_array_equal(run(filled("wrn_10_1", dropout=0.5, **TINY), x), run(filled("wrn_10_1", **TINY), x))
 
 
+def residual_times(factor, model, stage, block):
+    """The model with one residual multiplied: by way of the parameters of the last layer in it."""
+    model = nnx.clone(model)
+    module = getattr(getattr(model, f"stage{stage}"), f"block{block}")
+    last = 3 if hasattr(module, "conv3") else 2
+    layer = getattr(module, f"conv{last}" if model.spec.preactivation else f"norm{last}")
+    nnx.update(layer, jax.tree.map(lambda p: factor * p, nnx.state(layer, nnx.Param)))
+    return model
+
+
+@jax.jit
+def pyramid(model, x):
+    return model.pyramid(x, rngs=nnx.Rngs(dropout=1))
+
+
+@pytest.mark.parametrize("preactivation", [False, True])
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_drop_path_leaves_whole_residuals_out(block, preactivation):
+    options = TINY | {"depths": (2, 1), "block": block, "preactivation": preactivation, "norm": "group"}
+    whole, dropping = filled("resnet18", **options), filled("resnet18", **options, drop_path=1 - 1e-6)
+    dropping.train()
+    x = images(16)
+    first, last = pyramid(dropping, x)  # of three blocks: the first keeps all, the second half, the third none
+    lost, doubled = (np.asarray(pyramid(residual_times(factor, whole, 1, 1), x)[0]) for factor in (0, 2))
+    dropped = np.array([np.allclose(*pair, rtol=1e-4) for pair in zip(first, lost, strict=True)])
+    assert 2 < dropped.sum() < 14
+    assert_allclose(first, np.where(dropped[:, None, None, None], lost, doubled), rtol=1e-4, atol=1e-5)
+    assert_allclose(last, run(residual_times(0, whole, 2, 0).stage2, first), rtol=1e-4, atol=1e-5)
+
+
+def test_drop_path_needs_keys_in_training_and_is_off_in_evaluation():
+    whole, dropping = filled("wrn_10_1", **TINY), filled("wrn_10_1", **TINY, drop_path=0.9)
+    assert_array_equal(run(dropping, images()), run(whole, images()))
+    dropping.train()
+    with pytest.raises(ValueError, match="rngs"):
+        run(dropping, images())
+
+
 def test_training_moves_every_statistic():
     model = filled("wrn_10_1", **TINY)
     model.train()
@@ -381,6 +498,9 @@ def test_bfloat16_activations_and_float32_logits(name):
     assert_allclose(logits, run(full, images()), rtol=0.02, atol=0.02)
 
 
+ONE_STAGE = {"depths": (1,), "widths": (8,)}
+
+
 @pytest.mark.parametrize(
     ("name", "options", "line"),
     [
@@ -399,13 +519,65 @@ def test_bfloat16_activations_and_float32_logits(name):
         ("resnet50", {"depths": (3, 4, 6, 0)}, "depths=(3, 4, 6, 0): must be whole numbers, at least 1"),
         ("resnet18", {"widths": (64, 128, 256, 51.2)}, "widths=(64, 128, 256, 51.2)"),
         ("resnet18", {"shortcut": "A", "widths": (32, 64, 128, 256)}, "shortcut A cannot take channels away"),
+        ("resnet50", {"depths": 3}, "depths=3: must be whole numbers"),
+        ("resnet50", {"depths": ()}, "depths=(): must be whole numbers"),
+        ("resnet50", {"stem_pool": "avg"}, "stem_pool='avg': must be max or zero_max or conv"),
+        ("resnet50", {"shortcut_kernel": 5}, "shortcut_kernel=5: must be 1 or 3"),
+        ("resnet50", {"attention": "cbam"}, "attention='cbam': must be None or se or eca"),
+        ("resnet50", {"antialias": "max"}, "antialias='max': must be None or avg or blur"),
+        ("resnet50", {"norm": "layer"}, "norm='layer': must be batch or group or evonorm or frn"),
+        ("resnet50", {"stem_width": 0}, "stem_width=0: must be a whole number, at least 1"),
+        ("resnet50", {"groups": 2.0}, "groups=2.0: must be a whole number, at least 1"),
+        ("resnet50", {"bn_group_size": 0}, "bn_group_size=0: must be a whole number, at least 1"),
+        ("resnet50", {"dropout": 1.0}, "dropout=1.0: must be at least 0 and less than 1"),
+        ("resnet50", {"drop_path": -0.1}, "drop_path=-0.1: must be at least 0 and less than 1"),
+        ("resnet50", {"bn_momentum": 1.5}, "bn_momentum=1.5: must be at least 0 and less than 1"),
+        ("resnet50", {"inner_factor": 0}, "inner_factor=0: must be more than 0"),
+        ("resnet50", {"first_factor": -1.0}, "first_factor=-1.0: must be more than 0"),
+        ("resnet50", {"se_ratio": 0.0}, "se_ratio=0.0: must be more than 0"),
+        ("resnet50", {"bn_epsilon": 0.0}, "bn_epsilon=0.0: must be more than 0"),
+        ("resnet50", {"block": ("basic", "basic")}, "block=('basic', 'basic'): must be basic or bottleneck, or one of"),
+        ("resnet18", {"groups": 2}, "inner_factor and groups: only bottlenecks have an inside"),
+        ("test_resnet", {"inner_factor": 2.0}, "inner_factor and groups: only bottlenecks have an inside"),
         ("resnet18", {"stride_in_1x1": True}, "stride_in_1x1: only post-activation bottlenecks"),
+        ("resnetv2_50", {"stride_in_1x1": True}, "stride_in_1x1: only post-activation bottlenecks"),
+        ("resnetaa50", {"stride_in_1x1": True}, "stride_in_1x1: only post-activation bottlenecks, not anti-aliased"),
+        ("resnetv2_50", {"attention": "se"}, "attention, antialias and stem_pool=conv: only for post-activation"),
+        ("resnetv2_50", {"antialias": "blur"}, "attention, antialias and stem_pool=conv: only for post-activation"),
+        ("resnetv2_50", {"stem_pool": "conv"}, "attention, antialias and stem_pool=conv: only for post-activation"),
+        ("cifar_resnet8", {"stem_pool": "conv"}, "stem_pool=conv: the cifar stem does not pool"),
+        ("resnet50d", {"stem_width": 60}, "stem_width=60: must be a multiple of 8 for a deep stem"),
+        ("resnet50t", {"stem_width": 60}, "stem_width=60: must be a multiple of 8 for a tiered stem"),
+        ("ecaresnet50d_pruned", {"depths": (3, 4, 6, 2)}, "block_widths: must be of (3, 4, 6, 2) blocks"),
+        ("ecaresnet50d_pruned", {"widths": (8, 16, 32, 64)}, "pruned to widths of its own"),
+        ("resnet50", ONE_STAGE | {"block_widths": (((4, 4),),)}, "must be 3 whole numbers a block"),
+        ("resnet18", ONE_STAGE | {"block_widths": (((4, 4, 4),),)}, "must be 2 whole numbers a block"),
+        ("resnet18", ONE_STAGE | {"block_widths": (((),),)}, "must be 2 whole numbers a block"),
+        ("resnet18", ONE_STAGE | {"block_widths": (((4, 8.0),),)}, "must be 2 whole numbers a block"),
+        (
+            "resnet18",
+            {"depths": (2,), "widths": (8,), "block_widths": (((4, 8), (4, 9)),)},
+            "the last alike in a stage",
+        ),
+        ("resnet50_gn", {"bn_group_size": 4}, "bn_group_size=4: group norm knows no groups of examples"),
+        ("resnet50", {"in_channels": 0}, "in_channels=0 must be at least 1"),
+        (
+            "resnext50_32x4d",
+            {"inner_factor": 1.25},
+            "block 0 of stage 1 would have convolutions of (80, 80, 256) channels in 32 groups",
+        ),
+        ("resnet50", {"widths": (64, 128, 256, 1), "first_factor": 0.5}, "block 0 of stage 4 would have convolutions"),
     ],
 )
 def test_user_errors_name_what_is_near(name, options, line):
     with pytest.raises(UserError, match=re.escape(line)) as error:
         create_model(name, num_classes=10, rngs=nnx.Rngs(0), **options)
     assert f"model {name!r}" in str(error.value)
+
+
+def test_a_spec_by_itself_refuses_too():
+    with pytest.raises(ValueError, match=r"depths=\(3, 4\)"):
+        ResNetSpec(depths=(3, 4))
 
 
 def test_package_exports_create_model():
