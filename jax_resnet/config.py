@@ -27,8 +27,10 @@ CROPS = ("random_resized", "pad", "none")
 INTERPOLATIONS = ("nearest", "bilinear")
 PARAMETER_KINDS = ("kernel", "norm", "bias")
 
+READING = ("data.threads", "data.workers", "data.max_broken")
+
 # What may differ when a run goes on in its workdir: nothing here changes what is computed.
-MAY_CHANGE = ("stop_after_steps", "log_every", "eval", "checkpoint", "data.data_dir", "data.threads")
+MAY_CHANGE = ("stop_after_steps", "log_every", "eval", "checkpoint", "data.data_dir", *READING)
 
 
 def duration(epochs: float | None = None, steps: int | None = None, examples: int | None = None) -> ConfigDict:
@@ -89,7 +91,9 @@ def default() -> ConfigDict:
     c.data.mixup = 0.0  # α of the weights' Beta(α, α); 0: none
     c.data.cutmix = 0.0  # the same; with mixup too, each batch has one of them, at random
     c.data.eval_crop = 0.875  # evaluation: resize the short side to image_size / eval_crop, keep the centre
-    c.data.threads = 2  # batches read and decoded at the same time
+    c.data.threads = placeholder(int)  # batches read at once, in each process that reads. None: as processors, ≤ 8
+    c.data.workers = placeholder(int)  # processes that read encoded images; 0: this one. None: 0 below 16 processors
+    c.data.max_broken = 0.1  # share of images that may be undecodable: others take their places. More end the run
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "sgd"  # sgd, adam, adamw, rmsprop, adagrad
@@ -190,7 +194,7 @@ def validate(c: ConfigDict) -> None:
     ):
         if not 0 <= _get(c, key) < 1:
             raise UserError(f"config.{key}={_get(c, key)}: must be at least 0 and less than 1")
-    for key in ("schedule.warmup_from", "schedule.final", "schedule.factor", "data.erase"):
+    for key in ("schedule.warmup_from", "schedule.final", "schedule.factor", "data.erase", "data.max_broken"):
         if not 0 <= _get(c, key) <= 1:
             raise UserError(f"config.{key}={_get(c, key)}: must be at least 0 and at most 1")
     if not 0 < c.optimizer.layer_decay <= 1:
@@ -201,6 +205,8 @@ def validate(c: ConfigDict) -> None:
     for key in numbers:
         if not all(isinstance(v, int | float) and math.isfinite(v) for v in _get(c, key)):
             raise UserError(f"config.{key}={_get(c, key)}: must be numbers")
+    if c.data.workers is not None and c.data.workers < 0:
+        raise UserError(f"config.data.workers={c.data.workers}: must not be negative")
     if c.seed < 0 or c.seed >= 2**32:
         raise UserError(f"config.seed={c.seed}: must be at least 0 and less than 2**32")
     if c.data.channels not in (1, 3):

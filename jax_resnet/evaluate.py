@@ -2,7 +2,11 @@
 
 import math
 import os
+import sys
 import time
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,30 +22,44 @@ from jax_resnet.pretrained import placed
 from jax_resnet.state import TrainState
 from jax_resnet.workdir import check_same_config, has_checkpoints, local_path, read_config, write_json
 
+Report = Callable[[str, str, str], None]  # takes split, name and reason of an image that cannot be decoded
 IN_FLIGHT = 4  # steps the host may run ahead: enough to hide it, few enough that their batches fit on the device
 
 
-def evaluate(job: Job, state: TrainState) -> dict[str, Any]:
-    """examples, correct_top1, accuracy_top1, accuracy_top5 (more than 5 classes) and loss over the evaluation split."""
+def to_stderr(split: str, name: str, reason: str) -> None:
+    """Reports an image that cannot be decoded by a line there."""
+    print(f"{split} split: {name}: {reason}; left out", file=sys.stderr)
+
+
+def evaluate(job: Job, state: TrainState, report: Report = to_stderr) -> dict[str, Any]:
+    """examples, correct_top1, accuracy_top1, accuracy_top5 (more than 5 classes) and loss over the evaluation split.
+
+    What cannot be decoded is left out, counted as undecodable, and reported. Raises UserError if that is too much, or
+    the network's answers are no numbers.
+    """
     split = job.data.eval
     sums: list[Sums] = []
-    for batch in eval_batches(
+    batches = eval_batches(
         split,
+        job.config.data,
         batch_size=job.eval_batch_size,
         sharding=job.sharding,
-        threads=job.config.data.threads,
-    ):
-        sums.append(job.eval_step(state.params, state.batch_stats, batch))
-        jax.block_until_ready(sums[-IN_FLIGHT:][0])
+        report=partial(report, split.name),
+    )
+    with closing(batches):
+        for batch in batches:
+            sums.append(job.eval_step(state.params, state.batch_stats, batch))
+            jax.block_until_ready(sums[-IN_FLIGHT:][0])
     totals = total(sums)
+    undecodable = totals.pop("undecodable")
     if not math.isfinite(totals["loss"]):
         raise UserError(
             f"the loss over the {split.name} split is {totals['loss']}; the network has diverged: lower "
             "config.optimizer.learning_rate or lengthen config.schedule.warmup"
         )
-    if totals["examples"] != len(split):
+    if totals["examples"] + undecodable != len(split):
         raise RuntimeError(f"evaluated {totals['examples']} examples of the {split.name} split, which has {len(split)}")
-    return summary(totals)
+    return summary(totals) | ({"undecodable": undecodable} if undecodable else {})
 
 
 def evaluate_checkpoint(

@@ -99,6 +99,7 @@ class Job:
                 "classes; leave it out to take the data's"
             )
         self.plan = Plan.of(c, len(data.train))
+        self.last_step = min(self.plan.steps, c.stop_after_steps or self.plan.steps)
         wanted = min(c.eval.batch_size or c.batch_size, len(data.eval))
         self.eval_batch_size = -(-wanted // self.mesh.size) * self.mesh.size
         schedule = make_schedule(

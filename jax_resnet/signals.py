@@ -1,8 +1,10 @@
 """Being asked to stop: note it, let the loop save, and leave."""
 
+import multiprocessing
 import os
 import signal
 import threading
+from multiprocessing.connection import wait
 from typing import Any
 
 
@@ -29,3 +31,16 @@ class Signals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         os.write(2, b"\nstopping: the step at hand ends, then its state is saved; once more to leave at once\n")
+
+
+def follow_parent() -> None:
+    """Has this process end when the one that began it does, even if that is killed; signals are for that one."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    parent: Any = multiprocessing.parent_process()
+
+    def follow() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

@@ -78,13 +78,17 @@ def make_eval_step(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Callable[[Any, Any, Batch], Sums]:
-    """The evaluation: (params, batch_stats, {image, label, mask bool [N]}) → sums over the rows where mask holds."""
+    """The evaluation: (params, batch_stats, {image, label, mask, undecodable}) → sums over the rows where mask holds.
+
+    mask and undecodable, bool [N], are those of batches.eval_batch; the latter's rows are counted too.
+    """
 
     def eval_step(params: Any, batch_stats: Any, batch: Batch) -> Sums:
         model: Any = nnx.merge(graph, params, batch_stats)
         model.eval()
         logits = model(device.normalise(batch["image"], mean, std))
         losses = cross_entropy(logits, batch["label"])
-        return classification_sums(logits, batch["label"], losses, batch["mask"])
+        counts = {"undecodable": batch["undecodable"].sum()}
+        return classification_sums(logits, batch["label"], losses, batch["mask"]) | counts
 
     return eval_step

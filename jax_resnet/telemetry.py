@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from jax_resnet.job import Plan
 from jax_resnet.workdir import write_json
 
 COLUMNS = ("step", "epoch", "split", "examples", "loss", "top-1", "top-5")
+LINES = 20  # of broken images
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:
@@ -69,7 +71,8 @@ class Telemetry:
         self.active = jax.process_index() == 0
         self.console = _Console(highlight=False, soft_wrap=True, quiet=not self.active)
         self._workdir, self._plan = workdir, plan
-        self._table_begun = False
+        self._table_begun, self._step = False, start_step
+        self._broken: set[tuple[str, str]] = set()
         self._began, self._before = time.monotonic(), 0.0
         self._progress: Progress | None = None
         if not self.active:
@@ -119,11 +122,21 @@ class Telemetry:
             self.say(f"{name:<{width}}  {text}")
 
     def train(
-        self, step: int, *, loss: float, accuracy: float, learning_rate: float, images_per_second: float | None
+        self,
+        step: int,
+        *,
+        loss: float,
+        accuracy: float,
+        learning_rate: float,
+        images_per_second: float | None = None,
+        input_wait: float | None = None,
     ) -> None:
-        """Means over the steps since the last call; no speed for the first, whose time is the compiler's."""
-        speed = f"{images_per_second:,.0f} images/s" if images_per_second else "compiled"
-        text = f"loss {loss:.4f}  accuracy {accuracy:.2%}".replace("%", " %") + f"  {speed}"
+        """Means over the steps since the last call; no speed for the first, whose time is the compiler's.
+
+        `input_wait` is the share of that time that was spent waiting for batches.
+        """
+        speed = f"{images_per_second:,.0f} images/s  input wait {input_wait:.1%}" if images_per_second else "compiled"
+        text = f"loss {loss:.4f}  accuracy {accuracy:.2%}  {speed}".replace("%", " %")
         if self._progress:
             self._progress.update(self._task, completed=step, description=text)
         else:
@@ -135,6 +148,7 @@ class Telemetry:
             accuracy_top1=accuracy,
             learning_rate=learning_rate,
             images_per_second=images_per_second,
+            input_wait=input_wait and round(input_wait, 5),
         )
 
     def evaluation(self, step: int, split: str, metrics: dict[str, Any]) -> None:
@@ -155,16 +169,33 @@ class Telemetry:
         self.say("  ".join(f"{values[c]:>10}" for c in columns))
         self._record("eval", step, split=split, **metrics)
 
+    def broken(self, split: str, name: str, reason: str) -> None:
+        """An image that cannot be decoded, named once. The first LINES are printed, by the process that read them."""
+        if (split, name) in self._broken:
+            return
+        self._broken.add((split, name))
+        text = f"{split} split: {name}: {reason}"
+        if not self.active:
+            print(f"process {jax.process_index()}: {text}", file=sys.stderr)
+        elif len(self._broken) <= LINES:
+            self.say(text)
+        elif len(self._broken) == LINES + 1:
+            self.say(f"further images that cannot be decoded are named in {self._workdir / 'metrics.jsonl'} only")
+        self._record("broken", self._step, split=split, name=name, reason=reason)
+
     def result(self, step: int, splits: dict[str, Any], config: dict[str, Any]) -> None:
-        """Writes result.json and curves.png."""
+        """Writes result.json and curves.png; says how many images were broken."""
         if self.active:
             write_json(
                 self._workdir / "result.json",
                 {"step": step, "splits": splits, "wall_seconds": round(self.seconds, 1), "config": config},
             )
             draw_curves(read_metrics(self._workdir), self._workdir / "curves.png")
+        if counts := Counter(split for split, _ in self._broken):
+            self.say("images that cannot be decoded: " + ", ".join(f"{n:,} of {split}" for split, n in counts.items()))
 
     def _record(self, kind: str, step: int, **values: Any) -> None:
+        self._step = step
         if not self.active:
             return
         row = {"step": step, "kind": kind, "seconds": round(self.seconds, 3), **values}

@@ -2,6 +2,8 @@
 
 import os
 import time
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from ml_collections import ConfigDict
 
 from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.config import to_json
-from jax_resnet.data.loader import train_batches
+from jax_resnet.data.loader import Feed, train_batches
 from jax_resnet.errors import Interrupted, UserError
 from jax_resnet.evaluate import IN_FLIGHT, evaluate
 from jax_resnet.job import Job
@@ -44,8 +46,25 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
             facts = {"class_names": job.data.class_names, "image_shape": job.data.train.image_shape}
             write_json(workdir / "data.json", facts)
         telemetry.header(job.header(workdir, start) | about_weights)
-        with jax.transfer_guard("disallow"):  # what moves between host and devices does so by name
-            return _run(job, workdir, start, weights, checkpoints, telemetry, signals)
+        with (
+            closing(_batches(job, start, telemetry)) as batches,
+            jax.transfer_guard("disallow"),  # what moves between host and devices does so by name
+        ):
+            return _run(job, workdir, start, weights, batches, checkpoints, telemetry, signals)
+
+
+def _batches(job: Job, start: int, telemetry: Telemetry) -> Feed:
+    config, split = job.config, job.data.train
+    return train_batches(
+        split,
+        config.data,
+        start=start,
+        stop=job.last_step,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        sharding=job.sharding,
+        report=partial(telemetry.broken, split.name),
+    )
 
 
 def _run(
@@ -53,41 +72,42 @@ def _run(
     workdir: Path,
     start: int,
     weights: Arrays,
+    batches: Feed,
     checkpoints: Checkpoints,
     telemetry: Telemetry,
     signals: Signals,
 ) -> dict[str, Any]:
     config, plan, split = job.config, job.plan, job.data.eval.name
     state = checkpoints.restore(start, job.abstract_state) if start else placed(job.fresh_state(), weights)
-    last = min(plan.steps, config.stop_after_steps or plan.steps)
-    batches = train_batches(
-        job.data.train,
-        start=start,
-        stop=last,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        sharding=job.sharding,
-        threads=config.data.threads,
-    )
-    step, metrics, window = start, None, Window()
-    for step in range(start + 1, last + 1):
-        state, sums = job.train_step(state, next(batches))
+    step, metrics, window = start, None, Window(batches)
+
+    def save(step: int, metrics: dict[str, Any] | None) -> None:
+        check_finite(bool(jax.device_get(job.all_finite(state))), "the state", step)
+        checkpoints.save(step, state, to_json(config), metrics)
+
+    for step in range(start + 1, job.last_step + 1):
+        try:
+            batch = next(batches)
+        except UserError:  # files at fault: mended, the run goes on from here
+            if step - 1 > start and jax.process_count() == 1:  # saving takes all of them
+                save(step - 1, None)
+            raise
+        state, sums = job.train_step(state, batch)
         window.add(sums)
-        leaving = step == last or bool(signals.received)
+        leaving = step == job.last_step or bool(signals.received)
         saves = plan.saves(step) or leaving
         if saves or step % config.log_every == 0 or step == start + 1:
             rate = float(jax.device_get(job.learning_rate(jax.device_put(np.int32(step - 1)))))
             telemetry.train(step, learning_rate=rate, **window.close(step))
         if saves:
-            check_finite(bool(jax.device_get(job.all_finite(state))), "the state", step)
             try:
-                metrics = evaluate(job, state) if plan.evaluates(step) else None
-            except UserError:  # an image that cannot be read, say: mended, the run goes on from here
-                checkpoints.save(step, state, to_json(config), None)
+                metrics = evaluate(job, state, telemetry.broken) if plan.evaluates(step) else None
+            except UserError:
+                save(step, None)
                 raise
             if metrics:
                 telemetry.evaluation(step, split, metrics)
-            checkpoints.save(step, state, to_json(config), metrics)
+            save(step, metrics)
             window.restart()
         if leaving:
             break
@@ -99,7 +119,8 @@ def _run(
             raise Interrupted(f"{text} goes on from there", signals.received)
         telemetry.say(f"{text} without --config.stop_after_steps goes on from there")
         return {"step": step, "splits": {}}
-    metrics = metrics or evaluate(job, state)  # a finished run that is started again has taken no step
+    if not metrics:  # a finished run that is started again has taken no step
+        metrics = evaluate(job, state, telemetry.broken)
     telemetry.result(step, {split: metrics}, to_json(config))
     telemetry.say(f"done: step {step:,}, {split} accuracy {accuracy_text(metrics)}, in {workdir}")
     return {"step": step, "splits": {split: metrics}}
@@ -117,7 +138,8 @@ def check_finite(finite: bool, what: str, step: int) -> None:
 class Window:
     """Sums of the steps since the last report, and how fast they went."""
 
-    def __init__(self) -> None:
+    def __init__(self, batches: Feed) -> None:
+        self._batches, self._waited = batches, 0.0
         self._sums: list[Sums] = []
         self._began: float | None = None  # None until the first step is done: its time is the compiler's
 
@@ -127,17 +149,21 @@ class Window:
         jax.block_until_ready(self._sums[-IN_FLIGHT:][0])
 
     def close(self, step: int) -> dict[str, Any]:
-        """loss, accuracy and images_per_second of the window, which begins anew.
+        """loss, accuracy, images_per_second and input_wait (a share of the time) of the window, which begins anew.
 
         Raises UserError if the loss is no number.
         """
         totals = total(self._sums)
         loss = totals["loss"] / totals["examples"]
         check_finite(bool(np.isfinite(loss)), "the loss", step)
-        speed = totals["examples"] / (time.monotonic() - self._began) if self._began is not None else None
+        means = {"loss": loss, "accuracy": totals["correct_top1"] / totals["examples"]}
+        if self._began is not None:
+            seconds = time.monotonic() - self._began
+            means["images_per_second"] = totals["examples"] / seconds
+            means["input_wait"] = (self._batches.waited - self._waited) / seconds
         self.restart()
-        return {"loss": loss, "accuracy": totals["correct_top1"] / totals["examples"], "images_per_second": speed}
+        return means
 
     def restart(self) -> None:
         """Begins anew, without the time of what was done in between."""
-        self._sums, self._began = [], time.monotonic()
+        self._sums, self._began, self._waited = [], time.monotonic(), self._batches.waited

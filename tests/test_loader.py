@@ -9,13 +9,16 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
+from ml_collections import ConfigDict
 
 from jax_resnet import parallel
 from jax_resnet.config import default
 from jax_resnet.data import loader
-from jax_resnet.data.loader import eval_batches, train_batch, train_batches
+from jax_resnet.data.batches import generator, train_batch
+from jax_resnet.data.loader import eval_batches, train_batches
 from jax_resnet.data.order import train_indices
-from jax_resnet.data.source import ArraySplit, Pixels, Split, open_dataset
+from jax_resnet.data.source import open_dataset
+from jax_resnet.data.split import ArraySplit, Pixels, Split
 from jax_resnet.errors import UserError
 
 
@@ -45,7 +48,29 @@ def numbered(count: int) -> ArraySplit:
     """2×2 images; the pixels of each, and its label, are its number."""
     numbers = np.arange(count)
     images = np.broadcast_to(numbers[:, None, None, None], (count, 2, 2, 1)).astype(np.uint8)
-    return ArraySplit("numbered", images, numbers.astype(np.int32), Pixels(None, 1, None, (1, 1), 1.0))
+    return ArraySplit(
+        "numbered",
+        images,
+        numbers.astype(np.int32),
+        Pixels.of(reading(channels=1, crop="none"), None),
+    )
+
+
+def reading(**changes: Any) -> ConfigDict:
+    """config.data with one reading thread, or as `changes` say."""
+    c = default().data
+    c.update(threads=1, workers=0)
+    c.update(changes)
+    return c
+
+
+def evaluated(split: Split, sharding: NamedSharding, batch_size: int, threads: int = 1) -> list[dict[str, np.ndarray]]:
+    c = reading(threads=threads)
+    return as_numpy(eval_batches(split, c, batch_size=batch_size, sharding=sharding, report=no_report))
+
+
+def no_report(name: str, reason: str) -> None:
+    raise AssertionError(f"{name} was reported as broken: {reason}")
 
 
 def as_numpy(batches) -> list[dict[str, np.ndarray]]:
@@ -61,7 +86,7 @@ def assert_equal_batches(found, expected) -> None:
 
 @pytest.mark.parametrize("seed", [0, 2**31 - 1, 2**31, 2**32 - 1])
 def test_every_record_of_every_epoch_has_its_own_crops(seed):
-    streams = {loader._rng(seed, epoch, record).integers(2**63) for epoch in range(20) for record in range(20)}
+    streams = {generator(seed, epoch, record).integers(2**63) for epoch in range(20) for record in range(20)}
     assert len(streams) == 400
 
 
@@ -115,12 +140,14 @@ def test_a_batch_holds_the_records_of_its_step():
 
 
 def stream(split: Split, sharding: NamedSharding, start: int, stop: int, threads: int = 2, **changes: Any):
-    options = {"seed": 3, "batch_size": 5} | changes
-    return as_numpy(train_batches(split, start=start, stop=stop, sharding=sharding, threads=threads, **options))
+    options = {"seed": 3, "batch_size": 5, "report": no_report} | changes
+    c = reading(threads=threads)
+    return as_numpy(train_batches(split, c, start=start, stop=stop, sharding=sharding, **options))
 
 
 def test_the_stream_is_the_batches_of_its_steps(photos, sharding):
     expected = [train_batch(photos, step, seed=3, batch_size=5, rows=np.arange(5)) for step in range(6)]
+    assert [batch.pop("broken") for batch in expected] == 6 * [[]]
     assert_equal_batches(stream(photos, sharding, 0, 6), expected)
 
 
@@ -140,7 +167,8 @@ def test_the_stream_has_a_batch_for_each_step(sharding, start, stop):
 
 
 def test_batches_are_on_the_devices_as_uint8_pixels_and_int32_labels(sharding):
-    batch = next(iter(train_batches(numbered(9), start=0, stop=1, seed=0, batch_size=4, sharding=sharding, threads=1)))
+    split, options = numbered(9), {"seed": 0, "batch_size": 4, "report": no_report}
+    batch = next(train_batches(split, reading(), start=0, stop=1, sharding=sharding, **options))
     assert {name: (value.shape, value.dtype.name) for name, value in batch.items()} == {
         "image": ((4, 2, 2, 1), "uint8"),
         "label": ((4,), "int32"),
@@ -154,7 +182,7 @@ def test_batches_are_on_the_devices_as_uint8_pixels_and_int32_labels(sharding):
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 5, 9, 10, 11, 64])
 def test_evaluation_takes_each_example_once_whatever_the_batch(sharding, batch_size, threads):
-    batches = as_numpy(eval_batches(numbered(10), batch_size=batch_size, sharding=sharding, threads=threads))
+    batches = evaluated(numbered(10), sharding, batch_size, threads)
     assert len(batches) == -(-10 // batch_size)
     assert all(value.shape[0] == batch_size for batch in batches for value in batch.values())
     assert all(batch["mask"].dtype == bool for batch in batches)
@@ -166,20 +194,20 @@ def test_evaluation_takes_each_example_once_whatever_the_batch(sharding, batch_s
 
 
 def test_evaluation_crops_the_centre(photos, sharding):
-    found = as_numpy(eval_batches(photos, batch_size=5, sharding=sharding, threads=2))
-    expected, _ = photos.read(np.arange(12), None)
+    found = evaluated(photos, sharding, 5, threads=2)
+    expected, _, _ = photos.read(np.arange(12), None)
     np.testing.assert_array_equal(np.concatenate([b["image"][b["mask"]] for b in found]), expected)
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_together_evaluate_what_one_host_does(sharding, monkeypatch, hosts):
-    alone = as_numpy(eval_batches(numbered(10), batch_size=8, sharding=sharding, threads=1))
+    alone = evaluated(numbered(10), sharding, 8)
     monkeypatch.setattr(loader, "global_batch", lambda sharding, local: local)
     parts = []
     for host in range(hosts):
         rows = np.arange(8).reshape(hosts, -1)[host]
         monkeypatch.setattr(loader, "local_rows", lambda sharding, batch_size, rows=rows: rows)
-        parts.append(list(eval_batches(numbered(10), batch_size=8, sharding=sharding, threads=1)))
+        parts.append(evaluated(numbered(10), sharding, 8))
     together = [
         {name: np.concatenate([part[name] for part in batch]) for name in batch[0]}
         for batch in zip(*parts, strict=True)
@@ -203,7 +231,7 @@ class Faulty(ArraySplit):
 @pytest.mark.parametrize(
     "batches",
     [
-        lambda split, **options: train_batches(split, start=0, stop=5, seed=0, **options),
+        lambda *of, **options: train_batches(*of, start=0, stop=5, seed=0, **options),
         eval_batches,
     ],
     ids=["train", "eval"],
@@ -214,7 +242,7 @@ def test_a_user_error_in_a_reading_thread_arrives_as_it_is(
     good = numbered(10)
     split = Faulty(good.name, good.images, good.labels, good.pixels)
     with pytest.raises(UserError) as e:
-        list(batches(split, batch_size=2, sharding=sharding, threads=threads))
+        list(batches(split, reading(threads=threads), batch_size=2, sharding=sharding, report=no_report))
     assert str(e.value) == "numbered split: record 7: broken"
 
 

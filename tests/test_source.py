@@ -14,8 +14,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from jax_resnet.config import default
-from jax_resnet.data import source
-from jax_resnet.data.source import Dataset, EncodedSplit, Pixels, Split, open_dataset
+from jax_resnet.data import tfds_source
+from jax_resnet.data.source import open_dataset
+from jax_resnet.data.split import Dataset, EncodedSplit, Pixels, Split
 from jax_resnet.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +38,8 @@ def refusal(c: ConfigDict) -> str:
 
 
 def read_all(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = split.read(np.arange(len(split)), None)
+    images, labels, broken = split.read(np.arange(len(split)), None)
+    assert not broken
     assert images.dtype == np.uint8
     assert labels.dtype == np.int32
     assert images.shape == (len(split), *split.image_shape)
@@ -156,11 +158,10 @@ def copy_digits_as_tfrecord(digits_dir: Path, to: Path) -> Path:
 
 
 def test_dataset_without_random_access_gets_the_command_that_converts_it(digits_dir, tmp_path):
-    import tensorflow_datasets as tfds
 
     version = copy_digits_as_tfrecord(digits_dir, tmp_path)
     with pytest.raises(UserError) as e:
-        source._tfds_builder(tfds, "digits", str(tmp_path))
+        tfds_source._tfds_builder("digits", str(tmp_path))
     text = str(e.value)
     assert "\n" not in text
     assert text.startswith("config.data.name=digits: prepared as tfrecord, which has no random access")
@@ -170,14 +171,13 @@ def test_dataset_without_random_access_gets_the_command_that_converts_it(digits_
 
 def test_dataset_converted_in_place_is_read(digits_dir, tmp_path):
     """As `tfds convert_format` leaves it: ArrayRecord files beside the others, named only among the alternatives."""
-    import tensorflow_datasets as tfds
 
     version = copy_digits_as_tfrecord(digits_dir, tmp_path)
     info = json.loads((version / "dataset_info.json").read_text())
     (version / "dataset_info.json").write_text(json.dumps(info | {"alternativeFileFormats": ["array_record"]}))
     for file in (digits_dir / "digits" / "1.0.0").glob("*array_record*"):
         (version / file.name).write_bytes(file.read_bytes())
-    builder = source._tfds_builder(tfds, "digits", str(tmp_path))
+    builder = tfds_source._tfds_builder("digits", str(tmp_path))
     assert len(builder.as_data_source(split="train")) == 1437
 
 
@@ -258,7 +258,7 @@ def test_dataset_of_images_of_many_sizes_is_decoded_when_read(photos_dir):
     assert dataset.eval.name == "validation"
     assert sorted(values(dataset.train)) == [(20 * i, i % 2) for i in range(6)]
     assert sorted(values(dataset.eval)) == [(20 * i, i % 2) for i in range(6, 9)]
-    some, _ = dataset.train.read(np.array([3, 0]), None)
+    some, _, _ = dataset.train.read(np.array([3, 0]), None)
     np.testing.assert_array_equal(some, read_all(dataset.train)[0][[3, 0]])
 
 
@@ -302,7 +302,7 @@ def test_npz_of_grey_images_is_read_as_it_is(tmp_path, shape):
 
 def test_npz_records_come_in_the_order_asked_for(tmp_path):
     split = open_dataset(data_config(write_npz(tmp_path), channels=1)).train
-    some, labels = split.read(np.array([4, 0, 4]), None)
+    some, labels, _ = split.read(np.array([4, 0, 4]), None)
     np.testing.assert_array_equal(some, read_all(split)[0][[4, 0, 4]])
     assert labels.tolist() == [1, 0, 1]
 
@@ -310,7 +310,7 @@ def test_npz_records_come_in_the_order_asked_for(tmp_path):
 def test_reading_with_crops_leaves_the_stored_images_alone(tmp_path):
     split = open_dataset(data_config(write_npz(tmp_path), channels=1, crop="random_resized")).train
     before, _ = read_all(split)
-    cropped, _ = split.read(np.arange(6), [np.random.default_rng(i) for i in range(6)])
+    cropped, _, _ = split.read(np.arange(6), [np.random.default_rng(i) for i in range(6)])
     assert (cropped != before).any()
     np.testing.assert_array_equal(read_all(split)[0], before)
 
@@ -527,7 +527,11 @@ def test_image_that_cannot_be_decoded_is_named_when_it_is_read(tmp_path):
     dataset = open_folder(tmp_path, "train/a/1.png", "train/a/2.png", "val/a/3.png")
     bad = tmp_path / "train" / "a" / "2.png"
     bad.write_bytes(bad.read_bytes()[:40])
-    assert read_refusal(dataset.train).startswith(f"train split: {bad}: not an image that can be decoded (40 bytes)")
+    images, labels, broken = dataset.train.read(np.array([0, 1]), None)
+    assert broken == {1: (str(bad), "not an image that can be decoded (40 bytes)")}
+    assert [len(set(image.ravel())) for image in images] == [1, 1]
+    assert images[1].max() == 0
+    assert labels.tolist() == [0, 0]
     assert values(dataset.eval) == [(3, 0)]
 
 
@@ -543,7 +547,13 @@ def test_label_out_of_range_is_named_when_it_is_read():
     png = cv2.imencode(".png", np.zeros((4, 4, 3), np.uint8))[1].tobytes()
     for label in (-1, 3):
         records = [(png, 0, "record 0"), (png, label, "record 1")]
-        split = EncodedSplit("train", 2, lambda i, r=records: [r[j] for j in i], 3, Pixels(4, 3, None, (1, 1), 1.0))
+        split = EncodedSplit(
+            "train",
+            2,
+            lambda i, r=records: [r[j] for j in i],
+            3,
+            Pixels.of(data_config(""), 4),
+        )
         expected = f"train split: record 1 has label {label}; labels must lie in 0 … 2"
         assert read_refusal(split) == expected
 

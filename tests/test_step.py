@@ -18,8 +18,8 @@ from jax_resnet.train import train
 
 def batches(job: Job, stop: int, start: int = 0) -> Any:
     c = job.config
-    return train_batches(job.data.train, start=start, stop=stop, seed=c.seed, batch_size=c.batch_size,
-                         sharding=job.sharding, threads=1)  # fmt: skip
+    return train_batches(job.data.train, c.data, start=start, stop=stop, seed=c.seed, batch_size=c.batch_size,
+                         sharding=job.sharding, report=print)  # fmt: skip
 
 
 def test_moves_nothing_implicitly_and_compiles_once(tiny_config: ConfigDict) -> None:

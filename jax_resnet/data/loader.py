@@ -1,71 +1,149 @@
-"""Batches in the order of data/order.py: read on the host by threads, put on the devices ahead of need."""
+"""Batches read ahead of need by threads or worker processes, and put on the devices before they are asked for."""
 
+import gc
+import os
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import grain
 import jax
 import numpy as np
+from absl import flags
 from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
 
-from jax_resnet.data.order import train_indices
-from jax_resnet.data.source import Split
+from jax_resnet.data.batches import Batch, Broken, Ledger, Report, eval_batch, train_batch
+from jax_resnet.data.split import ArraySplit, Split
 from jax_resnet.parallel import global_batch, local_rows
+from jax_resnet.signals import follow_parent
 
-Batch = dict[str, np.ndarray]
+ON_DEVICE = 2  # batches there ahead of need
+THREADS = 8  # of one process at most: about there the share of the work that holds Python's lock fills it
 
 
-def train_batch(split: Split, step: int, *, seed: int, batch_size: int, rows: np.ndarray) -> Batch:
-    """Rows `rows` of the global batch of `step`: image uint8 [len(rows), H, W, C] and label int32 [len(rows)].
+@dataclass(frozen=True)
+class Readers:
+    """Who reads: `threads` in each of `workers` processes, or, where workers is 0, in this one."""
 
-    The randomness of host crops is keyed by (seed, epoch, record), so no other rows or threads change it.
+    threads: int
+    workers: int
+
+    @classmethod
+    def of(cls, c: ConfigDict) -> "Readers":
+        """As `config.data` says; where it says nothing, one for each processor, in more than one process from 16 on."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = c.workers if c.workers is not None else (cores // THREADS if cores >= 2 * THREADS else 0)
+        return cls(c.threads or min(cores // max(1, workers), THREADS), workers)
+
+    def read(self, numbers: range, batch: Callable[[int], Batch]) -> grain.IterDataset:
+        """`batch` of each number, in order, ahead of need."""
+        # One Grain element is a whole batch: per-image elements cost 10 to 100 times more on small images.
+        batches = grain.MapDataset.range(numbers.start, numbers.stop).map(partial(_call, batch))
+        reading = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=self.threads + 1)
+        ahead = batches.to_iter_dataset(reading)
+        if not self.workers:
+            return ahead
+        if not flags.FLAGS.is_parsed():  # as where no command line is: Grain reads its own
+            flags.FLAGS.mark_as_parsed()
+        options = grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=1)
+        return ahead.mp_prefetch(options, worker_init_fn=_begin_worker).map(_unshared)
+
+
+def _call(batch: Callable[[int], Batch], number: Any) -> Batch:
+    return batch(int(number))
+
+
+def _unshared(batch: Batch) -> Batch:
+    # Shared memory goes when Grain's array does; JAX on the CPU may still be reading from it.
+    return {name: np.array(value) if isinstance(value, np.ndarray) else value for name, value in batch.items()}
+
+
+def _begin_worker(*_: int) -> None:
+    follow_parent()
+
+
+class Feed:
+    """An iterator over batches on the devices: image [batch, H, W, C], label [batch], …
+
+    `waited` is how many seconds their taker has spent waiting for the host. To be closed, or run to its end.
     """
-    indices, epochs = train_indices(seed, step, batch_size=batch_size, num_examples=len(split))
-    indices, epochs = indices[rows], epochs[rows]
-    rngs = [_rng(seed, *of) for of in zip(epochs, indices, strict=True)] if split.crops_at_random else None
-    images, labels = split.read(indices, rngs)
-    return {"image": images, "label": labels}
 
+    def __init__(
+        self,
+        readers: Readers,
+        numbers: range,
+        batch: Callable[[int], Batch],
+        sharding: NamedSharding,
+        ledger: Ledger,
+    ):
+        if isinstance(ledger.split, ArraySplit):  # what is in memory need not be in each process's
+            readers = replace(readers, workers=0)
+        self._batches, self._shares_memory = iter(readers.read(numbers, batch)), bool(readers.workers)
+        self._sharding, self._ledger = sharding, ledger
+        # Not Grain's own prefetching thread: it asks for states, for which readers in processes are begun twice.
+        self._thread = ThreadPoolExecutor(1, "feed")
+        self._coming: deque[Future[tuple[dict[str, jax.Array], Broken, int] | None]] = deque()
+        self.waited = 0.0
 
-def _rng(seed: int, epoch: int, record: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(key=np.array([seed << 32 | int(epoch), record], np.uint64)))
+    def _put(self) -> tuple[dict[str, jax.Array], Broken, int] | None:
+        if (batch := next(self._batches, None)) is None:
+            return None
+        broken = batch.pop("broken")
+        return global_batch(self._sharding, batch), broken, len(batch["label"])
+
+    def __iter__(self) -> "Feed":
+        return self
+
+    def __next__(self) -> dict[str, jax.Array]:
+        while len(self._coming) <= ON_DEVICE:
+            self._coming.append(self._thread.submit(self._put))
+        began = time.monotonic()
+        found = self._coming.popleft().result()
+        self.waited += time.monotonic() - began
+        if found is None:
+            raise StopIteration
+        batch, broken, read = found
+        self._ledger.add(broken, read)
+        return batch
+
+    def close(self) -> None:
+        """Ends the threads and processes that read."""
+        self._thread.shutdown(cancel_futures=True)
+        self._batches.close()
+        if self._shares_memory:
+            gc.collect()  # the last batches lie in cycles, of an exception and its frames; Python would say they leaked
+            time.sleep(0.1)  # Grain gives them back in a thread
 
 
 def train_batches(
-    split: Split, *, start: int, stop: int, seed: int, batch_size: int, sharding: NamedSharding, threads: int
-) -> Iterator[dict[str, jax.Array]]:
-    """The batches of steps start … stop − 1, on the devices: image [batch_size, H, W, C] and label [batch_size]."""
+    split: Split,
+    c: ConfigDict,
+    *,
+    start: int,
+    stop: int,
+    seed: int,
+    batch_size: int,
+    sharding: NamedSharding,
+    report: Report,
+) -> Feed:
+    """The batches of steps start … stop − 1, read as `config.data` says.
+
+    `report` is told of each image that could not be decoded, once. Taking a batch raises UserError when a record cannot
+    be read, or too many cannot be decoded.
+    """
     rows = local_rows(sharding, batch_size)
-    # One Grain element is a whole batch: per-image elements cost 10 to 100 times more on small images.
-    steps = grain.MapDataset.range(start, stop).map(
-        lambda step: train_batch(split, int(step), seed=seed, batch_size=batch_size, rows=rows)
-    )
-    reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    return _to_devices(iter(steps.to_iter_dataset(reading)), sharding)
+    batch = partial(train_batch, split, seed=seed, batch_size=batch_size, rows=rows)
+    return Feed(Readers.of(c), range(start, stop), batch, sharding, Ledger(split, c.max_broken, report))
 
 
-def eval_batches(
-    split: Split, *, batch_size: int, sharding: NamedSharding, threads: int
-) -> Iterator[dict[str, jax.Array]]:
-    """The whole split in order; the last batch is filled up to batch_size with examples whose mask is False."""
+def eval_batches(split: Split, c: ConfigDict, *, batch_size: int, sharding: NamedSharding, report: Report) -> Feed:
+    """The whole split in order, mask False where there is nothing to count; else as `train_batches`."""
     rows = local_rows(sharding, batch_size)
-
-    def read(number: int) -> Batch:
-        position = number * batch_size + rows
-        mask = position < len(split)
-        images, labels = split.read(np.minimum(position, len(split) - 1), None)
-        return {"image": images, "label": labels, "mask": mask}
-
-    numbers = grain.MapDataset.range(-(-len(split) // batch_size)).map(lambda number: read(int(number)))
-    reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    return _to_devices(iter(numbers.to_iter_dataset(reading)), sharding)
-
-
-def _to_devices(batches: Iterable[Batch], sharding: NamedSharding, ahead: int = 2) -> Iterator[dict[str, jax.Array]]:
-    """Puts each batch on the devices while the one `ahead` of it is computed."""
-    waiting: deque[dict[str, jax.Array]] = deque()
-    for batch in batches:
-        waiting.append(global_batch(sharding, batch))
-        if len(waiting) >= ahead:
-            yield waiting.popleft()
-    yield from waiting
+    batch = partial(eval_batch, split, batch_size=batch_size, rows=rows)
+    numbers = range(-(-len(split) // batch_size))
+    return Feed(Readers.of(c), numbers, batch, sharding, Ledger(split, c.max_broken, report))

@@ -41,7 +41,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from jax_resnet.command import Parser, run
 from jax_resnet.data.images import decode
-from jax_resnet.data.source import EVAL_SPLITS, IMAGE_SUFFIXES, image_and_label, tfds_builder
+from jax_resnet.data.source import IMAGE_SUFFIXES
+from jax_resnet.data.split import EVAL_SPLITS
+from jax_resnet.data.tfds_source import image_and_label, tfds_builder
 from jax_resnet.errors import UserError, did_you_mean
 
 BROKEN_SHARE = 0.01  # of all images; more of them are no accident

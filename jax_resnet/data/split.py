@@ -1,0 +1,229 @@
+"""One part of a dataset, read by record number.
+
+Images that all have one size and fit are kept in memory; others are decoded when they are read.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jax_resnet.data import images as image_ops
+from jax_resnet.data.augment import Augmentation, augment
+from jax_resnet.errors import UserError
+
+EVAL_SPLITS = ("validation", "val", "valid", "test")  # names that the split for evaluation goes by
+
+Records = Callable[[Sequence[int]], list[tuple[bytes, int, str]]]  # record numbers → bytes, label and name of each
+Rngs = Sequence[np.random.Generator]
+
+
+class Rows(NamedTuple):
+    """What was read."""
+
+    images: np.ndarray  # uint8 [B, H, W, C]
+    labels: np.ndarray  # int32 [B]
+    broken: dict[int, tuple[str, str]]  # row → name and reason, of what could not be decoded; its image is black
+
+
+class Split(Protocol):
+    """One part of a dataset."""
+
+    @property
+    def name(self) -> str:
+        """What the dataset calls it."""
+        ...
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width, channels."""
+        ...
+
+    @property
+    def random(self) -> bool:
+        """Whether `read` uses its generators: they are worth making only then."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: np.ndarray, rngs: Rngs | None) -> Rows:
+        """Those records; `rngs`, one for each, crop and augment for training, None for evaluation.
+
+        Raises UserError naming a record that cannot be read, or whose label is out of range.
+        """
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset's two splits and its classes."""
+
+    name: str
+    train: Split
+    eval: Split
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the labels tell apart."""
+        return len(self.class_names)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What becomes of an image on the host before it joins a batch: the same whether it was decoded or in memory."""
+
+    size: int | None  # pixels a side; None: those the image has
+    channels: int
+    random_area: tuple[float, float] | None  # shares that random-resized crops cover; None: no such crops
+    random_ratio: tuple[float, float]
+    eval_crop: float  # share of the short side that evaluation keeps
+    augmentation: Augmentation
+
+    @classmethod
+    def of(cls, c: ConfigDict, size: int | None) -> "Pixels":
+        """As `config.data` says. Only what is trained on random-resized crops is evaluated on a crop."""
+        random = c.crop == "random_resized"
+        area, crop = (tuple(c.crop_area), c.eval_crop) if random else (None, 1.0)
+        return cls(size, c.channels, area, tuple(c.crop_ratio), crop, Augmentation.of(c))
+
+    @property
+    def random(self) -> bool:
+        """Whether training uses generators."""
+        return self.random_area is not None or bool(self.augmentation)
+
+    def leaves_alone(self, height: int, width: int, *, training: bool) -> bool:
+        """Whether images of that size come out as they went in."""
+        same = self.size is None or (height, width) == (self.size, self.size)
+        return same and self.eval_crop == 1 and not (training and self.random)
+
+    def of_bytes(self, data: bytes, rng: np.random.Generator | None) -> np.ndarray:
+        """An encoded image → uint8 [size, size, channels]: at random with `rng`, else its centre.
+
+        Raises ValueError for what cannot be decoded.
+        """
+        return self.of_image(image_ops.decode(data, self.channels), rng)
+
+    def of_image(self, image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        """uint8 [H, W, channels] → [size, size, channels], likewise."""
+        if self.size is not None and rng is not None and self.random_area is not None:
+            image = image_ops.random_resized_crop(image, self.size, self.random_area, self.random_ratio, rng)
+        elif self.size is not None:
+            image = image_ops.resize_and_center_crop(image, self.size, self.eval_crop)
+        return image if rng is None else augment(image, rng, self.augmentation)
+
+
+@dataclass(frozen=True)
+class ArraySplit:
+    """Images of one size, in memory."""
+
+    name: str
+    images: np.ndarray  # uint8 [N, H, W, 1 or 3]
+    labels: np.ndarray  # int32 [N]
+    pixels: Pixels
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width, channels of what `read` gives."""
+        height, width = self.images.shape[1:3]
+        return (self.pixels.size or height, self.pixels.size or width, self.pixels.channels)
+
+    @property
+    def random(self) -> bool:
+        """Whether `read` uses its generators."""
+        return self.pixels.random
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, indices: np.ndarray, rngs: Rngs | None) -> Rows:
+        """See Split."""
+        found = image_ops.with_channels(self.images[indices], self.pixels.channels)
+        if not self.pixels.leaves_alone(*found.shape[1:3], training=rngs is not None):
+            images = np.empty((len(indices), *self.image_shape), np.uint8)
+            for row, image in enumerate(found):
+                images[row] = self.pixels.of_image(image, rngs[row] if rngs else None)
+            found = images
+        return Rows(found, self.labels[indices], {})
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """Encoded images of any size, decoded when read."""
+
+    name: str
+    size: int
+    records: Records
+    num_classes: int
+    pixels: Pixels
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width, channels of what `read` gives."""
+        side = self.pixels.size or 0
+        return (side, side, self.pixels.channels)
+
+    @property
+    def random(self) -> bool:
+        """Whether `read` uses its generators."""
+        return self.pixels.random
+
+    def __len__(self) -> int:
+        return self.size
+
+    def read(self, indices: np.ndarray, rngs: Rngs | None) -> Rows:
+        """See Split."""
+        rows = Rows(np.empty((len(indices), *self.image_shape), np.uint8), np.empty(len(indices), np.int32), {})
+        for row, (data, label, name) in enumerate(self.records(indices.tolist())):
+            if not 0 <= label < self.num_classes:
+                raise UserError(
+                    f"{self.name} split: {name} has label {label}; labels must lie in 0 … {self.num_classes - 1}"
+                )
+            rows.labels[row] = label
+            try:
+                rows.images[row] = self.pixels.of_bytes(data, rngs[row] if rngs else None)
+            except ValueError as e:
+                rows.images[row], rows.broken[row] = 0, (name, str(e))
+        return rows
+
+
+def in_memory(
+    name: str, images: np.ndarray, labels: np.ndarray, num_classes: int, c: ConfigDict, source: str
+) -> ArraySplit:
+    """A split of images uint8 [N, H, W(, 1 or 3)] and labels [N]. Raises UserError, naming `source`, for others."""
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise UserError(
+            f"{source}: {name} images have shape {images.shape}; they must be [N, H, W], [N, H, W, 1] or [N, H, W, 3]"
+        )
+    if len(images) != len(labels):
+        raise UserError(f"{source}: {len(images)} {name} images, but {len(labels)} labels")
+    bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if bad.size:
+        raise UserError(
+            f"{source}: {name} label {labels[bad[0]]} of record {bad[0]} is out of range; "
+            f"labels must lie in 0 … {num_classes - 1}"
+        )
+    size = c.image_size
+    if size is None and c.crop == "random_resized":
+        size = images.shape[1]
+        if images.shape[1] != images.shape[2]:
+            raise UserError(
+                f"{source}: random-resized crops are square, the images {images.shape[1:3]}; set config.data.image_size"
+            )
+    return ArraySplit(name, images, labels.astype(np.int32), Pixels.of(c, size))
+
+
+def encoded(name: str, size: int, records: Records, num_classes: int, c: ConfigDict) -> EncodedSplit:
+    """A split of encoded images. Raises UserError if the config has no size for them, or none can be read."""
+    if c.image_size is None:
+        raise UserError(
+            f"config.data.name={c.name}: its images differ in size; "
+            "say which the network gets: --config.data.image_size=224"
+        )
+    split = EncodedSplit(name, size, records, num_classes, Pixels.of(c, c.image_size))
+    if size:
+        split.read(np.zeros(1, np.int64), None)  # what is wrong with all of it shows now, not after an epoch
+    return split

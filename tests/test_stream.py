@@ -1,0 +1,110 @@
+"""Three epochs of a folder are the same pixels in the same order, whoever reads them and however often it is killed."""
+
+import json
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from conftest import ROOT, main_env
+from stream import BATCH, EPOCHS, SEED
+
+from jax_resnet.data.order import train_indices
+
+IMAGES = 30
+Stream = list[dict[int, str]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 JPEGs of three classes to train on, two of them broken."""
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for i in range(IMAGES + 3):
+        file = root / ("train" if i < IMAGES else "val") / f"class{i % 3}" / f"{i:02}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (rng.integers(3, 6), rng.integers(3, 6), 3), dtype=np.uint8)
+        pixels = cv2.resize(pixels, tuple(rng.integers(30, 60, 2).tolist()))
+        data = cv2.imencode(".jpg", pixels)[1].tobytes()
+        file.write_bytes(data if i not in (7, 20) else data[: len(data) // 2])
+    return root
+
+
+def begin(folder: Path, out: Path, *args: int) -> subprocess.Popen[str]:
+    command = [sys.executable, ROOT / "tests" / "stream.py", folder, out, *map(str, args)]
+    return subprocess.Popen(command, env=main_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def lines(out: Path) -> Stream:
+    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    return [{int(row): digest for row, digest in step.items()} for step in rows]
+
+
+def whole(folder: Path, out: Path, *args: int) -> tuple[Stream, str]:
+    process = begin(folder, out, *args)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert not errors  # no warning of leaked memory either
+    return lines(out), printed
+
+
+@pytest.fixture(scope="module")
+def stream(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Stream:
+    """As one thread reads it, uninterrupted."""
+    found, printed = whole(folder, tmp_path_factory.mktemp("stream") / "out", 1, 0)
+    assert sorted(Path(line.split()[0]).name for line in printed.splitlines()) == ["07.jpg", "20.jpg"]
+    assert len(found) == -(-EPOCHS * IMAGES // BATCH)
+    assert all(sorted(step) == list(range(BATCH)) for step in found)
+    return found
+
+
+def test_every_record_of_an_epoch_has_pixels_of_its_own_and_others_in_each_epoch(stream: Stream) -> None:
+    seen: dict[int, list[str]] = {}
+    for step, rows in enumerate(stream):
+        records, _ = train_indices(SEED, step, batch_size=BATCH, num_examples=IMAGES)
+        for row, record in enumerate(records.tolist()):
+            seen.setdefault(record, []).append(rows[row])
+    assert sorted(seen) == list(range(IMAGES))
+    assert all(len(digests) in (EPOCHS, EPOCHS + 1) for digests in seen.values())
+    # Nor do broken records, whose places others take, show the same pixels as these do in their own.
+    assert len({digest for digests in seen.values() for digest in digests}) == BATCH * len(stream)
+
+
+@pytest.mark.parametrize(("threads", "workers"), [(3, 0), (1, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
+def test_threads_and_worker_processes(folder: Path, tmp_path: Path, stream: Stream, threads: int, workers: int) -> None:
+    assert whole(folder, tmp_path / "out", threads, workers)[0] == stream
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_at_random_and_begun_again(folder: Path, tmp_path: Path, stream: Stream, workers: int) -> None:
+    rng = random.Random(workers)
+    for step in sorted(rng.sample(range(1, len(stream)), 5)):
+        process = begin(folder, tmp_path / "out", 2, workers)
+        deadline = time.monotonic() + 60
+        while len(lines(tmp_path / "out")) < step and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert step <= len(lines(tmp_path / "out"))
+    assert whole(folder, tmp_path / "out", 2, workers)[0] == stream
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_read_a_part_each(folder: Path, tmp_path: Path, stream: Stream, count: int) -> None:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    processes = [begin(folder, tmp_path / f"out{i}", 2, 0, i, count, port) for i in range(count)]
+    for process in processes:
+        errors = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, errors
+    parts = [lines(tmp_path / f"out{i}") for i in range(count)]
+    assert all(len(rows) == BATCH // count for part in parts for rows in part)
+    assert [{k: v for rows in steps for k, v in rows.items()} for steps in zip(*parts, strict=True)] == stream
