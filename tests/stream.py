@@ -32,7 +32,8 @@ def main(folder: str, out: str, threads: int, workers: int, process: int = 0, co
     done = Path(out).read_text().count("\n") if Path(out).exists() else 0
     steps = -(-EPOCHS * len(split) // BATCH)
     batches = train_batches(split, c, start=done, stop=steps, seed=SEED, batch_size=BATCH,
-                            sharding=batch_sharding(data_mesh()), report=lambda *of: print(*of, flush=True))  # fmt: skip
+                            sharding=batch_sharding(data_mesh()),
+                            report=lambda *of: print(*of, flush=True))  # fmt: skip
     with Path(out).open("a", buffering=1) as file:
         for batch in batches:
             rows = {}

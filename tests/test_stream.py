@@ -108,3 +108,33 @@ def test_several_processes_read_a_part_each(folder: Path, tmp_path: Path, stream
     parts = [lines(tmp_path / f"out{i}") for i in range(count)]
     assert all(len(rows) == BATCH // count for part in parts for rows in part)
     assert [{k: v for rows in steps for k, v in rows.items()} for steps in zip(*parts, strict=True)] == stream
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+from jax_resnet.config import default
+from jax_resnet.data.loader import train_batches
+from jax_resnet.data.source import open_dataset
+from jax_resnet.parallel import batch_sharding, data_mesh
+c = default().data
+c.update(name="folder:" + sys.argv[1], image_size=64, crop="random_resized", randaugment=(2, 9), threads=2,
+         workers=int(sys.argv[2]), max_broken=0.2)
+resident = []
+for i, batch in enumerate(train_batches(open_dataset(c).train, c, start=0, stop=2000, seed=0, batch_size=16,
+                                        sharding=batch_sharding(data_mesh()), report=lambda *_: None)):
+    if i % 250 == 249:
+        resident.append(int(re.search(r"VmRSS:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024)
+print(resident)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_memory_stays_flat_over_2000_batches(folder: Path, workers: int) -> None:
+    done = subprocess.run([sys.executable, "-c", MEMORY, folder, str(workers)], env=main_env(), capture_output=True,
+                          text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    resident = json.loads(done.stdout)  # MiB; of a batch 0.19, so 8 is one in thirty-six kept
+    assert max(resident[2:]) - resident[1] < 8, resident

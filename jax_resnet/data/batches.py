@@ -79,7 +79,7 @@ class Ledger:
 
     def add(self, broken: Broken, read: int) -> None:
         """Takes what was broken among `read` more. Raises UserError, with the list, when it is too much."""
-        self.read += read
+        self.read += read + len(broken)  # for each that failed another was tried
         self.failed += len(broken)
         for name, reason in broken:
             if name not in self.names:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader
 from ml_collections import ConfigDict
 
 from jax_resnet.data import images as image_ops
@@ -48,7 +49,8 @@ def open_tfds(name: str, c: ConfigDict) -> Dataset:
                 found = source.__getitems__(list(indices))
             except Exception as e:
                 raise UserError(
-                    f"{split} split: records of {builder.data_dir} cannot be read ({e}); prepare the dataset again"
+                    f"{split} split: records of {_unreadable(builder, split)} cannot be read ({e}); "
+                    "prepare the dataset again"
                 ) from None
             return [(r[image_key], int(r[label_key]), f"record {i}") for i, r in zip(indices, found, strict=True)]
 
@@ -59,6 +61,16 @@ def open_tfds(name: str, c: ConfigDict) -> Dataset:
         else:
             splits.append(encoded(split, len(source), records, label.num_classes, c))
     return Dataset(name, splits[0], splits[1], tuple(label.names))
+
+
+def _unreadable(builder: Any, split: str) -> Path:
+    """The split's first file that cannot be opened, else the dataset's folder."""
+    for file in builder.info.splits[split].filepaths:
+        try:
+            ArrayRecordReader(str(file)).close()
+        except Exception:  # array_record's own, of no common class
+            return Path(file)
+    return Path(builder.data_dir)
 
 
 def tfds_builder(name: str, data_dir: str | None) -> Any:
