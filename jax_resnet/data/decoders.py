@@ -15,15 +15,14 @@ from jax_resnet.errors import UserError, choose
 
 DECODERS = ("auto", "simplejpeg", "turbojpeg")
 _NOT_FOUND = (
-    "config.data.decoder=turbojpeg: no libjpeg-turbo 3 is found, neither libturbojpeg.so.0 nor what "
-    "`pip install turbojpeg` brings; auto does without"
+    "config.data.decoder=turbojpeg: libjpeg-turbo 3 is not found; pip install turbojpeg, or the system's "
+    "libturbojpeg.so.0 of that version; auto does without"
 )
 
 # Of turbojpeg.h, version 3.
 _DECOMPRESS = 1
-_SUBSAMPLING, _WIDTH, _HEIGHT, _COLOURS = 4, 5, 6, 8  # parameters that a header sets
+_SUBSAMPLING, _WIDTH, _HEIGHT = 4, 5, 6  # parameters that a header sets
 _UNIT_WIDTHS = (8, 16, 16, 8, 8, 32, 8)  # pixels, of 4:4:4, 4:2:2, 4:2:0, grey, 4:4:0, 4:1:1, 4:4:1
-_GREY = 2  # colours: RGB, YCbCr, grey; CMYK and YCCK are beyond
 _PIXEL_FORMATS = {3: 0, 1: 6}  # by channels: red, green, blue; grey
 
 
@@ -53,9 +52,11 @@ def describe(decoder: str) -> str:
 class Jpeg:
     """A JPEG of which libjpeg-turbo 3 has read the header.
 
-    Raises ValueError where `region` would not work or be wrong: where it is CMYK, of unusual subsampling, or does not
-    end as a JPEG does. Rows below a region are not looked at, so that nothing else would show that they are missing.
+    Raises ValueError for unusual subsampling, and for one that does not end as a JPEG does: the rows below a region
+    are not looked at, so that nothing else would show that they are missing.
     """
+
+    _handle: int | None = None
 
     def __init__(self, data: bytes):
         if (library := _library()) is None:
@@ -65,16 +66,18 @@ class Jpeg:
         self._library, self._data = library, data
         self._check(library.tj3DecompressHeader(self._handle, data, len(data)))
         self.height, self.width = self._get(_HEIGHT), self._get(_WIDTH)  # pixels, as stored
-        if self._get(_SUBSAMPLING) < 0 or self._get(_COLOURS) > _GREY or not data.endswith(b"\xff\xd9"):
+        if self._get(_SUBSAMPLING) < 0 or not data.endswith(b"\xff\xd9"):
             raise ValueError("only the whole of it")
 
     def __del__(self) -> None:
-        self._library.tj3Destroy(self._handle)
+        if self._handle:
+            self._library.tj3Destroy(self._handle)
 
     def region(self, box: tuple[int, int, int, int], channels: int) -> np.ndarray:
         """The pixels uint8 [height, width, channels] in the box (top, left, height, width) of the image as stored.
 
-        They are those of the whole image, exactly. Raises ValueError for what cannot be decoded down to the box's end.
+        They are those of the whole image, exactly. Raises ValueError for what is CMYK, or cannot be decoded down
+        to the box's end.
         """
         top, left, height, width = box
         # Columns come in whole units. Where chroma lies between them, a border's pixel needs what is beyond it.

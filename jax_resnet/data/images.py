@@ -31,7 +31,7 @@ class Sampling(NamedTuple):
     """How pixels are taken from an image of another size."""
 
     interpolation: str = "bilinear"  # or bicubic
-    antialias: bool = False  # as Pillow does it, whose very pixels these are then, at eight times the cost
+    antialias: bool = False  # as Pillow does it, whose very pixels these are then, at ten times the cost
 
 
 FAST = Sampling()
