@@ -42,8 +42,8 @@ def decode(
 ) -> np.ndarray:
     """An encoded image (JPEG, PNG, or what else OpenCV reads) as uint8 [H, W, channels], turned as its EXIF says.
 
-    Of a part of it, the box `choose(H, W)`, alone: with the decoder "turbojpeg" it costs less, for a JPEG, than the
-    whole. `choose` is called once. The pixels are the same.
+    With `choose`, called once, only the box `choose(H, W)` of that: the same pixels by every decoder. "turbojpeg" does
+    not decode all of a JPEG for them, and does not notice damage that lies behind them in the file.
 
     Alpha is left out, whatever it hides; of 16 bits a PNG keeps the high 8; CMYK is taken as Adobe writes it, inverted.
     Raises ValueError for what is no image, or only a part of one.
