@@ -4,8 +4,10 @@ Coordinate images show where pixels come from: channel 0 holds the row, channel 
 """
 
 import base64
+import contextlib
 import io
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import cv2
@@ -14,7 +16,18 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageOps
 
-from jax_resnet.data.images import decode, random_resized_crop, resize, resize_and_center_crop, with_channels
+from jax_resnet.data import decoders, images
+from jax_resnet.data.decoders import choose_decoder, describe
+from jax_resnet.data.images import (
+    Sampling,
+    decode,
+    random_box,
+    random_resized_crop,
+    resize,
+    resize_and_center_crop,
+    with_channels,
+)
+from jax_resnet.errors import UserError
 
 # A 16×16 CMYK JPEG of the colour (200, 100, 50), made once with PIL; neither simplejpeg nor OpenCV can write one.
 CMYK_JPEG = base64.b64decode(
@@ -238,6 +251,199 @@ def test_truncated_png_raises(share):
         decode(data[: int(len(data) * share)], 3)
 
 
+# ---- a part of an image ----------------------------------------------------------------------------------------------
+
+needs_turbojpeg = pytest.mark.skipif(
+    choose_decoder("auto") != "turbojpeg", reason="libjpeg-turbo 3 is not installed; pip install turbojpeg"
+)
+SAMPLINGS = {name: getattr(cv2, f"IMWRITE_JPEG_SAMPLING_FACTOR_{name}") for name in ("444", "422", "420", "440", "411")}
+
+
+def textured(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Blurred noise: neighbours differ, in colour too."""
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return cv2.normalize(cv2.GaussianBlur(noise, (0, 0), 1.2), None, 0, 255, cv2.NORM_MINMAX)
+
+
+def jpeg(image: np.ndarray, sampling: str = "420", *, progressive: bool = False, restart: int = 0, **how: int) -> bytes:
+    options = [cv2.IMWRITE_JPEG_PROGRESSIVE, int(progressive), cv2.IMWRITE_JPEG_RST_INTERVAL, restart]
+    if sampling == "grey":
+        image = image[..., 0]
+    else:
+        options += [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, SAMPLINGS[sampling]]
+    for name, value in how.items():
+        options += [getattr(cv2, f"IMWRITE_JPEG_{name.upper()}"), value]
+    return cv2.imencode(".jpg", image, options)[1].tobytes()
+
+
+def some_boxes(height: int, width: int, count: int, seed: int = 0) -> list[images.Box]:
+    """Of every size and place, the whole and single pixels at corners among them."""
+    boxes, rng = [(0, 0, height, width), (0, 0, 1, 1), (height - 1, width - 1, 1, 1)], np.random.default_rng(seed)
+    for _ in range(count):
+        h, w = int(rng.integers(1, height + 1)), int(rng.integers(1, width + 1))
+        boxes.append((int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w))
+    return boxes
+
+
+def inside(image: np.ndarray, box: images.Box) -> np.ndarray:
+    top, left, height, width = box
+    return image[top : top + height, left : left + width]
+
+
+def part(data: bytes, box: images.Box, channels: int = 3, decoder: str = "turbojpeg") -> np.ndarray:
+    return decode(data, channels, lambda height, width: box, decoder)
+
+
+def no_whole(data: bytes, channels: int) -> np.ndarray:
+    raise AssertionError("the whole image is decoded")
+
+
+@needs_turbojpeg
+@pytest.mark.parametrize("progressive", [False, True], ids=["baseline", "progressive"])
+@pytest.mark.parametrize("sampling", [*SAMPLINGS, "grey"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_region_has_the_pixels_of_the_whole(sampling, progressive, channels, monkeypatch):
+    files = []
+    for height, width in [(1, 1), (3, 5), (8, 8), (16, 17), (17, 33), (31, 64), (101, 75)]:
+        data = jpeg(textured(height, width), sampling, progressive=progressive, restart=width % 3)
+        files.append((data, decode(data, channels), some_boxes(height, width, 30)))
+    monkeypatch.setattr(images, "_decode_whole", no_whole)
+    for data, whole, boxes in files:
+        for box in boxes:
+            np.testing.assert_array_equal(part(data, box, channels), inside(whole, box), str((whole.shape, box)))
+
+
+@needs_turbojpeg
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_region_is_one_of_the_image_turned_as_its_exif_says(orientation, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(Image.fromarray(textured(40, 75)), "JPEG", exif=exif)
+    whole, sizes = decode(data, 3), []
+    np.testing.assert_allclose(whole.astype(int), turned_as_exif_says(data), atol=1)
+    monkeypatch.setattr(images, "_decode_whole", no_whole)
+    for box in some_boxes(*whole.shape[:2], 30):
+
+        def choose(height, width, box=box):
+            sizes.append((height, width))
+            return box
+
+        np.testing.assert_array_equal(decode(data, 3, choose, "turbojpeg"), inside(whole, box))
+    assert set(sizes) == {whole.shape[:2]}
+
+
+@pytest.mark.parametrize("decoder", ["simplejpeg", pytest.param("turbojpeg", marks=needs_turbojpeg)])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "CMYK", "JPEG with bytes behind it", "JPEG damaged above"])
+def test_a_box_is_chosen_once_from_any_image_by_any_decoder(kind, decoder):
+    data = {
+        "JPEG": jpeg(textured(64, 48)),
+        "PNG": png(textured(64, 48)),
+        "CMYK": saved(Image.fromarray(textured(64, 48)).convert("CMYK"), "JPEG"),
+        "JPEG with bytes behind it": jpeg(textured(64, 48)) + b"\0" * 9,
+        "JPEG damaged above": damaged(jpeg(textured(64, 48), restart=1)),
+    }[kind]
+    calls = []
+
+    def choose(height, width):
+        calls.append((height, width))
+        return 40, 9, 20, 30
+
+    np.testing.assert_array_equal(decode(data, 3, choose, decoder), inside(decode(data, 3), (40, 9, 20, 30)))
+    assert calls == [(64, 48)]
+
+
+def damaged(data: bytes) -> bytes:
+    """A JPEG whose first restart marker counts wrong: OpenCV goes on, simplejpeg and a region's decoder stop."""
+    at = data.index(b"\xff\xd0")
+    return data[: at + 1] + b"\xd3" + data[at + 2 :]
+
+
+@needs_turbojpeg
+@pytest.mark.parametrize("progressive", [False, True], ids=["baseline", "progressive"])
+def test_a_region_of_a_truncated_jpeg_raises_even_where_its_rows_are_there(progressive):
+    data = jpeg(textured(120, 90), progressive=progressive)
+    for end in range(3, len(data) - 1, 97):
+        with pytest.raises(ValueError, match="can be decoded"):
+            part(data[:end], (0, 0, 16, 16))
+
+
+@needs_turbojpeg
+def test_a_region_does_not_depend_on_what_was_decoded_before(monkeypatch):
+    image = textured(64, 48)
+    data = saved(Image.fromarray(image), "JPEG")
+    bare = data  # without the Huffman tables, which are the standard's: as in a film's frames
+    while (at := bare.find(b"\xff\xc4")) >= 0:
+        bare = bare[:at] + bare[at + 2 + int.from_bytes(bare[at + 2 : at + 4]) :]
+    table = data.index(b"\xff\xc4") + 2
+    cut_short = data[:table] + (3).to_bytes(2) + data[table + 2 :]
+    whole = decode(data, 3)
+    for before in (jpeg(image, optimize=1), jpeg(image, "444", quality=30), cut_short, b"\xff\xd8\xff\xd9"):
+        with contextlib.suppress(ValueError):
+            part(before, (0, 0, 8, 8))
+        with monkeypatch.context() as patch:
+            patch.setattr(images, "_decode_whole", no_whole)
+            for after in (bare, data):
+                np.testing.assert_array_equal(part(after, (30, 5, 20, 30)), inside(whole, (30, 5, 20, 30)))
+
+
+@needs_turbojpeg
+@pytest.mark.parametrize("progressive", [False, True], ids=["baseline", "progressive"])
+def test_what_the_whole_decoder_takes_for_an_image_a_region_is_too_with_its_pixels(progressive):
+    data, rng = jpeg(textured(96, 80), "444", progressive=progressive), np.random.default_rng(0)
+    taken = 0
+    for box in some_boxes(96, 80, 300):
+        flipped = bytearray(data)
+        flipped[rng.integers(200, len(data) - 2)] ^= 1 << int(rng.integers(8))
+        try:
+            whole = decode(bytes(flipped), 3)
+        except ValueError:
+            continue
+        if whole.shape == (96, 80, 3):
+            np.testing.assert_array_equal(part(bytes(flipped), box), inside(whole, box))
+            taken += 1
+    assert taken > 100
+
+
+@needs_turbojpeg
+def test_threads_decode_regions_at_once():
+    files = [jpeg(textured(90 + i, 120, i), progressive=i % 2 == 1) for i in range(8)]
+    wholes = [decode(data, 3) for data in files]
+    work = [(i, box) for i, whole in enumerate(wholes) for box in some_boxes(*whole.shape[:2], 50, i)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda job: part(files[job[0]], job[1]), work))
+    for (i, box), pixels in zip(work, found, strict=True):
+        np.testing.assert_array_equal(pixels, inside(wholes[i], box))
+
+
+def test_without_libjpeg_turbo_3_auto_means_simplejpeg_and_turbojpeg_is_refused(monkeypatch):
+    monkeypatch.setattr(decoders, "_library", lambda: None)
+    assert choose_decoder("auto") == choose_decoder("simplejpeg") == "simplejpeg"
+    assert describe("simplejpeg") == f"simplejpeg {simplejpeg.__version__}"
+    with pytest.raises(UserError, match=r"config\.data\.decoder=turbojpeg: .* pip install turbojpeg"):
+        choose_decoder("turbojpeg")
+
+
+@needs_turbojpeg
+def test_with_libjpeg_turbo_3_auto_means_that_and_another_can_be_had():
+    assert choose_decoder("auto") == choose_decoder("turbojpeg") == "turbojpeg"
+    assert choose_decoder("simplejpeg") == "simplejpeg"
+    assert describe("turbojpeg").startswith("turbojpeg (regions; ")
+
+
+def test_a_library_of_another_version_or_kind_is_passed_over(monkeypatch):
+    class Older:
+        def __getattr__(self, name):
+            raise AttributeError(name)  # libturbojpeg.so.0 of version 2 has none of the functions
+
+    monkeypatch.setattr(decoders.ctypes, "CDLL", lambda name: Older())
+    assert decoders._library.__wrapped__() is None
+
+
+def test_an_unknown_decoder_is_a_mistake_with_a_hint():
+    with pytest.raises(UserError, match=r"config\.data\.decoder: unknown name 'turbo'; did you mean turbojpeg\?"):
+        choose_decoder("turbo")
+
+
 # ---- channels --------------------------------------------------------------------------------------------------------
 
 
@@ -294,6 +500,67 @@ def test_other_resizes_are_linear_between_pixel_centres(to_height, to_width):
     found = resize(image, to_height, to_width)
     np.testing.assert_allclose(found[..., 0], np.tile(linear(10, to_height) * 20, (to_width, 1)).T, atol=1)
     np.testing.assert_allclose(found[..., 1], np.tile(linear(12, to_width) * 20, (to_height, 1)), atol=1)
+
+
+def weights(size_in: int, size_out: int, interpolation: str) -> np.ndarray:
+    """[size_out, size_in]: of the filter that antialiases, as wide as the pixels it makes, and whole at the borders."""
+    scale = max(1.0, size_in / size_out)
+    centres = (np.arange(size_out)[:, None] + 0.5) * size_in / size_out
+    x = np.abs(np.arange(size_in) + 0.5 - centres) / scale
+    if interpolation == "bilinear":
+        kernel = np.clip(1 - x, 0, None)
+    else:  # Keys 1981 with a = −½
+        kernel = np.where(x < 1, 1.5 * x**3 - 2.5 * x**2 + 1, np.where(x < 2, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2, 0))
+    return kernel / kernel.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("to_height", "to_width"), [(30, 20), (15, 70), (7, 11), (80, 90)])
+def test_antialiasing_weights_all_pixels_that_a_new_one_covers(interpolation, to_height, to_width, channels):
+    image = textured(60, 50)[..., :channels] // 2 + 60  # far enough from 0 and 255 for bicubic's overshoot
+    exact = np.einsum(
+        "ih,hwc,jw->ijc", weights(60, to_height, interpolation), image, weights(50, to_width, interpolation)
+    )
+    found = resize(image, to_height, to_width, Sampling(interpolation, antialias=True))
+    assert found.shape == (to_height, to_width, channels)
+    np.testing.assert_allclose(found, exact, atol=1.2)  # pixels are rounded after each direction
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_bicubic_without_antialiasing_goes_through_the_pixels(channels):
+    image = textured(20, 30)[..., :channels]
+    found = resize(image, 60, 90, Sampling("bicubic"))
+    assert found.shape == (60, 90, channels)
+    np.testing.assert_array_equal(found[1::3, 1::3], image)
+    assert not np.array_equal(found, resize(image, 60, 90))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("step", [2, 3, 5])
+def test_stripes_finer_than_the_new_pixels_become_grey(step, channels):
+    stripes = np.broadcast_to((np.arange(120) % step == 0)[:, None, None] * np.uint8(240), (120, 90, channels))
+    for height, width in ((120 // step, 90 // step), (120 // step - 3, 90 // step - 2)):
+        found = resize(stripes, height, width)
+        np.testing.assert_allclose(found, 240 / step, atol=1)
+
+
+def test_the_samplings_differ_little_where_the_image_is_smooth():
+    image = smooth(120, 90)
+    for height, width in ((50, 40), (100, 80), (200, 130)):
+        reference = resize(image, height, width, Sampling("bilinear", antialias=True)).astype(int)
+        for sampling in (Sampling("bilinear"), Sampling("bicubic"), Sampling("bicubic", antialias=True)):
+            inner = np.s_[3:-3, 3:-3]
+            np.testing.assert_allclose(resize(image, height, width, sampling)[inner], reference[inner], atol=3)
+
+
+def test_both_crops_take_the_sampling_asked_for():
+    image, sampling = textured(90, 70), Sampling("bicubic", antialias=True)
+    box = random_box(90, 70, (0.3, 0.6), (0.8, 1.2), np.random.default_rng(3))
+    found = random_resized_crop(image, 24, (0.3, 0.6), (0.8, 1.2), np.random.default_rng(3), sampling)
+    np.testing.assert_array_equal(found, resize(inside(image, box), 24, 24, sampling))
+    found = resize_and_center_crop(image, 24, 1.0, sampling)
+    np.testing.assert_array_equal(found, resize(image, 31, 24, sampling)[3:27])
 
 
 # ---- the crop of evaluation ------------------------------------------------------------------------------------------
@@ -402,6 +669,31 @@ def test_random_crops_lie_everywhere_about_equally_often():
 )
 def test_when_no_try_fits_the_largest_allowed_centre_is_taken(height, width, area, ratio, expected):
     assert set(crops(height, width, 20, area, ratio)) == {expected}
+
+
+@pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (0.5, 3.0)])
+@pytest.mark.parametrize(("height", "width"), [(500, 375), (375, 500), (400, 400)])
+def test_boxes_are_drawn_as_area_and_log_ratio_uniform_among_those_that_fit(height, width, ratio):
+    area, count = (0.08, 1.0), 4000
+    rng = np.random.default_rng(0)
+    boxes = np.array([random_box(height, width, area, ratio, rng) for _ in range(count)])
+    h, w = boxes[:, 2], boxes[:, 3]
+    found = {"share": h * w / (height * width), "log ratio": np.log(w / h)}
+    # The same by integration over the rectangle of shares and log ratios.
+    shares, logs = np.meshgrid(np.linspace(*area, 1001), np.linspace(*np.log(ratio), 1001))
+    fits = (np.sqrt(shares * height * width * np.exp(logs)) <= width) & (
+        np.sqrt(shares * height * width * np.exp(-logs)) <= height
+    )
+    assert (1 - fits.mean()) ** 10 < 1e-3  # hardly ever do ten tries fail
+    for name, values in {"share": shares[fits], "log ratio": logs[fits]}.items():
+        at = np.quantile(values, [0.1, 0.25, 0.5, 0.75, 0.9])
+        below = [(found[name] <= x).mean() for x in at]
+        np.testing.assert_allclose(below, [0.1, 0.25, 0.5, 0.75, 0.9], atol=4.5 * 0.5 / math.sqrt(count), err_msg=name)
+    for start, room in ((boxes[:, 0], height - h), (boxes[:, 1], width - w)):
+        assert start.min() >= 0
+        assert (start <= room).all()
+        free = room > 20  # where it lies is uniform: its mean share of the room is ½, of variance 1/12
+        assert (start / np.maximum(room, 1))[free].mean() == pytest.approx(0.5, abs=4.5 / math.sqrt(12 * free.sum()))
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 50), (50, 1), (2, 3)])
