@@ -25,9 +25,10 @@ OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "adagrad")
 SCHEDULES = ("constant", "cosine", "linear", "polynomial", "exponential", "step")
 CROPS = ("random_resized", "pad", "none")
 INTERPOLATIONS = ("nearest", "bilinear")
+SAMPLING = ("bilinear", "bicubic")
 PARAMETER_KINDS = ("kernel", "norm", "bias")
 
-READING = ("data.threads", "data.workers", "data.max_broken")
+READING = ("data.decoder", "data.threads", "data.workers", "data.max_broken")
 
 # What may differ when a run goes on in its workdir: nothing here changes what is computed.
 MAY_CHANGE = ("stop_after_steps", "log_every", "eval", "checkpoint", "data.data_dir", *READING)
@@ -81,6 +82,8 @@ def default() -> ConfigDict:
     c.data.crop = "random_resized"  # of training images; or pad (shift by up to `pad`, zeros beyond), or none
     c.data.crop_area = (0.08, 1.0)  # share of the image a random-resized crop covers
     c.data.crop_ratio = (3 / 4, 4 / 3)  # its width over its height
+    c.data.interpolation = "bilinear"  # of every resize; or bicubic
+    c.data.antialias = False  # as Pillow and PyTorch's loaders: every pixel counts, at ten times the cost of resizing
     c.data.pad = 4  # pixels
     c.data.flip = True  # left-right, every other training image
     c.data.randaugment = (0, 9)  # operations on each image, their magnitude (0 … 30 as in torchvision); (0, …): none
@@ -91,6 +94,7 @@ def default() -> ConfigDict:
     c.data.mixup = 0.0  # α of the weights' Beta(α, α); 0: none
     c.data.cutmix = 0.0  # the same; with mixup too, each batch has one of them, at random
     c.data.eval_crop = 0.875  # evaluation: resize the short side to image_size / eval_crop, keep the centre
+    c.data.decoder = "auto"  # of JPEGs: turbojpeg, which decodes only what a crop needs, where there is one; simplejpeg
     c.data.threads = placeholder(int)  # batches read at once, in each process that reads. None: as processors, ≤ 8
     c.data.workers = placeholder(int)  # processes that read encoded images; 0: this one. None: 0 below 16 processors
     c.data.max_broken = 0.1  # share of images that may be undecodable: others take their places. More end the run
@@ -159,6 +163,7 @@ def validate(c: ConfigDict) -> None:
     choose("config.optimizer.name", c.optimizer.name, OPTIMIZERS)
     choose("config.schedule.name", c.schedule.name, SCHEDULES)
     choose("config.data.crop", c.data.crop, CROPS)
+    choose("config.data.interpolation", c.data.interpolation, SAMPLING)
     choose("config.data.augment_interpolation", c.data.augment_interpolation, INTERPOLATIONS)
     for kind in c.optimizer.no_decay:
         choose("config.optimizer.no_decay", kind, PARAMETER_KINDS)

@@ -192,7 +192,10 @@ class Telemetry:
             )
             draw_curves(read_metrics(self._workdir), self._workdir / "curves.png")
         if counts := Counter(split for split, _ in self._broken):
-            self.say("images that cannot be decoded: " + ", ".join(f"{n:,} of {split}" for split, n in counts.items()))
+            self.say(
+                "images that cannot be decoded: "
+                + ", ".join(f"{n:,} of {split}" for split, n in sorted(counts.items()))
+            )
 
     def _record(self, kind: str, step: int, **values: Any) -> None:
         self._step = step

@@ -19,10 +19,10 @@ from PIL import Image, ImageOps
 from jax_resnet.data import decoders, images
 from jax_resnet.data.decoders import choose_decoder, describe
 from jax_resnet.data.images import (
+    FAST,
     Sampling,
     decode,
     random_box,
-    random_resized_crop,
     resize,
     resize_and_center_crop,
     with_channels,
@@ -35,6 +35,15 @@ CMYK_JPEG = base64.b64decode(
     "FQwPFxgWFBgSFBUU/8AAFAgAEAAQBEMRAE0RAFkRAEsRAP/EABcAAQEBAQAAAAAAAAAAAAAAAAAIBwn/xAAUEAEAAAAAAAAAAAAA"
     "AAAAAAAA/9oADgRDAE0AWQBLAAA/ALAZoi91TAAAAf/Z"
 )
+
+
+def random_resized_crop(
+    image: np.ndarray, size: int, area: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator,
+    sampling: Sampling = FAST,
+) -> np.ndarray:  # fmt: skip
+    """A random box of an image, resized to size × size."""
+    top, left, height, width = random_box(*image.shape[:2], area, ratio, rng)
+    return resize(image[top : top + height, left : left + width], size, size, sampling)
 
 
 def coordinates(height: int, width: int, step: int = 1) -> np.ndarray:

@@ -14,6 +14,7 @@ from PIL import Image
 from jax_resnet.data.decoders import Jpeg
 
 cv2.setNumThreads(0)  # the loader's own threads work on different batches
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # what cannot be decoded is reported by its name
 
 # ITU-R BT.601 luma, the weights that PIL, OpenCV and TensorFlow use for grey.
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
@@ -181,16 +182,3 @@ def random_box(
     aspect = min(max(width / height, ratio[0]), ratio[1])
     h, w = max(1, min(height, round(width / aspect))), max(1, min(width, round(height * aspect)))
     return (height - h) // 2, (width - w) // 2, h, w
-
-
-def random_resized_crop(
-    image: np.ndarray,
-    size: int,
-    area: tuple[float, float],
-    ratio: tuple[float, float],
-    rng: np.random.Generator,
-    sampling: Sampling = FAST,
-) -> np.ndarray:
-    """A random box of an image, resized to size × size."""
-    top, left, height, width = random_box(image.shape[0], image.shape[1], area, ratio, rng)
-    return resize(image[top : top + height, left : left + width], size, size, sampling)

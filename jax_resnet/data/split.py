@@ -5,6 +5,7 @@ Images that all have one size and fit are kept in memory; others are decoded whe
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 
 from jax_resnet.data import images as image_ops
 from jax_resnet.data.augment import Augmentation, augment
+from jax_resnet.data.decoders import choose_decoder
 from jax_resnet.errors import UserError
 
 EVAL_SPLITS = ("validation", "val", "valid", "test")  # names that the split for evaluation goes by
@@ -72,21 +74,24 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Pixels:
-    """What becomes of an image on the host before it joins a batch: the same whether it was decoded or in memory."""
+    """How an image becomes one of a batch, on the host: the same whether it was decoded or in memory."""
 
     size: int | None  # pixels a side; None: those the image has
     channels: int
     random_area: tuple[float, float] | None  # shares that random-resized crops cover; None: no such crops
     random_ratio: tuple[float, float]
     eval_crop: float  # share of the short side that evaluation keeps
+    sampling: image_ops.Sampling
     augmentation: Augmentation
+    decoder: str  # of decoders.DECODERS, chosen
 
     @classmethod
     def of(cls, c: ConfigDict, size: int | None) -> "Pixels":
         """As `config.data` says. Only what is trained on random-resized crops is evaluated on a crop."""
         random = c.crop == "random_resized"
         area, crop = (tuple(c.crop_area), c.eval_crop) if random else (None, 1.0)
-        return cls(size, c.channels, area, tuple(c.crop_ratio), crop, Augmentation.of(c))
+        sampling, decoder = image_ops.Sampling(c.interpolation, c.antialias), choose_decoder(c.decoder)
+        return cls(size, c.channels, area, tuple(c.crop_ratio), crop, sampling, Augmentation.of(c), decoder)
 
     @property
     def random(self) -> bool:
@@ -103,14 +108,26 @@ class Pixels:
 
         Raises ValueError for what cannot be decoded.
         """
-        return self.of_image(image_ops.decode(data, self.channels), rng)
+        return self._resized(image_ops.decode(data, self.channels, self._chooser(rng), self.decoder), rng)
 
     def of_image(self, image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
         """uint8 [H, W, channels] → [size, size, channels], likewise."""
-        if self.size is not None and rng is not None and self.random_area is not None:
-            image = image_ops.random_resized_crop(image, self.size, self.random_area, self.random_ratio, rng)
+        if choose := self._chooser(rng):
+            top, left, height, width = choose(*image.shape[:2])
+            image = image[top : top + height, left : left + width]
+        return self._resized(image, rng)
+
+    def _chooser(self, rng: np.random.Generator | None) -> Callable[[int, int], image_ops.Box] | None:
+        """What draws the box that is cropped of an image of a height and width, if one is drawn."""
+        if self.size is None or self.random_area is None or rng is None:
+            return None
+        return partial(image_ops.random_box, area=self.random_area, ratio=self.random_ratio, rng=rng)
+
+    def _resized(self, image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        if self.size is not None and self.random_area is not None and rng is not None:
+            image = image_ops.resize(image, self.size, self.size, self.sampling)
         elif self.size is not None:
-            image = image_ops.resize_and_center_crop(image, self.size, self.eval_crop)
+            image = image_ops.resize_and_center_crop(image, self.size, self.eval_crop, self.sampling)
         return image if rng is None else augment(image, rng, self.augmentation)
 
 
