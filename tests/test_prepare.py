@@ -1,5 +1,6 @@
 """The command that makes images ready: what is written, what is left out, and going on after kill -9."""
 
+import importlib.util
 import io
 import json
 import os
@@ -74,6 +75,10 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def facts(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "prepare.json").read_text())
+
+
+def broken_lines(folder: Path) -> list[str]:
+    return [line for file in facts(folder)["files"].values() for line in file["broken"]]
 
 
 def config(folder: Path, **changes: Any) -> ConfigDict:
@@ -249,7 +254,7 @@ def test_odd_kinds_are_read_as_pillow_reads_them_and_broken_ones_named(tmp_path,
         expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")).astype(int)
         np.testing.assert_allclose(decode(data, 3).astype(int), expected, atol=1, err_msg=name)
     assert len(stored_bytes) == 6 + len(read)
-    lines = sorted(facts(tmp_path / "to")["broken"])
+    lines = sorted(broken_lines(tmp_path / "to"))
     assert [line.partition(":")[0] for line in lines] == sorted(f"train/cat/{name}" for name in refused)
     assert f"train/cat/text.jpg: not an image that can be decoded ({len(refused['text.jpg'])} bytes)" in lines
     out = capsys.readouterr().out
@@ -271,6 +276,9 @@ def test_more_than_one_in_a_hundred_broken_stops(tmp_path, monkeypatch, capsys, 
     else:
         here(monkeypatch, folder, tmp_path / "to")
         assert len(open_dataset(config(tmp_path / "to")).train) == 98
+        next((tmp_path / "to").glob("images-train*")).unlink()
+        here(monkeypatch, folder, tmp_path / "to")  # they are not counted twice
+        assert len(broken_lines(tmp_path / "to")) == 2
 
 
 # ---- going on --------------------------------------------------------------------------------------------------------
@@ -526,3 +534,61 @@ def test_a_disk_that_is_full_is_one_line(source, tmp_path):
     done = subprocess.run(args, env=ENV, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert done.stderr.startswith(f"error: {tmp_path / 'to'}")
+
+
+# ---- Apache Beam -----------------------------------------------------------------------------------------------------
+
+BEAM_BUILDER = '''
+import importlib.util
+import io
+import tensorflow_datasets as tfds
+
+def example(i):
+    import cv2
+    import numpy as np
+    pixels = np.random.default_rng(i).integers(0, 256, (12, 16, 3), np.uint8)
+    return i, {"image": io.BytesIO(cv2.imencode(".png", pixels[..., ::-1])[1].tobytes()), "label": i % 3}
+
+class Photos(tfds.core.GeneratorBasedBuilder):
+    """Random pixels."""
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        image = tfds.features.Image(shape=(12, 16, 3))
+        features = tfds.features.FeaturesDict({"image": image, "label": tfds.features.ClassLabel(num_classes=3)})
+        return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=("image", "label"))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(0, 40), "test": self._generate_examples(40, 50)}
+
+    def _generate_examples(self, first, last):
+        import apache_beam as beam
+        return beam.Create(range(first, last)) | beam.Map(example)
+'''
+
+
+@pytest.mark.slow
+def test_what_tfds_wrote_through_beam_is_read(tmp_path):
+    """`tfds build` with Beam's options, in worker processes of the direct runner; then its folder as prepared:…"""
+    if missing := [m for m in ("apache_beam", "tensorflow", "mlcroissant") if importlib.util.find_spec(m) is None]:
+        pytest.skip(f"needs the extra `prepare`: {missing[0]} is not installed")
+    (tmp_path / "builders").mkdir()
+    (tmp_path / "builders" / "photos.py").write_text(BEAM_BUILDER)
+    # What DirectRunner comes down to where it cannot download another; tests shall not download.
+    runner = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+    args = [
+        *(sys.executable, "-m", "tensorflow_datasets.scripts.cli.main", "build", "photos.py"),
+        *("--file_format=array_record", f"--data_dir={tmp_path}", "--num_shards=2"),
+        f"--beam_pipeline_options=runner={runner},direct_num_workers=2,direct_running_mode=multi_processing",
+    ]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}  # workers import builders.photos
+    done = subprocess.run(args, cwd=tmp_path / "builders", env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Python sdk harness exiting" in done.stderr  # as only such a process says
+    dataset = open_dataset(config(tmp_path / "photos" / "1.0.0", image_size=None))
+    for split, expected in ((dataset.train, range(40)), (dataset.eval, range(40, 50))):
+        images, labels = split.read(np.arange(len(split)), None)
+        found = {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
+        assert found == {
+            np.random.default_rng(i).integers(0, 256, (12, 16, 3), np.uint8).tobytes(): i % 3 for i in expected
+        }

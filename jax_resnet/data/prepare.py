@@ -40,7 +40,7 @@ BROKEN_SHARE = 0.01  # of all images; more of them are no accident
 SHARD_IMAGES, SHARDS = 1024, 512  # at least so many in a file; at most so many files a split, as readers keep all open
 UNFINISHED = ".unfinished"  # in the destination: the folder of what is not whole yet
 
-Facts = dict[str, Any]  # of one file: images, bytes, sums of height and width, sizes (at most two), crc32
+Facts = dict[str, Any]  # of one file: images, bytes, sums of height and width, sizes (at most two), crc32, broken
 
 
 class Source(NamedTuple):
@@ -129,8 +129,8 @@ def list_tfds(name: str, data_dir: str | None) -> Source:
 
 def write(
     file: Path, split: str, indices: range, source: Source, plan: dict[str, Any], workers: int, tick: Callable[[], Any]
-) -> tuple[Facts, list[str]]:
-    """Writes one file, which has its name when it is whole; gives its facts, and a line for each broken image.
+) -> Facts:
+    """Writes one file, which has its name when it is whole; gives its facts. Broken images are left out.
 
     Threads make the images ready, as decoders and encoders let go of Python's lock. Raises OSError for what cannot be
     read or written.
@@ -168,9 +168,9 @@ def write(
                 sizes.add((facts["height"], facts["width"]))
         writer.close()
     except RuntimeError as e:  # array_record's
-        raise OSError(None, first_line(e), str(file)) from None
+        raise OSError(None, first_line(e).partition(";")[0], str(file)) from None
     part.replace(file)
-    return {**sums, "sizes": sorted(sizes)[:2], "crc32": crc}, broken
+    return {**sums, "sizes": sorted(sizes)[:2], "crc32": crc, "broken": broken}
 
 
 def check(file: Path, facts: Facts, classes: tuple[str, ...]) -> Counter[str]:
@@ -214,7 +214,7 @@ def prepare(source: Source, plan: dict[str, Any], destination: Path, workers: in
     Raises UserError if the folder was begun with another plan, more than 1 % of the images are broken, or what is read
     is not what was written; OSError where a file cannot be read or written.
     """
-    state, journal = plan | {"splits": {}, "broken": [], "files": {}}, destination / "prepare.json"
+    state, journal = plan | {"splits": {}, "files": {}}, destination / "prepare.json"
     if journal.exists():
         state = json.loads(journal.read_text())
     for key in ("resize", "quality", "contents"):
@@ -235,16 +235,16 @@ def prepare(source: Source, plan: dict[str, Any], destination: Path, workers: in
         todo = [shard for shard in shards if not (shard[1].name in files and shard[1].exists())]
         bar = progress.add_task("writing", total=sum(len(indices) for *_, indices in todo))
         for split, file, indices in todo:
-            facts, broken = write(file, split, indices, source, plan, workers, partial(progress.advance, bar))
-            for line in broken:
+            facts = write(file, split, indices, source, plan, workers, partial(progress.advance, bar))
+            for line in facts["broken"]:
                 console.print(line)
-            state["broken"] += broken
-            if len(state["broken"]) > BROKEN_SHARE * images:
+            files[file.name] = facts
+            broken = sum(len(facts["broken"]) for facts in files.values())
+            if broken > BROKEN_SHARE * images:
                 raise UserError(
-                    f"{plan['source']}: {len(state['broken'])} of {images} images are broken, more than 1 %; "
+                    f"{plan['source']}: {broken} of {images} images are broken, more than 1 %; "
                     f"repair or remove them, delete {destination} and begin again"
                 )
-            files[file.name] = facts
             _save(state, journal)
         for split in source.splits:
             mine = [file for of, file, _ in shards if of == split]
@@ -268,8 +268,8 @@ def prepare(source: Source, plan: dict[str, Any], destination: Path, workers: in
         supervised_keys=("image", "label"),
     )
     _save(state, journal)
-    if state["broken"]:
-        console.print(f"left out: {len(state['broken'])} broken images, named in {destination}/prepare.json")
+    if broken := sum(len(facts["broken"]) for facts in files.values()):
+        console.print(f"left out: {broken} broken images, named in {journal}")
     cut = " --config.data.train_split='train[:90%]' --config.data.eval_split='train[90%:]'" if len(infos) == 1 else ""
     console.print(f"to train on it: --config.data.name=prepared:{destination}{cut}")
 
