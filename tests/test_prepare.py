@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import cv2
 import numpy as np
 import pytest
 import simplejpeg
+import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
@@ -90,8 +92,6 @@ def config(folder: Path, **changes: Any) -> ConfigDict:
 
 def stored(folder: Path, split: str = "train") -> list[tuple[bytes, int]]:
     """The bytes and the label of each record, as TFDS reads them."""
-    import tensorflow_datasets as tfds
-
     builder = tfds.builder_from_directory(folder)
     records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
     return [(record["image"], int(record["label"])) for record in (records[i] for i in range(len(records)))]
@@ -194,6 +194,36 @@ def test_a_tfds_dataset_is_written_as_it_is(tmp_path, monkeypatch):
             np.testing.assert_array_equal(x, y)
     assert "not prepared in" in refusal(monkeypatch, "tfds:cifar10", tmp_path / "no", f"--data_dir={tmp_path}")
     assert refusal(monkeypatch, "tfds:digitz", tmp_path / "no").startswith("tfds:digitz: unknown dataset")
+
+
+class HalfLabelled(tfds.core.GeneratorBasedBuilder):
+    """The labels of its test split are not told, as with ImageNet."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(num_classes=3),
+        }
+        features = tfds.features.FeaturesDict(features)
+        return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=("image", "label"))
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        labels = {"train": [0, 1, 2], "validation": [2, 0], "test": [-1, -1, -1]}
+        return {split: self._generate_examples(of) for split, of in labels.items()}
+
+    def _generate_examples(self, labels: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+        for i, label in enumerate(labels):
+            yield i, {"image": io.BytesIO(jpeg(i)), "label": label}
+
+
+def test_a_split_without_labels_is_left_out(tmp_path, monkeypatch, capsys):
+    HalfLabelled(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    here(monkeypatch, "tfds:half_labelled", tmp_path / "to", f"--data_dir={tmp_path}")
+    assert "test: left out, it has no labels" in capsys.readouterr().out
+    assert facts(tmp_path / "to")["splits"].keys() == {"train", "validation"}
+    assert sorted(label for _, label in stored(tmp_path / "to", "validation")) == [0, 2]
 
 
 # ---- odd and broken images -------------------------------------------------------------------------------------------
@@ -410,6 +440,8 @@ def test_an_archive_gives_what_its_folder_gives(source, tmp_path, monkeypatch, k
     archive = tmp_path / f"images.{kind}"
     with tarfile.open(archive, "w:gz" if kind == "tar.gz" else "w") as tar:
         tar.add(source, inside or ".")
+        tar.addfile(member("._of_macos"))
+        tar.addfile(member("README.txt"))
     here(monkeypatch, archive, tmp_path / "a")
     here(monkeypatch, source, tmp_path / "b")
     assert files(tmp_path / "a") == files(tmp_path / "b")

@@ -29,7 +29,7 @@ import simplejpeg
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from jax_resnet.command import Parser, run, whole
 from jax_resnet.data.images import decode
@@ -85,6 +85,7 @@ def extract(archive: Path, folder: Path) -> Path:
 
     Raises UserError for an archive that is damaged or cut short, or has links, devices or paths that lead out of it.
     """
+    folder.mkdir()
     try:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter=_only_files)
@@ -93,7 +94,7 @@ def extract(archive: Path, folder: Path) -> Path:
                 raise tarfile.ReadError("its end is missing")
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as e:
         raise UserError(f"{archive}: cannot be unpacked as a .tar ({first_line(e)})") from None
-    inside = list(folder.iterdir()) if folder.exists() else []
+    inside = [d for d in folder.iterdir() if d.is_dir() and not d.name.startswith(".")]
     return inside[0] if len(inside) == 1 and inside[0].name != "train" else folder
 
 
@@ -123,7 +124,10 @@ def list_tfds(name: str, data_dir: str | None) -> Source:
             raise UserError(f"tfds:{name}: {split} record {index} cannot be read ({first_line(e)})") from None
         return example[image], int(example[label]), f"{split} record {index}"
 
-    splits = {split: len(found) for split, found in records.items() if read(split, 0)[1] >= 0}  # ImageNet's test: -1
+    for split in [split for split in records if read(split, 0)[1] < 0]:  # as ImageNet's test
+        print(f"{split}: left out, it has no labels")
+        del records[split]
+    splits = {split: len(found) for split, found in records.items()}
     return Source(tuple(builder.info.features[label].names), splits, read, (name, splits))
 
 
@@ -230,8 +234,7 @@ def prepare(source: Source, plan: dict[str, Any], destination: Path, workers: in
         for i, cut in enumerate(pairwise(size * i // count for i in range(count + 1)))
     ]
     images, infos, sizes = sum(source.splits.values()), [], set()
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         todo = [shard for shard in shards if not (shard[1].name in files and shard[1].exists())]
         bar = progress.add_task("writing", total=sum(len(indices) for *_, indices in todo))
         for split, file, indices in todo:
