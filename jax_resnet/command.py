@@ -1,6 +1,7 @@
 """What the commands beside `main` share: flags, and a user's mistake as one line."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -20,6 +21,13 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments") and unknown.startswith("-"):
             message = f"{unknown}: no such flag; {did_you_mean(unknown, flags)}"
         raise UserError(message)
+
+
+def whole(flag: str, text: str, most: int = 999_999_999) -> int:
+    """The number that a flag was given. Raises UserError if it is none from 1 to `most`."""
+    if not (re.fullmatch(r"[1-9]\d{0,8}", text) and int(text) <= most):
+        raise UserError(f"{flag}={text}: must be a whole number, from 1 to {most}")
+    return int(text)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -70,7 +70,7 @@ def default() -> ConfigDict:
     c.model.bn_epsilon = 1e-5
 
     c.data = ConfigDict()
-    c.data.name = "imagenet2012"  # a TFDS name, folder:PATH, npz:PATH or digits
+    c.data.name = "imagenet2012"  # a TFDS name, folder:PATH, npz:PATH, prepared:PATH or digits
     c.data.data_dir = placeholder(str)  # where TFDS keeps datasets; None: its own default
     c.data.train_split = placeholder(str)  # None: train
     c.data.eval_split = placeholder(str)  # None: validation where there is one, else test

@@ -41,7 +41,8 @@ def default_workdir() -> Path:
     """runs/CONFIG/DATA-seedN, the same for the same command."""
     file, _, argument = config_flags.get_config_filename(FLAGS["config"]).partition(":")
     kind, colon, path = FLAGS.config.data.name.partition(":")
-    data = Path(path).expanduser().resolve().stem if colon and kind in ("npz", "folder") else FLAGS.config.data.name
+    is_path = colon and kind in ("npz", "folder", "prepared")
+    data = Path(path).expanduser().resolve().stem if is_path else FLAGS.config.data.name
     config, data = (re.sub(r"[^\w.]+", "_", text).strip("._") for text in (f"{Path(file).stem}-{argument}", data))
     return Path("runs") / config / f"{data}-seed{FLAGS.config.seed}"
 

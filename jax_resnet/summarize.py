@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from jax_resnet.command import Parser, run
+from jax_resnet.command import Parser, run, whole
 from jax_resnet.errors import UserError, choose
 from jax_resnet.models.cost import cost
 from jax_resnet.models.resnet import ResNetSpec
@@ -221,12 +221,6 @@ def _check_plot(file: Path) -> None:
         raise UserError(f"--plot={file}: cannot be written; is {file.parent} a folder that you may write to?")
 
 
-def _whole(flag: str, text: str) -> int:
-    if not re.fullmatch(r"[1-9]\d{0,8}", text):
-        raise UserError(f"{flag}={text}: must be a whole number, from 1 to 999999999")
-    return int(text)
-
-
 def main() -> None:
     """Runs the command."""
     parser = Parser(
@@ -242,7 +236,7 @@ def main() -> None:
     usual = {"image_size": "224, or 32 with a CIFAR stem", "num_classes": "1000, or 10", "in_channels": "3"}
     for name, default in usual.items():
         flag, other = f"--{name}", f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, other, type=partial(_whole, flag), metavar="N", help=f"default: {default}")
+        parser.add_argument(flag, other, type=partial(whole, flag), metavar="N", help=f"default: {default}")
     args = parser.parse_args()
     if args.all == (args.network is not None):
         raise UserError("give a network, for example resnet50, or --all")

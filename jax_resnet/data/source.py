@@ -96,8 +96,8 @@ def _open_folder(path: str, c: ConfigDict) -> Dataset:
     if train_name in subfolders:
         if eval_name not in subfolders:
             raise UserError(f"folder:{path}: {train_name}/ has no {eval_name or ' or '.join(EVAL_SPLITS)}/ beside it")
-        train_files = _class_files(subfolders[train_name], path)
-        eval_files = _class_files(subfolders[eval_name], path)
+        train_files = class_files(subfolders[train_name], path)
+        eval_files = class_files(subfolders[eval_name], path)
         if strangers := eval_files.keys() - train_files.keys():
             name = min(strangers)
             raise UserError(
@@ -108,7 +108,7 @@ def _open_folder(path: str, c: ConfigDict) -> Dataset:
         raise UserError(f"folder:{path}: no subfolder {train_name!r}; {did_you_mean(train_name, subfolders)}")
     elif c.holdout:
         train_name, eval_name = "train", "holdout"
-        train_files, eval_files = _hold_out(_class_files(root, path), c.holdout)
+        train_files, eval_files = _hold_out(class_files(root, path), c.holdout)
     else:
         raise UserError(
             f"folder:{path}: neither train/ and val/ in it nor a stated split; to keep a "
@@ -123,7 +123,8 @@ def _open_folder(path: str, c: ConfigDict) -> Dataset:
     )
 
 
-def _class_files(root: Path, path: str) -> dict[str, list[Path]]:
+def class_files(root: Path, path: str) -> dict[str, list[Path]]:
+    """The images of each class folder of `root`. Raises UserError, naming folder:`path`, if a class has none."""
     folders = sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
     files = {d.name: sorted(f for f in d.rglob("*") if _is_image(f)) for d in folders}
     if not files:
