@@ -4,7 +4,7 @@
 
 Needs:    Linux; for the peers: pip install tensorflow torch torchvision   (a row without its packages is left out)
 FOLDER holds JPEGs, at any depth; what is made of them goes to a temporary folder. All but cifar… make random rectangles
-of 224 × 224 pixels. Ours end on the device, here the CPU, theirs (input_peers.py) as arrays on the host.
+of 224 × 224 pixels. Ours but cifar_host end on the device, here the CPU; theirs (input_peers.py) as arrays on the host.
 
 Each row is a process that stands still while another is measured: row after row, round after round, so that what else
 the machine does hits all alike. Batches that are ready when a process goes on do not count.
@@ -40,19 +40,23 @@ PACKAGES = ("jax", "grain", "simplejpeg", "opencv-python-headless", "tensorflow"
 # ---- ours ------------------------------------------------------------------------------------------------------------
 
 
-def ours(name: str, batch: int, threads: int, **changes: Any) -> Iterator[Any]:
-    """What training reads of a dataset; `changes` are to `config.data`."""
+def ours(name: str, batch: int, threads: int, on_host: bool = False, **changes: Any) -> Iterator[Any]:
+    """What training reads of a dataset, or only its making on the host; `changes` are to `config.data`."""
     from jax_resnet import parallel
     from jax_resnet.config import default
-    from jax_resnet.data.loader import train_batches
+    from jax_resnet.data.loader import train_batch, train_batches
     from jax_resnet.data.source import open_dataset
 
     c = default().data
     if missing := changes.keys() - c.keys():
         raise ImportError(f"this version has no config.data.{min(missing)}")
-    c.update({"name": name, "image_size": SIZE, "threads": threads} | changes)
+    pixels = {"crop": "pad"} if name.startswith("npz:") else {"image_size": SIZE}
+    c.update({"name": name, "threads": threads} | pixels | changes)
+    split, rows = open_dataset(c).train, np.arange(batch)
+    if on_host:
+        return (train_batch(split, i, seed=0, batch_size=batch, rows=rows) for i in itertools.count())
     return train_batches(
-        open_dataset(c).train,
+        split,
         start=0,
         stop=10**9,
         seed=0,
@@ -118,11 +122,8 @@ ROWS = {
     "resized": Row("ours, prepared, short side 256", lambda at, b, n: ours(f"prepared:{at}/resized", b, n)),
     "resized_flax": Row("Flax's tf.data on the same", lambda at, b, n: tf_data(at / "small", b, n)),
     "resized_tuned": Row("tuned tf.data on the same", lambda at, b, n: tf_data(at / "small", b, n, tuned=True)),
-    "cifar": Row(
-        "ours: 32 × 32, from memory",
-        lambda at, b, n: ours(f"npz:{at}/cifar.npz", b, n, image_size=None, crop="pad"),
-        1024,
-    ),
+    "cifar": Row("ours: 32 × 32, from memory", lambda at, b, n: ours(f"npz:{at}/cifar.npz", b, n), 1024),
+    "cifar_host": Row("ours, host alone", lambda at, b, n: ours(f"npz:{at}/cifar.npz", b, n, on_host=True), 1024),
     "cifar_gathered": Row("tf.data, the same", lambda at, b, n: cifar_tf_data(at / "cifar.npz", b, False), 1024),
     "cifar_augmented": Row(
         "tf.data, shift, flip, float32", lambda at, b, n: cifar_tf_data(at / "cifar.npz", b, True), 1024
@@ -134,7 +135,7 @@ RATIOS = (
     ("files", "files_flax"),
     ("resized", "files_flax"),
     ("resized", "resized_flax"),
-    ("cifar", "cifar_gathered"),
+    ("cifar_host", "cifar_gathered"),
 )
 
 
@@ -201,6 +202,7 @@ def main() -> None:
         finally:
             for of in rows.values():
                 of.kill()
+    found = {d for d in importlib.metadata.distributions() if d.name in PACKAGES}
     cpuinfo = Path("/proc/cpuinfo").read_text()
     report = {
         "date": datetime.date.today().isoformat(),
@@ -208,7 +210,7 @@ def main() -> None:
         "cores": CORES,
         "threads": args.threads,
         "seconds": args.seconds,
-        "versions": {d.name: d.version for d in importlib.metadata.distributions() if d.name in PACKAGES},
+        "versions": {d.name: d.version for d in sorted(found, key=lambda d: PACKAGES.index(d.name))},
         "rows": [row_report(name, of) for name, of in measured.items()],
         "ratios": {f"{a} / {b}": ratio(rows[a], rows[b]) for a, b in RATIOS if {a, b} <= measured.keys()},
         "left_out": {name: of.missing for name, of in rows.items() if of.missing},

@@ -80,13 +80,13 @@ def test_the_input_benchmark_measures_our_rows(tmp_path: Path):
         "--rows",
         "decoder",
         "files",
-        "cifar",
+        "cifar_host",
     ]
     env = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert run.returncode == 0, run.stderr
     report = json.loads((tmp_path / "out.json").read_text())
-    assert [row["name"] for row in report["rows"]] == ["decoder", "files", "cifar"]
+    assert [row["name"] for row in report["rows"]] == ["decoder", "files", "cifar_host"]
     for row in report["rows"]:
         assert len(row["readings"]) == 2
         assert row["images_per_cpu_second"] > 0 < row["images_per_second"]
