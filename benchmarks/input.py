@@ -13,7 +13,6 @@ the machine does hits all alike. Batches that are ready when a process goes on d
 import argparse
 import datetime
 import importlib.metadata
-import inspect
 import itertools
 import json
 import os
@@ -44,25 +43,25 @@ def ours(name: str, batch: int, threads: int, on_host: bool = False, **changes: 
     """What training reads of a dataset, or only its making on the host; `changes` are to `config.data`."""
     from jax_resnet import parallel
     from jax_resnet.config import default
-    from jax_resnet.data.loader import train_batch, train_batches
+    from jax_resnet.data.batches import train_batch
+    from jax_resnet.data.loader import train_batches
     from jax_resnet.data.source import open_dataset
 
     c = default().data
-    if missing := changes.keys() - c.keys():
-        raise ImportError(f"this version has no config.data.{min(missing)}")
     pixels = {"crop": "pad"} if name.startswith("npz:") else {"image_size": SIZE}
-    c.update({"name": name, "threads": threads} | pixels | changes)
+    c.update({"name": name, "threads": threads, "workers": 0} | pixels | changes)
     split, rows = open_dataset(c).train, np.arange(batch)
     if on_host:
         return (train_batch(split, i, seed=0, batch_size=batch, rows=rows) for i in itertools.count())
     return train_batches(
         split,
+        c,
         start=0,
         stop=10**9,
         seed=0,
         batch_size=batch,
         sharding=parallel.batch_sharding(parallel.data_mesh()),
-        threads=c.threads,
+        report=print,
     )
 
 
@@ -70,10 +69,13 @@ def decoder(files: Path, batch: int, threads: int, regions: bool = False) -> Ite
     """Nothing but decoding, of bytes in memory: whole images, or only rectangles as random crops would have them."""
     import simplejpeg
 
-    from jax_resnet.data import images
+    from jax_resnet.data import decoders, images
+    from jax_resnet.errors import UserError
 
-    if regions and "choose" not in inspect.signature(images.decode).parameters:
-        raise ImportError("this version has no decoder of regions")
+    try:
+        name = decoders.choose_decoder("turbojpeg" if regions else "simplejpeg")
+    except UserError as e:
+        raise ImportError(str(e)) from None
     encoded = [file.read_bytes() for file in sorted(files.glob("train/*/*"))]
     random = np.random.default_rng(0).uniform(size=(len(encoded), 4)).tolist()
 
@@ -86,7 +88,7 @@ def decoder(files: Path, batch: int, threads: int, regions: bool = False) -> Ite
         for i in range(number * batch, (number + 1) * batch):
             data, drawn = encoded[i % len(encoded)], random[i % len(encoded)]
             if regions:
-                images.decode(data, 3, lambda height, width, drawn=drawn: rectangle(height, width, *drawn))
+                images.decode(data, 3, lambda height, width, drawn=drawn: rectangle(height, width, *drawn), name)
             else:
                 simplejpeg.decode_jpeg(data, "RGB")
         return batch

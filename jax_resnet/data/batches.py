@@ -23,13 +23,14 @@ def train_batch(split: Split, step: int, *, seed: int, batch_size: int, rows: np
     cannot be decoded gives its place, and its randomness, to another, which follows from the same key.
     """
     indices, epochs = train_indices(seed, step, batch_size=batch_size, num_examples=len(split))
-    keys = [(seed, int(epoch), int(index)) for epoch, index in zip(epochs[rows], indices[rows], strict=True)]
-    read = split.read(indices[rows], [generator(*key) for key in keys] if split.random else None)
+    indices, epochs = indices[rows], epochs[rows]
+    keys = zip(epochs.tolist(), indices.tolist(), strict=True)
+    read = split.read(indices, [generator(seed, *key) for key in keys] if split.random else None)
     broken = list(read.broken.values())
     for row in read.broken:
-        seed, epoch, record = keys[row]
+        epoch, record = int(epochs[row]), int(indices[row])
         for other in generator(seed, epoch, record | 1 << 62).integers(len(split), size=SUBSTITUTES):
-            found = split.read(np.array([other]), [generator(*keys[row])])
+            found = split.read(np.array([other]), [generator(seed, epoch, record)])
             read.images[row], read.labels[row] = found.images[0], found.labels[0]
             if not found.broken:
                 break

@@ -2,7 +2,7 @@
 
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -154,9 +154,12 @@ def _files_split(name: str, files: dict[str, list[Path]], classes: Sequence[str]
     paths = [str(file) for cls in classes for file in files.get(cls, [])]
     labels = np.repeat(np.arange(len(classes)), [len(files.get(cls, [])) for cls in classes])
 
-    def records(indices: Sequence[int]) -> list[tuple[bytes, int, str]]:
+    def records(indices: Sequence[int]) -> Iterator[tuple[bytes, int, str]]:
         try:
-            return [(Path(paths[i]).read_bytes(), int(labels[i]), paths[i]) for i in indices]
+            for i in indices:
+                with open(paths[i], "rb", buffering=0) as file:
+                    data = file.read()
+                yield data, int(labels[i]), paths[i]
         except OSError as e:
             raise UserError(f"{name} split: {e.filename}: {e.strerror}") from None
 

@@ -3,7 +3,7 @@
 Images that all have one size and fit are kept in memory; others are decoded when they are read.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -18,7 +18,7 @@ from jax_resnet.errors import UserError
 
 EVAL_SPLITS = ("validation", "val", "valid", "test")  # names that the split for evaluation goes by
 
-Records = Callable[[Sequence[int]], list[tuple[bytes, int, str]]]  # record numbers → bytes, label and name of each
+Records = Callable[[Sequence[int]], Iterable[tuple[bytes, int, str]]]  # record numbers → bytes, label and name of each
 Rngs = Sequence[np.random.Generator]
 
 
@@ -156,7 +156,7 @@ class ArraySplit:
 
     def read(self, indices: np.ndarray, rngs: Rngs | None) -> Rows:
         """See Split."""
-        found = image_ops.with_channels(self.images[indices], self.pixels.channels)
+        found = image_ops.with_channels(self.images.take(indices, axis=0), self.pixels.channels)
         if not self.pixels.leaves_alone(*found.shape[1:3], training=rngs is not None):
             images = np.empty((len(indices), *self.image_shape), np.uint8)
             for row, image in enumerate(found):

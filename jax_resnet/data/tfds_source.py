@@ -3,15 +3,18 @@
 import contextlib
 import importlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordReader
 from ml_collections import ConfigDict
+from tensorflow_datasets.proto import tf_example_pb2
 
 from jax_resnet.data import images as image_ops
 from jax_resnet.data.split import EVAL_SPLITS, ArraySplit, Dataset, Records, Split, encoded, in_memory
@@ -32,28 +35,18 @@ def open_tfds(name: str, c: ConfigDict) -> Dataset:
     splits: list[Split] = []
     for split in (train, evaluation):
         try:
-            source = builder.as_data_source(split=split, decoders={image_key: tfds.decode.SkipDecoding()})
+            source = ArrayRecordDataSource(builder.info.splits[split].file_instructions)
         except (ValueError, KeyError, AssertionError) as e:
             raise UserError(
                 f"config.data.name={name}: no split {split!r}; "
-                f"{did_you_mean(split, info.splits)} ({str(e).splitlines()[0]})"
+                f"{did_you_mean(split, builder.info.splits)} ({str(e).splitlines()[0]})"
             ) from None
         except Exception as e:  # array_record's own errors have no common class
             raise UserError(
                 f"config.data.name={name}: its files in {builder.data_dir} cannot be read ({e}); "
                 "delete that folder and prepare it again"
             ) from None
-
-        def records(indices: Sequence[int], source: Any = source, split: str = split) -> list[tuple[bytes, int, str]]:
-            try:
-                found = source.__getitems__(list(indices))
-            except Exception as e:
-                raise UserError(
-                    f"{split} split: records of {_unreadable(builder, split)} cannot be read ({e}); "
-                    "prepare the dataset again"
-                ) from None
-            return [(r[image_key], int(r[label_key]), f"record {i}") for i, r in zip(indices, found, strict=True)]
-
+        records = partial(_records, builder, split, source, image_key, label_key)
         shape = feature.shape
         fixed = all(shape) and len(source) * int(np.prod(shape[:2])) * c.channels <= IN_MEMORY_BYTES
         if fixed:
@@ -61,6 +54,18 @@ def open_tfds(name: str, c: ConfigDict) -> Dataset:
         else:
             splits.append(encoded(split, len(source), records, label.num_classes, c))
     return Dataset(name, splits[0], splits[1], tuple(label.names))
+
+
+def _records(
+    builder: Any, split: str, source: Any, image: str, label: str, indices: Sequence[int]
+) -> Iterator[tuple[bytes, int, str]]:
+    try:
+        for i in indices:  # one by one: array_record makes threads for a list, which cost more than they bring
+            features = tf_example_pb2.Example.FromString(source[i]).features.feature
+            yield features[image].bytes_list.value[0], features[label].int64_list.value[0], f"record {i}"
+    except Exception as e:  # array_record's own, and protobuf's
+        where = _unreadable(builder, split)
+        raise UserError(f"{split} split: records of {where} cannot be read ({e}); prepare the dataset again") from None
 
 
 def _unreadable(builder: Any, split: str) -> Path:
