@@ -364,7 +364,7 @@ def test_a_damaged_file_is_named(tmp_path, monkeypatch, spoil):
     [
         (["--resize=30"], ["--resize=20"], "begun with resize=30"),
         ([], ["--resize=20"], "begun with resize=None"),
-        (["--resize=30"], ["--resize=30", "--quality=80"], "begun with quality=95"),
+        (["--resize=30"], ["--resize=30", "--quality=80"], "begun with quality=90"),
     ],
 )
 def test_another_command_is_refused(source, tmp_path, monkeypatch, first, second, expected):

@@ -323,7 +323,7 @@ def main() -> None:
     parser.add_argument("source", help="a folder or .tar of class folders, alone or in train/ and val/; or tfds:NAME")
     parser.add_argument("destination", type=Path, help="a folder")
     parser.add_argument("--resize", metavar="N", help="shrink to N pixels on the short side; default: bytes stay as is")
-    parser.add_argument("--quality", metavar="N", default="95", help="of the JPEGs that --resize makes; default: 95")
+    parser.add_argument("--quality", metavar="N", default="90", help="of the JPEGs that --resize makes; default: 90")
     parser.add_argument("--workers", metavar="N", help="threads; default: as many as there are processors")
     parser.add_argument("--data_dir", "--data-dir", metavar="FOLDER", help="with tfds:NAME, where TFDS keeps it")
     args = parser.parse_args()
