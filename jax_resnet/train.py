@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from jax_resnet.ahead import StepsAhead
 from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.config import to_json
 from jax_resnet.data.loader import train_batches
@@ -44,8 +45,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
             facts = {"class_names": job.data.class_names, "image_shape": job.data.train.image_shape}
             write_json(workdir / "data.json", facts)
         telemetry.header(job.header(workdir, start) | about_weights)
-        with jax.transfer_guard("disallow"):  # what moves between host and devices does so by name
-            return _run(job, workdir, start, weights, checkpoints, telemetry, signals)
+        with (
+            StepsAhead(job.train_step, job.plan.between(start, job.last_step), job.shapes) as steps,
+            jax.transfer_guard("disallow"),  # what moves between host and devices does so by name
+        ):
+            return _run(job, workdir, start, weights, steps, checkpoints, telemetry, signals)
 
 
 def _run(
@@ -53,27 +57,28 @@ def _run(
     workdir: Path,
     start: int,
     weights: Arrays,
+    steps: StepsAhead,
     checkpoints: Checkpoints,
     telemetry: Telemetry,
     signals: Signals,
 ) -> dict[str, Any]:
     config, plan, split = job.config, job.plan, job.data.eval.name
     state = checkpoints.restore(start, job.abstract_state) if start else placed(job.fresh_state(), weights)
-    last = min(plan.steps, config.stop_after_steps or plan.steps)
     batches = train_batches(
         job.data.train,
         start=start,
-        stop=last,
+        stop=job.last_step,
         seed=config.seed,
-        batch_size=config.batch_size,
+        phases=plan.phases,
         sharding=job.sharding,
         threads=config.data.threads,
     )
-    step, metrics, window = start, None, Window()
-    for step in range(start + 1, last + 1):
-        state, sums = job.train_step(state, next(batches))
+    step, metrics, window, train_step = start, None, Window(), steps.at(start)
+    for step in range(start + 1, job.last_step + 1):
+        state, sums = train_step(state, next(batches))
         window.add(sums)
-        leaving = step == last or bool(signals.received)
+        train_step = steps.at(step, stopped=lambda: signals.received)
+        leaving = step == job.last_step or bool(signals.received)
         saves = plan.saves(step) or leaving
         if saves or step % config.log_every == 0 or step == start + 1:
             rate = float(jax.device_get(job.learning_rate(jax.device_put(np.int32(step - 1)))))

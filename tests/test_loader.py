@@ -14,7 +14,7 @@ from jax_resnet import parallel
 from jax_resnet.config import default
 from jax_resnet.data import loader
 from jax_resnet.data.loader import eval_batches, train_batch, train_batches
-from jax_resnet.data.order import train_indices
+from jax_resnet.data.order import Phase, train_indices
 from jax_resnet.data.source import ArraySplit, Pixels, Split, open_dataset
 from jax_resnet.errors import UserError
 
@@ -48,6 +48,11 @@ def numbered(count: int) -> ArraySplit:
     return ArraySplit("numbered", images, numbers.astype(np.int32), Pixels(None, 1, None, (1, 1), 1.0))
 
 
+def one_phase(batch_size: int, image_size: int | None = None) -> tuple[Phase]:
+    """Batches alike to the end."""
+    return (Phase(0, 10**9, image_size, batch_size, 0),)
+
+
 def as_numpy(batches) -> list[dict[str, np.ndarray]]:
     return [{name: np.asarray(value) for name, value in batch.items()} for batch in batches]
 
@@ -70,7 +75,7 @@ def test_every_record_of_every_epoch_has_its_own_crops(seed):
 
 def test_rows_are_the_same_read_together_or_in_parts_and_in_any_order(photos):
     def read(rows):
-        return train_batch(photos, 2, seed=5, batch_size=8, rows=np.array(rows))
+        return train_batch(photos, 2, seed=5, phases=one_phase(8), rows={8: np.array(rows)})
 
     whole = read(range(8))
     second, first, backwards = read(range(4, 8)), read(range(4)), read(range(7, -1, -1))
@@ -83,8 +88,9 @@ def pixels_by_record(split: Split, *, seed: int, batch_size: int, steps: int) ->
     """(epoch, record) → the pixels that training saw of it."""
     seen = {}
     for step in range(steps):
-        records, epochs = train_indices(seed, step, batch_size=batch_size, num_examples=len(split))
-        images = train_batch(split, step, seed=seed, batch_size=batch_size, rows=np.arange(batch_size))["image"]
+        records, epochs = train_indices(seed, step * batch_size, batch_size, len(split))
+        rows = {batch_size: np.arange(batch_size)}
+        images = train_batch(split, step, seed=seed, phases=one_phase(batch_size), rows=rows)["image"]
         seen |= {(int(e), int(r)): i.tobytes() for e, r, i in zip(epochs, records, images, strict=True)}
     return seen
 
@@ -103,8 +109,8 @@ def test_the_crops_depend_on_the_seed(photos):
 
 
 def test_a_batch_holds_the_records_of_its_step():
-    batch = train_batch(numbered(20), 7, seed=1, batch_size=6, rows=np.array([0, 3, 5]))
-    expected = train_indices(1, 7, batch_size=6, num_examples=20)[0][[0, 3, 5]]
+    batch = train_batch(numbered(20), 7, seed=1, phases=one_phase(6), rows={6: np.array([0, 3, 5])})
+    expected = train_indices(1, 42, 6, 20)[0][[0, 3, 5]]
     assert batch["label"].tolist() == expected.tolist()
     assert batch["image"].dtype == np.uint8
     assert batch["image"].shape == (3, 2, 2, 1)
@@ -115,12 +121,12 @@ def test_a_batch_holds_the_records_of_its_step():
 
 
 def stream(split: Split, sharding: NamedSharding, start: int, stop: int, threads: int = 2, **changes: Any):
-    options = {"seed": 3, "batch_size": 5} | changes
+    options = {"seed": 3, "phases": one_phase(5)} | changes
     return as_numpy(train_batches(split, start=start, stop=stop, sharding=sharding, threads=threads, **options))
 
 
 def test_the_stream_is_the_batches_of_its_steps(photos, sharding):
-    expected = [train_batch(photos, step, seed=3, batch_size=5, rows=np.arange(5)) for step in range(6)]
+    expected = [train_batch(photos, s, seed=3, phases=one_phase(5), rows={5: np.arange(5)}) for s in range(6)]
     assert_equal_batches(stream(photos, sharding, 0, 6), expected)
 
 
@@ -140,7 +146,7 @@ def test_the_stream_has_a_batch_for_each_step(sharding, start, stop):
 
 
 def test_batches_are_on_the_devices_as_uint8_pixels_and_int32_labels(sharding):
-    batch = next(iter(train_batches(numbered(9), start=0, stop=1, seed=0, batch_size=4, sharding=sharding, threads=1)))
+    (batch,) = train_batches(numbered(9), start=0, stop=1, seed=0, phases=one_phase(4), sharding=sharding, threads=1)
     assert {name: (value.shape, value.dtype.name) for name, value in batch.items()} == {
         "image": ((4, 2, 2, 1), "uint8"),
         "label": ((4,), "int32"),
@@ -193,18 +199,18 @@ def test_hosts_together_evaluate_what_one_host_does(sharding, monkeypatch, hosts
 class Faulty(ArraySplit):
     """A split whose record 7 cannot be read."""
 
-    def read(self, indices, rngs):
+    def read(self, indices, rngs, size=None):
         if 7 in indices:
             raise UserError("numbered split: record 7: broken")
-        return super().read(indices, rngs)
+        return super().read(indices, rngs, size)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(
     "batches",
     [
-        lambda split, **options: train_batches(split, start=0, stop=5, seed=0, **options),
-        eval_batches,
+        lambda split, **options: train_batches(split, start=0, stop=5, seed=0, phases=one_phase(2), **options),
+        lambda split, **options: eval_batches(split, batch_size=2, **options),
     ],
     ids=["train", "eval"],
 )
@@ -214,7 +220,7 @@ def test_a_user_error_in_a_reading_thread_arrives_as_it_is(
     good = numbered(10)
     split = Faulty(good.name, good.images, good.labels, good.pixels)
     with pytest.raises(UserError) as e:
-        list(batches(split, batch_size=2, sharding=sharding, threads=threads))
+        list(batches(split, sharding=sharding, threads=threads))
     assert str(e.value) == "numbered split: record 7: broken"
 
 

@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,8 +50,13 @@ class Split(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, indices: np.ndarray, rngs: Sequence[np.random.Generator] | None) -> tuple[np.ndarray, np.ndarray]:
-        """Images and labels of those records; `rngs`, one for each, crop for training, None for evaluation."""
+    def read(
+        self, indices: np.ndarray, rngs: Sequence[np.random.Generator] | None, size: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Images and labels of those records; `rngs`, one for each, crop for training, None for evaluation.
+
+        The images get `size` pixels a side; None: as many as `image_shape` says.
+        """
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,10 @@ class Pixels:
         random = c.crop == "random_resized"
         area, ratio = tuple(c.crop_area), tuple(c.crop_ratio)
         return cls(size, c.channels, area if random else None, ratio, c.eval_crop if random else 1.0)
+
+    def at(self, size: int | None) -> "Pixels":
+        """The same to `size` pixels a side; None: as it is."""
+        return replace(self, size=size) if size else self
 
     def leaves_alone(self, height: int, width: int) -> bool:
         """Whether images of that size come out as they went in."""
@@ -123,14 +132,17 @@ class ArraySplit:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, indices: np.ndarray, rngs: Sequence[np.random.Generator] | None) -> tuple[np.ndarray, np.ndarray]:
+    def read(
+        self, indices: np.ndarray, rngs: Sequence[np.random.Generator] | None, size: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """See Split."""
         found = image_ops.with_channels(self.images[indices], self.pixels.channels)
-        if self.pixels.leaves_alone(*found.shape[1:3]):
+        pixels, shape = self.pixels.at(size), (size, size, self.pixels.channels) if size else self.image_shape
+        if pixels.leaves_alone(*found.shape[1:3]):
             return found, self.labels[indices]
-        images = np.empty((len(indices), *self.image_shape), np.uint8)
+        images = np.empty((len(indices), *shape), np.uint8)
         for row, image in enumerate(found):
-            images[row] = self.pixels.crop(image, rngs[row] if rngs else None)
+            images[row] = pixels.crop(image, rngs[row] if rngs else None)
         return images, self.labels[indices]
 
 
@@ -158,9 +170,12 @@ class EncodedSplit:
     def __len__(self) -> int:
         return self.size
 
-    def read(self, indices: np.ndarray, rngs: Sequence[np.random.Generator] | None) -> tuple[np.ndarray, np.ndarray]:
+    def read(
+        self, indices: np.ndarray, rngs: Sequence[np.random.Generator] | None, size: int | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """See Split. Raises UserError naming the record that cannot be decoded or has a label out of range."""
-        images = np.empty((len(indices), *self.image_shape), np.uint8)
+        pixels, shape = self.pixels.at(size), (size, size, self.pixels.channels) if size else self.image_shape
+        images = np.empty((len(indices), *shape), np.uint8)
         labels = np.empty(len(indices), np.int32)
         for row, (data, label, name) in enumerate(self.records(indices.tolist())):
             try:
@@ -171,7 +186,7 @@ class EncodedSplit:
                 raise UserError(
                     f"{self.name} split: {name} has label {label}; labels must lie in 0 … {self.num_classes - 1}"
                 )
-            images[row], labels[row] = self.pixels.crop(image, rngs[row] if rngs else None), label
+            images[row], labels[row] = pixels.crop(image, rngs[row] if rngs else None), label
         return images, labels
 
 
