@@ -45,21 +45,22 @@ def ours(name: str, batch: int, threads: int, on_host: bool = False, **changes: 
     from jax_resnet.config import default
     from jax_resnet.data.batches import train_batch
     from jax_resnet.data.loader import train_batches
+    from jax_resnet.data.order import Phase
     from jax_resnet.data.source import open_dataset
 
     c = default().data
     pixels = {"crop": "pad"} if name.startswith("npz:") else {"image_size": SIZE}
     c.update({"name": name, "threads": threads, "workers": 0} | pixels | changes)
-    split, rows = open_dataset(c).train, np.arange(batch)
+    split, rows, phase = open_dataset(c).train, np.arange(batch), Phase(0, 10**9, None, batch, 0)
     if on_host:
-        return (train_batch(split, i, seed=0, batch_size=batch, rows=rows) for i in itertools.count())
+        return (train_batch(split, i, seed=0, phase=phase, rows=rows) for i in itertools.count())
     return train_batches(
         split,
         c,
         start=0,
         stop=10**9,
         seed=0,
-        batch_size=batch,
+        phases=(phase,),
         sharding=parallel.batch_sharding(parallel.data_mesh()),
         report=print,
     )

@@ -10,6 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ CROPS = ("random_resized", "pad", "none")
 INTERPOLATIONS = ("nearest", "bilinear")
 SAMPLING = ("bilinear", "bicubic")
 PARAMETER_KINDS = ("kernel", "norm", "bias")
+DURATIONS = ("train", "schedule.warmup", "eval.every", "checkpoint.every")
 
 READING = ("data.decoder", "data.threads", "data.workers", "data.max_broken")
 
@@ -47,6 +49,8 @@ def default() -> ConfigDict:
     c.seed = 0  # seeds the parameters, the order of the data and every augmentation
     c.batch_size = 256  # examples in one update, over all devices
     c.train = duration(epochs=90)  # the whole schedule
+    c.progressive = ()  # of training images: ((0, 128), (0.5, 224)) begins with 128 pixels a side, halfway come 224;
+    # a row may name a batch size too, (0, 128, 1024), in place of batch_size. Evaluation is at data.image_size
     c.stop_after_steps = placeholder(int)  # leave at this step with a checkpoint; the schedule stays what it was
     c.init_from = placeholder(str)  # weights to begin with: a file of safetensors or torch, a workdir, hf://ORG/NAME
     c.freeze = ()  # parts that keep their weights and statistics: stem, stage1, …, norm, head
@@ -91,6 +95,7 @@ def default() -> ConfigDict:
     c.data.augment_interpolation = "nearest"  # of what these two shear and rotate; or bilinear
     c.data.color_jitter = (0.0, 0.0, 0.0, 0.0)  # up to what share brightness, contrast, saturation, hue are changed
     c.data.erase = 0.0  # probability that a rectangle of an image gets the mean colour
+    c.data.repeats = 1  # times that a batch holds each of its records, augmented anew; an epoch then has fewer records
     c.data.mixup = 0.0  # α of the weights' Beta(α, α); 0: none
     c.data.cutmix = 0.0  # the same; with mixup too, each batch has one of them, at random
     c.data.eval_crop = 0.875  # evaluation: resize the short side to image_size / eval_crop, keep the centre
@@ -177,10 +182,12 @@ def validate(c: ConfigDict) -> None:
         "model.num_classes",
         "model.bn_group_size",
         "data.image_size",
+        "data.repeats",
     ):
         value = _get(c, key)
         if value is not None and value < 1:
             raise UserError(f"config.{key}={value}: must be at least 1")
+    _check_progressive(c)
     for key in ("optimizer.learning_rate", "model.bn_epsilon", "optimizer.epsilon"):
         if not 0 < _get(c, key) < math.inf:
             raise UserError(f"config.{key}={_get(c, key)}: must be more than 0")
@@ -243,8 +250,15 @@ def validate(c: ConfigDict) -> None:
             f"config.data.color_jitter={jitter}: must be four numbers, not negative: brightness, contrast, saturation "
             "and hue, this at most 0.5"
         )
-    if (c.data.mixup or c.data.cutmix) and c.batch_size % 2:
-        raise UserError(f"config.batch_size={c.batch_size}: must be even, for mixup and cutmix mix pairs of images")
+    batch_key = "config.progressive: batch_size" if c.progressive else "config.batch_size"
+    for _, _, batch_size in phase_rows(c):
+        if (c.data.mixup or c.data.cutmix) and batch_size % 2:
+            raise UserError(f"{batch_key}={batch_size}: must be even, for mixup and cutmix mix pairs of images")
+        if batch_size % c.data.repeats:
+            raise UserError(f"config.data.repeats={c.data.repeats} does not divide {batch_key}={batch_size}")
+        group = c.model.bn_group_size
+        if group and batch_size % group:
+            raise UserError(f"config.model.bn_group_size={group} does not divide {batch_key}={batch_size}")
     if c.schedule.name == "exponential" and c.schedule.final <= 0:
         raise UserError("config.schedule.final: an exponential schedule needs more than 0")
     boundaries = c.schedule.boundaries
@@ -253,12 +267,34 @@ def validate(c: ConfigDict) -> None:
             f"config.schedule.boundaries={boundaries}: rising shares of the training, "
             "between 0 and 1, such as 30/90, 60/90, 80/90"
         )
-    group = c.model.bn_group_size
-    if group and c.batch_size % group:
-        raise UserError(f"config.model.bn_group_size={group} does not divide config.batch_size={c.batch_size}")
-    for what in ("train", "schedule.warmup", "eval.every", "checkpoint.every"):
+    for what in DURATIONS:
         if not in_steps(_get(c, what), what, batch_size=1, num_examples=1) and what != "schedule.warmup":
             raise UserError(f"config.{what} is 0: must be more")
+
+
+def phase_rows(c: ConfigDict) -> list[tuple[float, int | None, int]]:
+    """Of each phase the share of the training at which it begins, its image size (None: the data's), its batch size."""
+    rows = c.progressive or ((0.0, None),)
+    return [(begin, size, batch[0] if batch else c.batch_size) for begin, size, *batch in rows]
+
+
+def _check_progressive(c: ConfigDict) -> None:
+    for row in c.progressive:
+        whole = isinstance(row, tuple | list) and 2 <= len(row) <= 3 and all(type(v) is int and v > 0 for v in row[1:])
+        if not whole or type(row[0]) not in (int, float):
+            raise UserError(
+                f"config.progressive: {row!r} is no phase; give each as (share of the training at which it begins, "
+                "image size) or (share, image size, batch size), all in one tuple: ((0.0, 128), (0.5, 224))"
+            )
+    begins = [begin for begin, _, _ in phase_rows(c)]
+    if begins[0] != 0 or not all(a < b for a, b in pairwise([*begins, 1])):
+        raise UserError(f"config.progressive begins its phases at {begins}: must be rising shares below 1, the first 0")
+    given = [what for what in DURATIONS if _get(c, what).steps is not None]
+    if given and any(batch_size != c.batch_size for _, _, batch_size in phase_rows(c)):
+        raise UserError(
+            f"config.{given[0]}.steps={_get(c, given[0]).steps}: steps are of no one length where config.progressive "
+            f"has other batches than config.batch_size={c.batch_size}; give epochs or examples"
+        )
 
 
 def model_overrides(c: ConfigDict) -> dict[str, Any]:
@@ -272,7 +308,7 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     return [
         f"{key}: {a.get(key, 'absent')} there, {b.get(key, 'absent')} here"
         for key in sorted(a.keys() | b.keys())
-        if _plain(a.get(key)) != _plain(b.get(key))
+        if _tuples(a.get(key)) != _tuples(b.get(key))
         and not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
     ]
 
@@ -291,7 +327,7 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
                 if isinstance(value, dict):
                     c[key] = fill(c.get(key, ConfigDict()), value)
                 else:
-                    c[key] = tuple(value) if isinstance(value, list) else value
+                    c[key] = _tuples(value)
         return c
 
     return fill(default(), values)
@@ -435,5 +471,5 @@ def _get(c: ConfigDict, key: str) -> Any:
     return c
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value

@@ -1,6 +1,5 @@
 """A config made ready to run on the devices at hand."""
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,52 +11,18 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from jax_resnet import parallel
-from jax_resnet.config import in_steps, model_overrides, validate
+from jax_resnet.config import model_overrides, phase_rows, validate
+from jax_resnet.data.order import Phase
 from jax_resnet.data.source import open_dataset
 from jax_resnet.errors import UserError, choose
 from jax_resnet.models.cost import multiply_adds
 from jax_resnet.models.torch_weights import Arrays
 from jax_resnet.models.zoo import create_model, model_spec
-from jax_resnet.optim import make_optimizer, make_schedule, peak_learning_rate
+from jax_resnet.optim import make_optimizer, make_schedule, over_phases, peak_learning_rate
+from jax_resnet.plan import Plan, describe
 from jax_resnet.pretrained import fitting
-from jax_resnet.state import make_state
+from jax_resnet.state import TrainState, make_state
 from jax_resnet.step import make_eval_step, make_train_step
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A config's durations in steps. The periods are not rounded, so that they stay in step with the epochs."""
-
-    steps: int
-    warmup_steps: int
-    eval_every: float
-    save_every: float
-    steps_per_epoch: float
-
-    @classmethod
-    def of(cls, c: ConfigDict, num_examples: int) -> "Plan":
-        """Raises UserError naming the duration that is at fault."""
-        length = partial(in_steps, batch_size=c.batch_size, num_examples=num_examples)
-        return cls(
-            steps=max(1, round(length(c.train, "train"))),
-            warmup_steps=round(length(c.schedule.warmup, "schedule.warmup")),
-            eval_every=length(c.eval.every, "eval.every"),
-            save_every=length(c.checkpoint.every, "checkpoint.every"),
-            steps_per_epoch=num_examples / c.batch_size,
-        )
-
-    def evaluates(self, step: int) -> bool:
-        """Whether the state after `step` updates is evaluated."""
-        return step == self.steps or _passes(step, self.eval_every)
-
-    def saves(self, step: int) -> bool:
-        """Whether it is saved; what is evaluated always is, so that the best can be restored."""
-        return self.evaluates(step) or _passes(step, self.save_every)
-
-
-def _passes(step: int, period: float) -> bool:
-    whole = 1 + 1e-12  # a quotient that is a whole number must not be rounded to just below it
-    return int(step / period * whole) > int((step - 1) / period * whole)
 
 
 class Job:
@@ -78,36 +43,41 @@ class Job:
         spec = self.spec = model_spec(c.model.name, **overrides)
         self.mesh = parallel.data_mesh()
         self.sharding, whole = parallel.batch_sharding(self.mesh), parallel.replicated(self.mesh)
-        if training:
-            parallel.check_divides(c.batch_size, self.mesh, "config.batch_size")
+        rows, key = phase_rows(c), "config.progressive: batch_size" if c.progressive else "config.batch_size"
+        batch_sizes = [batch_size for _, _, batch_size in rows] if training else []
+        for batch_size in batch_sizes:
+            parallel.check_divides(batch_size, self.mesh, key)
         data = self.data = open_dataset(c.data)
-        side = min(data.train.image_shape[:2])
-        if side < spec.total_stride:
-            stem = ", or --config.model.stem=cifar" if spec.stem == "imagenet" else ""
-            raise UserError(
-                f"config.data.image_size: {c.model.name} takes images of at least {spec.total_stride} pixels a side, "
-                f"these have {side}; give --config.data.image_size={spec.total_stride} or more{stem}"
-            )
-        if training and c.batch_size > len(data.train):
-            raise UserError(
-                f"config.batch_size={c.batch_size} is larger than the {data.train.name} split of "
-                f"{c.data.name}, {len(data.train)} examples"
-            )
+        sides = [("data.image_size", min(data.train.image_shape[:2])), *(("progressive", size) for _, size, _ in rows)]
+        for of, side in sides:
+            if side is not None and side < spec.total_stride:
+                stem = ", or --config.model.stem=cifar" if spec.stem == "imagenet" else ""
+                raise UserError(
+                    f"config.{of}: {c.model.name} takes images of at least {spec.total_stride} pixels a side, "
+                    f"these have {side}; give {spec.total_stride} or more{stem}"
+                )
+        for batch_size in batch_sizes:
+            if batch_size > len(data.train):
+                raise UserError(
+                    f"{key}={batch_size} is larger than the {data.train.name} split of {c.data.name}, "
+                    f"{len(data.train)} examples"
+                )
         if c.model.num_classes and c.model.num_classes != data.num_classes:
             raise UserError(
                 f"config.model.num_classes={c.model.num_classes}, but {c.data.name} has {data.num_classes} "
                 "classes; leave it out to take the data's"
             )
-        self.plan = Plan.of(c, len(data.train))
-        self.last_step = min(self.plan.steps, c.stop_after_steps or self.plan.steps)
+        plan = self.plan = Plan.of(c, len(data.train))
+        self.last_step = min(plan.steps, c.stop_after_steps or plan.steps)
         wanted = min(c.eval.batch_size or c.batch_size, len(data.eval))
         self.eval_batch_size = -(-wanted // self.mesh.size) * self.mesh.size
         schedule = make_schedule(
             c.schedule,
             peak=peak_learning_rate(c.optimizer, c.batch_size),
-            steps=self.plan.steps,
-            warmup_steps=self.plan.warmup_steps,
+            steps=plan.position(plan.steps),
+            warmup_steps=plan.warmup_steps,
         )
+        schedule = over_phases(schedule, plan.phases, batch_size=c.batch_size, scaled=bool(c.optimizer.reference_batch))
         self.learning_rate = jax.jit(schedule)
         self.all_finite = jax.jit(_all_finite)
         optimizer = make_optimizer(c.optimizer, schedule, c.freeze)
@@ -149,6 +119,14 @@ class Job:
             make_eval_step(self.graph, **pixels), in_shardings=(whole, whole, self.sharding), out_shardings=whole
         )
 
+    def shapes(self, phase: Phase) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
+        """The abstract arguments of `train_step` in that phase."""
+        height, width, channels = self.data.train.image_shape
+        image = (phase.batch_size, phase.image_size or height, phase.image_size or width, channels)
+        batch = {"image": (image, jnp.uint8), "label": (image[:1], jnp.int32)}
+        abstract = {name: jax.ShapeDtypeStruct(*of, sharding=self.sharding) for name, of in batch.items()}
+        return self.abstract_state, abstract
+
     def weights_to_begin_with(self) -> tuple[Arrays, dict[str, str]]:
         """The arrays of `config.init_from` by name, and a line for each heading about them; nothing if it is not given.
 
@@ -182,17 +160,23 @@ class Job:
         parameters = sum(p.size for p in jax.tree.leaves(self.abstract_state.params))
         device, count = jax.devices()[0], jax.device_count()
         group = c.model.bn_group_size
+        batches = {phase.batch_size for phase in plan.phases}
+        ends = sorted({min(batches), max(batches)})
+        batch, per_device = (" to ".join(f"{size // by:,}" for size in ends) for by in (1, count))
+        epochs, every = (steps / plan.steps_per_epoch for steps in (plan.position(plan.steps), plan.eval_every))
         header = {
             "model": f"{c.model.name}, {_short(parameters)} parameters, {_short(2 * macs)}FLOPs an image",
             "data": f"{data.name}: {len(data.train):,} {data.train.name}, {len(data.eval):,} {data.eval.name}, "
             f"{data.num_classes} classes, {height}×{width}×{channels}",
             "devices": f"{count} × {device.device_kind}, activations {c.dtype}",
-            "batch": f"{c.batch_size:,} ({c.batch_size // count:,} per device), batch norm over "
+            "batch": f"{batch} ({per_device} per device), batch norm over "
             + (f"groups of {group}" if group else "all of it"),
-            "steps": f"{plan.steps:,} ({plan.steps / plan.steps_per_epoch:.4g} epochs), evaluated every "
-            f"{plan.eval_every:,.4g}, {c.optimizer.name} with {c.schedule.name} schedule",
-            "workdir": str(workdir),
+            "steps": f"{plan.steps:,} ({epochs:.4g} epochs), evaluated every "
+            + (f"{every:.4g} epochs" if plan.changes_batch else f"{plan.eval_every:,.4g}")
+            + f", {c.optimizer.name} with {c.schedule.name} schedule",
         }
+        header |= {"progressive": describe(plan)} if c.progressive else {}
+        header["workdir"] = str(workdir)
         return header | ({"resumed": f"from step {start:,}"} if start else {})
 
 

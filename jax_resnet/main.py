@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from jax_resnet.config import parse_flags, validate
 from jax_resnet.errors import Interrupted, UserError, fail
+from jax_resnet.signals import leave
 
 config_flags.DEFINE_config_file("config", None, "The config file, with `:argument` where it takes one.")
 flags.DEFINE_string("workdir", None, "Where the run is kept. Default: runs/CONFIG/DATA-seedN.")
@@ -50,17 +51,18 @@ def default_workdir() -> Path:
 def main(_: list[str]) -> int:
     """Runs; a user's mistake is one line on stderr and status 2, a signal 128 + its number."""
     logging.set_verbosity(logging.ERROR)  # Orbax, TFDS and JAX report at length
+    status = 0
     try:
         run()
     except UserError as e:
-        return fail(e)
+        status = fail(e)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        status = 130
     except Interrupted as e:
         print(e, file=sys.stderr)
-        return 128 + e.signum
-    return 0
+        status = 128 + e.signum
+    return leave(status)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from jax_resnet.data.order import Phase
 from jax_resnet.errors import UserError
 
 # Each parameter is of the one kind whose rule its path fits; weight decay speaks of kinds.
@@ -56,7 +57,7 @@ def layer_scales(params: Any, decay: float) -> Any:
     return jax.tree_util.tree_map_with_path(scale, params)
 
 
-def make_schedule(c: ConfigDict, *, peak: float, steps: int, warmup_steps: int) -> Callable[[Any], jax.Array]:
+def make_schedule(c: ConfigDict, *, peak: float, steps: float, warmup_steps: int) -> Callable[[Any], jax.Array]:
     """The learning rate of each update, counted from 0: with warmup_from = 0 the first one moves nothing.
 
     Linear from peak · warmup_from over `warmup_steps`, then, with t the share of the rest that is done and f = final:
@@ -64,7 +65,7 @@ def make_schedule(c: ConfigDict, *, peak: float, steps: int, warmup_steps: int) 
     exponential  peak · f^t;  step  peak · factor for each boundary (a share of all steps) passed;  constant  peak.
     """
     if warmup_steps >= steps and warmup_steps > 0:
-        raise UserError(f"config.schedule.warmup is {warmup_steps} steps, the whole training {steps}: make it shorter")
+        raise UserError(f"config.schedule.warmup is {warmup_steps} steps, the whole training {steps:.0f}: shorten it")
 
     def schedule(step: Any) -> jax.Array:
         done = jnp.asarray(step, jnp.float32)
@@ -90,6 +91,26 @@ def make_schedule(c: ConfigDict, *, peak: float, steps: int, warmup_steps: int) 
 def peak_learning_rate(c: ConfigDict, batch_size: int) -> float:
     """The highest rate: learning_rate · batch_size / reference_batch (Goyal et al. 2017), or unscaled if that is 0."""
     return c.learning_rate * (batch_size / c.reference_batch if c.reference_batch else 1.0)
+
+
+def over_phases(
+    schedule: Callable[[Any], jax.Array], phases: Sequence[Phase], *, batch_size: int, scaled: bool
+) -> Callable[[Any], jax.Array]:
+    """`schedule`, whose steps take `batch_size` examples, for updates that take as many as `phases` say.
+
+    An update has the rate of the place in the data where its batch begins, if `scaled` times its batch / batch_size.
+    """
+    if all(phase.batch_size == batch_size for phase in phases):
+        return schedule
+
+    def of_update(step: Any) -> jax.Array:
+        phase = (jnp.asarray(step) >= jnp.array([p.first_step for p in phases])).sum() - 1
+        first_step = jnp.array([p.first_step for p in phases])[phase]
+        first = jnp.array([p.first_example / batch_size for p in phases], jnp.float32)[phase]
+        larger = jnp.array([p.batch_size / batch_size for p in phases], jnp.float32)[phase]
+        return schedule(first + larger * (step - first_step)) * (larger if scaled else 1.0)
+
+    return of_update
 
 
 def make_optimizer(

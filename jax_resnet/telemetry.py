@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jax_resnet.errors import UserError
-from jax_resnet.job import Plan
+from jax_resnet.plan import Plan
 from jax_resnet.workdir import write_json
 
 COLUMNS = ("step", "epoch", "split", "examples", "loss", "top-1", "top-5")
@@ -159,7 +159,7 @@ class Telemetry:
             self._table_begun = True
         values = {
             "step": f"{step:,}",
-            "epoch": f"{step / self._plan.steps_per_epoch:.1f}",
+            "epoch": f"{self._plan.position(step) / self._plan.steps_per_epoch:.1f}",
             "split": split,
             "examples": f"{metrics['examples']:,}",
             "loss": f"{metrics['loss']:.4f}",

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from jax_resnet.ahead import StepsAhead
 from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.config import to_json
 from jax_resnet.data.loader import Feed, train_batches
@@ -47,10 +48,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
             write_json(workdir / "data.json", facts)
         telemetry.header(job.header(workdir, start) | about_weights)
         with (
+            StepsAhead(job.train_step, job.plan.between(start, job.last_step), job.shapes) as steps,
             closing(_batches(job, start, telemetry)) as batches,
             jax.transfer_guard("disallow"),  # what moves between host and devices does so by name
         ):
-            return _run(job, workdir, start, weights, batches, checkpoints, telemetry, signals)
+            return _run(job, workdir, start, weights, steps, batches, checkpoints, telemetry, signals)
 
 
 def _batches(job: Job, start: int, telemetry: Telemetry) -> Feed:
@@ -61,7 +63,7 @@ def _batches(job: Job, start: int, telemetry: Telemetry) -> Feed:
         start=start,
         stop=job.last_step,
         seed=config.seed,
-        batch_size=config.batch_size,
+        phases=job.plan.phases,
         sharding=job.sharding,
         report=partial(telemetry.broken, split.name),
     )
@@ -72,6 +74,7 @@ def _run(
     workdir: Path,
     start: int,
     weights: Arrays,
+    steps: StepsAhead,
     batches: Feed,
     checkpoints: Checkpoints,
     telemetry: Telemetry,
@@ -79,7 +82,7 @@ def _run(
 ) -> dict[str, Any]:
     config, plan, split = job.config, job.plan, job.data.eval.name
     state = checkpoints.restore(start, job.abstract_state) if start else placed(job.fresh_state(), weights)
-    step, metrics, window = start, None, Window(batches)
+    step, metrics, window, train_step = start, None, Window(batches), steps.at(start)
 
     def save(step: int, metrics: dict[str, Any] | None) -> None:
         check_finite(bool(jax.device_get(job.all_finite(state))), "the state", step)
@@ -92,8 +95,9 @@ def _run(
             if step - 1 > start and jax.process_count() == 1:  # saving takes all of them
                 save(step - 1, None)
             raise
-        state, sums = job.train_step(state, batch)
+        state, sums = train_step(state, batch)
         window.add(sums)
+        train_step = steps.at(step, stopped=lambda: signals.received)
         leaving = step == job.last_step or bool(signals.received)
         saves = plan.saves(step) or leaving
         if saves or step % config.log_every == 0 or step == start + 1:

@@ -15,6 +15,7 @@ import numpy as np
 
 from jax_resnet.config import default
 from jax_resnet.data.loader import train_batches
+from jax_resnet.data.order import Phase
 from jax_resnet.data.source import open_dataset
 from jax_resnet.parallel import batch_sharding, data_mesh
 
@@ -31,7 +32,8 @@ def main(folder: str, out: str, threads: int, workers: int, process: int = 0, co
     split = open_dataset(c).train
     done = Path(out).read_text().count("\n") if Path(out).exists() else 0
     steps = -(-EPOCHS * len(split) // BATCH)
-    batches = train_batches(split, c, start=done, stop=steps, seed=SEED, batch_size=BATCH,
+    batches = train_batches(split, c, start=done, stop=steps, seed=SEED,
+                            phases=(Phase(0, steps, None, BATCH, 0),),
                             sharding=batch_sharding(data_mesh()),
                             report=lambda *of: print(*of, flush=True))  # fmt: skip
     with Path(out).open("a", buffering=1) as file:

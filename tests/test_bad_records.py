@@ -12,7 +12,7 @@ from PIL import Image
 
 from jax_resnet.config import default
 from jax_resnet.data.batches import Ledger, eval_batch, train_batch
-from jax_resnet.data.order import train_indices
+from jax_resnet.data.order import Phase, train_indices
 from jax_resnet.data.source import open_dataset
 from jax_resnet.data.split import Split
 from jax_resnet.errors import UserError
@@ -134,20 +134,24 @@ def test_a_folder_of_which_a_third_is_broken_stops_naming_them(tmp_path: Path) -
 # ---- by what a batch holds -------------------------------------------------------------------------------------------
 
 
+def phase(batch_size: int) -> Phase:
+    return Phase(0, 10**9, None, batch_size, 0)
+
+
 def test_another_record_takes_the_place_of_a_broken_one(tmp_path: Path) -> None:
     split = opened(write_folder(tmp_path, {"a.jpg": b"", "b.jpg": b"no image"}, good=10))
-    records, _ = train_indices(5, 0, batch_size=12, num_examples=12)
-    batch = train_batch(split, 0, seed=5, batch_size=12, rows=np.arange(12))
+    records, _ = train_indices(5, 0, 12, 12)
+    batch = train_batch(split, 0, seed=5, phase=phase(12), rows=np.arange(12))
     assert sorted(Path(name).name for name, _ in batch["broken"])[:2] == ["a.jpg", "b.jpg"]
     _, labels, broken = split.read(np.arange(12), None)
     assert sorted(broken) == [0, 6]  # in each class first by name
     for row, record in enumerate(records):
-        alone = train_batch(split, 0, seed=5, batch_size=12, rows=np.array([row]))
+        alone = train_batch(split, 0, seed=5, phase=phase(12), rows=np.array([row]))
         np.testing.assert_array_equal(alone["image"][0], batch["image"][row])
         assert batch["image"][row].max() > 0
         if record not in broken:
             assert batch["label"][row] == labels[record]
-    other = train_batch(split, 0, seed=6, batch_size=12, rows=np.arange(12))
+    other = train_batch(split, 0, seed=6, phase=phase(12), rows=np.arange(12))
     assert other["image"].tobytes() != batch["image"].tobytes()
 
 
@@ -155,9 +159,9 @@ def test_substitutes_differ_between_epochs_and_are_drawn_from_all(tmp_path: Path
     split = opened(write_folder(tmp_path, {"bad.jpg": b""}, good=9))  # record 0: first by name
     taken = []
     for epoch in range(60):
-        records, _ = train_indices(0, epoch, batch_size=10, num_examples=10)
+        records, _ = train_indices(0, 10 * epoch, 10, 10)
         row = np.flatnonzero(records == 0)
-        taken.append(int(train_batch(split, epoch, seed=0, batch_size=10, rows=row)["label"][0]))
+        taken.append(int(train_batch(split, epoch, seed=0, phase=phase(10), rows=row)["label"][0]))
     assert 15 < sum(taken) < 50  # five of class1, four of class0: 33 on average
 
 
@@ -173,7 +177,7 @@ def test_evaluation_leaves_out_what_is_broken(tmp_path: Path) -> None:
 def test_a_folder_without_a_single_image_is_refused(tmp_path: Path) -> None:
     split = opened(only_broken(tmp_path))
     with pytest.raises(UserError, match="nor can any of 100 others be decoded"):
-        train_batch(split, 0, seed=0, batch_size=2, rows=np.arange(2))
+        train_batch(split, 0, seed=0, phase=phase(2), rows=np.arange(2))
 
 
 def only_broken(root: Path) -> Path:

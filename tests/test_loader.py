@@ -16,7 +16,7 @@ from jax_resnet.config import default
 from jax_resnet.data import loader
 from jax_resnet.data.batches import generator, train_batch
 from jax_resnet.data.loader import eval_batches, train_batches
-from jax_resnet.data.order import train_indices
+from jax_resnet.data.order import Phase, train_indices
 from jax_resnet.data.source import open_dataset
 from jax_resnet.data.split import ArraySplit, Pixels, Split
 from jax_resnet.errors import UserError
@@ -73,6 +73,11 @@ def no_report(name: str, reason: str) -> None:
     raise AssertionError(f"{name} was reported as broken: {reason}")
 
 
+def one_phase(batch_size: int, image_size: int | None = None) -> tuple[Phase]:
+    """Batches alike to the end."""
+    return (Phase(0, 10**9, image_size, batch_size, 0),)
+
+
 def as_numpy(batches) -> list[dict[str, np.ndarray]]:
     return [{name: np.asarray(value) for name, value in batch.items()} for batch in batches]
 
@@ -95,7 +100,7 @@ def test_every_record_of_every_epoch_has_its_own_crops(seed):
 
 def test_rows_are_the_same_read_together_or_in_parts_and_in_any_order(photos):
     def read(rows):
-        return train_batch(photos, 2, seed=5, batch_size=8, rows=np.array(rows))
+        return train_batch(photos, 2, seed=5, phase=one_phase(8)[0], rows=np.array(rows))
 
     whole = read(range(8))
     second, first, backwards = read(range(4, 8)), read(range(4)), read(range(7, -1, -1))
@@ -108,8 +113,9 @@ def pixels_by_record(split: Split, *, seed: int, batch_size: int, steps: int) ->
     """(epoch, record) → the pixels that training saw of it."""
     seen = {}
     for step in range(steps):
-        records, epochs = train_indices(seed, step, batch_size=batch_size, num_examples=len(split))
-        images = train_batch(split, step, seed=seed, batch_size=batch_size, rows=np.arange(batch_size))["image"]
+        records, epochs = train_indices(seed, step * batch_size, batch_size, len(split))
+        phase, rows = one_phase(batch_size)[0], np.arange(batch_size)
+        images = train_batch(split, step, seed=seed, phase=phase, rows=rows)["image"]
         seen |= {(int(e), int(r)): i.tobytes() for e, r, i in zip(epochs, records, images, strict=True)}
     return seen
 
@@ -128,8 +134,8 @@ def test_the_crops_depend_on_the_seed(photos):
 
 
 def test_a_batch_holds_the_records_of_its_step():
-    batch = train_batch(numbered(20), 7, seed=1, batch_size=6, rows=np.array([0, 3, 5]))
-    expected = train_indices(1, 7, batch_size=6, num_examples=20)[0][[0, 3, 5]]
+    batch = train_batch(numbered(20), 7, seed=1, phase=one_phase(6)[0], rows=np.array([0, 3, 5]))
+    expected = train_indices(1, 42, 6, 20)[0][[0, 3, 5]]
     assert batch["label"].tolist() == expected.tolist()
     assert batch["image"].dtype == np.uint8
     assert batch["image"].shape == (3, 2, 2, 1)
@@ -140,13 +146,13 @@ def test_a_batch_holds_the_records_of_its_step():
 
 
 def stream(split: Split, sharding: NamedSharding, start: int, stop: int, threads: int = 2, **changes: Any):
-    options = {"seed": 3, "batch_size": 5, "report": no_report} | changes
+    options = {"seed": 3, "phases": one_phase(5), "report": no_report} | changes
     c = reading(threads=threads)
     return as_numpy(train_batches(split, c, start=start, stop=stop, sharding=sharding, **options))
 
 
 def test_the_stream_is_the_batches_of_its_steps(photos, sharding):
-    expected = [train_batch(photos, step, seed=3, batch_size=5, rows=np.arange(5)) for step in range(6)]
+    expected = [train_batch(photos, s, seed=3, phase=one_phase(5)[0], rows=np.arange(5)) for s in range(6)]
     assert [batch.pop("broken") for batch in expected] == 6 * [[]]
     assert_equal_batches(stream(photos, sharding, 0, 6), expected)
 
@@ -167,7 +173,7 @@ def test_the_stream_has_a_batch_for_each_step(sharding, start, stop):
 
 
 def test_batches_are_on_the_devices_as_uint8_pixels_and_int32_labels(sharding):
-    split, options = numbered(9), {"seed": 0, "batch_size": 4, "report": no_report}
+    split, options = numbered(9), {"seed": 0, "phases": one_phase(4), "report": no_report}
     batch = next(train_batches(split, reading(), start=0, stop=1, sharding=sharding, **options))
     assert {name: (value.shape, value.dtype.name) for name, value in batch.items()} == {
         "image": ((4, 2, 2, 1), "uint8"),
@@ -221,18 +227,18 @@ def test_hosts_together_evaluate_what_one_host_does(sharding, monkeypatch, hosts
 class Faulty(ArraySplit):
     """A split whose record 7 cannot be read."""
 
-    def read(self, indices, rngs):
+    def read(self, indices, rngs, size=None):
         if 7 in indices:
             raise UserError("numbered split: record 7: broken")
-        return super().read(indices, rngs)
+        return super().read(indices, rngs, size)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(
     "batches",
     [
-        lambda *of, **options: train_batches(*of, start=0, stop=5, seed=0, **options),
-        eval_batches,
+        lambda *of, **options: train_batches(*of, start=0, stop=5, seed=0, phases=one_phase(2), **options),
+        lambda *of, **options: eval_batches(*of, batch_size=2, **options),
     ],
     ids=["train", "eval"],
 )
@@ -242,7 +248,7 @@ def test_a_user_error_in_a_reading_thread_arrives_as_it_is(
     good = numbered(10)
     split = Faulty(good.name, good.images, good.labels, good.pixels)
     with pytest.raises(UserError) as e:
-        list(batches(split, reading(threads=threads), batch_size=2, sharding=sharding, report=no_report))
+        list(batches(split, reading(threads=threads), sharding=sharding, report=no_report))
     assert str(e.value) == "numbered split: record 7: broken"
 
 

@@ -9,7 +9,7 @@ from jax_resnet.parallel import local_rows
 
 def stream(seed: int, steps: int, *, batch_size: int, num_examples: int) -> tuple[np.ndarray, np.ndarray]:
     """Records and epochs of the first `steps` batches, one after another."""
-    batches = [train_indices(seed, s, batch_size=batch_size, num_examples=num_examples) for s in range(steps)]
+    batches = [train_indices(seed, s * batch_size, batch_size, num_examples) for s in range(steps)]
     records, epochs = zip(*batches, strict=True)
     assert all(r.shape == e.shape == (batch_size,) for r, e in batches)
     return np.concatenate(records), np.concatenate(epochs)
@@ -36,7 +36,7 @@ def test_the_order_does_not_depend_on_the_batch_size():
 
 def test_the_answer_is_the_same_in_any_order_of_asking_and_after_many_others():
     def ask(step):
-        return [a.tolist() for a in train_indices(7, step, batch_size=6, num_examples=20)]
+        return [a.tolist() for a in train_indices(7, 6 * step, 6, 20)]
 
     first = [ask(step) for step in range(40)]  # 12 epochs, more than are remembered
     for step in np.random.default_rng(0).permutation(40):
@@ -44,10 +44,10 @@ def test_the_answer_is_the_same_in_any_order_of_asking_and_after_many_others():
 
 
 def test_changing_an_answer_does_not_change_the_next():
-    before, _ = train_indices(0, 0, batch_size=10, num_examples=10)
+    before, _ = train_indices(0, 0, 10, 10)
     kept = before.copy()
     before[:] = 0
-    after, _ = train_indices(0, 0, batch_size=10, num_examples=10)
+    after, _ = train_indices(0, 0, 10, 10)
     assert after.tolist() == kept.tolist()
 
 
@@ -63,14 +63,14 @@ def test_seeds_and_epochs_have_orders_of_their_own():
 
 
 def test_every_record_comes_first_about_equally_often():
-    firsts = [train_indices(0, epoch, batch_size=4, num_examples=4)[0][0] for epoch in range(800)]
+    firsts = [train_indices(0, 4 * epoch, 4, 4)[0][0] for epoch in range(800)]
     counts = np.bincount(firsts, minlength=4)
     assert np.all(np.abs(counts - 200) < 5 * np.sqrt(800 * 0.25 * 0.75))
 
 
 def test_far_steps_are_as_good_as_near_ones():
     step, batch_size, num_examples = 10**9, 1024, 1_281
-    records, epochs = train_indices(0, step, batch_size=batch_size, num_examples=num_examples)
+    records, epochs = train_indices(0, step * batch_size, batch_size, num_examples)
     assert epochs[0] == step * batch_size // num_examples
     assert len(set(records[epochs == epochs[0]])) == np.sum(epochs == epochs[0])
     assert records.min() >= 0
@@ -91,7 +91,7 @@ class Host:
 
 @pytest.mark.parametrize(("hosts", "devices"), [(1, 1), (1, 4), (2, 1), (2, 4), (4, 2)])
 def test_hosts_together_hold_the_global_batch(hosts, devices):
-    whole, _ = train_indices(5, 3, batch_size=16, num_examples=37)
+    whole, _ = train_indices(5, 48, 16, 37)
     rows = [local_rows(Host(h, hosts, devices), 16) for h in range(hosts)]
     assert all(len(r) == 16 // hosts for r in rows)
     np.testing.assert_array_equal(np.concatenate([whole[r] for r in rows]), whole)

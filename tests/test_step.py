@@ -18,7 +18,7 @@ from jax_resnet.train import train
 
 def batches(job: Job, stop: int, start: int = 0) -> Any:
     c = job.config
-    return train_batches(job.data.train, c.data, start=start, stop=stop, seed=c.seed, batch_size=c.batch_size,
+    return train_batches(job.data.train, c.data, start=start, stop=stop, seed=c.seed, phases=job.plan.phases,
                          sharding=job.sharding, report=print)  # fmt: skip
 
 

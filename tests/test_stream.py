@@ -66,7 +66,7 @@ def stream(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Stream:
 def test_every_record_of_an_epoch_has_pixels_of_its_own_and_others_in_each_epoch(stream: Stream) -> None:
     seen: dict[int, list[str]] = {}
     for step, rows in enumerate(stream):
-        records, _ = train_indices(SEED, step, batch_size=BATCH, num_examples=IMAGES)
+        records, _ = train_indices(SEED, step * BATCH, BATCH, IMAGES)
         for row, record in enumerate(records.tolist()):
             seen.setdefault(record, []).append(rows[row])
     assert sorted(seen) == list(range(IMAGES))
@@ -115,14 +115,16 @@ import re, sys
 from pathlib import Path
 from jax_resnet.config import default
 from jax_resnet.data.loader import train_batches
+from jax_resnet.data.order import Phase
 from jax_resnet.data.source import open_dataset
 from jax_resnet.parallel import batch_sharding, data_mesh
 c = default().data
 c.update(name="folder:" + sys.argv[1], image_size=64, crop="random_resized", randaugment=(2, 9), threads=2,
          workers=int(sys.argv[2]), max_broken=0.2)
 resident = []
-for i, batch in enumerate(train_batches(open_dataset(c).train, c, start=0, stop=2000, seed=0, batch_size=16,
-                                        sharding=batch_sharding(data_mesh()), report=lambda *_: None)):
+batches = train_batches(open_dataset(c).train, c, start=0, stop=2000, seed=0, phases=(Phase(0, 2000, None, 16, 0),),
+                        sharding=batch_sharding(data_mesh()), report=lambda *_: None)
+for i, batch in enumerate(batches):
     if i % 250 == 249:
         resident.append(int(re.search(r"VmRSS:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024)
 print(resident)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_resnet.data.order import train_indices
+from jax_resnet.data.order import Phase, train_indices
 from jax_resnet.data.split import Split
 from jax_resnet.errors import UserError
 
@@ -16,21 +16,21 @@ Report = Callable[[str, str], None]  # takes the two
 SUBSTITUTES = 100  # tried for one broken image
 
 
-def train_batch(split: Split, step: int, *, seed: int, batch_size: int, rows: np.ndarray) -> Batch:
-    """Rows `rows` of the global batch of `step`: image uint8 [len(rows), H, W, C] and label int32 [len(rows)].
+def train_batch(split: Split, step: int, *, seed: int, phase: Phase, rows: np.ndarray, repeats: int = 1) -> Batch:
+    """Rows `rows` of the global batch of `step`, which is in `phase`: image uint8 [rows, H, W, C], label int32 [rows].
 
     The randomness of host crops is keyed by (seed, epoch, record), so no other rows or threads change it. A record that
     cannot be decoded gives its place, and its randomness, to another, which follows from the same key.
     """
-    indices, epochs = train_indices(seed, step, batch_size=batch_size, num_examples=len(split))
+    indices, epochs = train_indices(seed, phase.examples(step), phase.batch_size, len(split), repeats)
     indices, epochs = indices[rows], epochs[rows]
     keys = zip(epochs.tolist(), indices.tolist(), strict=True)
-    read = split.read(indices, [generator(seed, *key) for key in keys] if split.random else None)
+    read = split.read(indices, [generator(seed, *key) for key in keys] if split.random else None, phase.image_size)
     broken = list(read.broken.values())
     for row in read.broken:
         epoch, record = int(epochs[row]), int(indices[row])
         for other in generator(seed, epoch, record | 1 << 62).integers(len(split), size=SUBSTITUTES):
-            found = split.read(np.array([other]), [generator(seed, epoch, record)])
+            found = split.read(np.array([other]), [generator(seed, epoch, record)], phase.image_size)
             read.images[row], read.labels[row] = found.images[0], found.labels[0]
             if not found.broken:
                 break

@@ -4,7 +4,7 @@ import gc
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from jax_resnet.data.batches import Batch, Broken, Ledger, Report, eval_batch, train_batch
+from jax_resnet.data.order import Phase, phase_at
 from jax_resnet.data.split import ArraySplit, Split
 from jax_resnet.parallel import global_batch, local_rows
 from jax_resnet.signals import follow_parent
@@ -127,7 +128,7 @@ def train_batches(
     start: int,
     stop: int,
     seed: int,
-    batch_size: int,
+    phases: Sequence[Phase],
     sharding: NamedSharding,
     report: Report,
 ) -> Feed:
@@ -136,8 +137,12 @@ def train_batches(
     `report` is told of each image that could not be decoded, once. Taking a batch raises UserError when a record cannot
     be read, or too many cannot be decoded.
     """
-    rows = local_rows(sharding, batch_size)
-    batch = partial(train_batch, split, seed=seed, batch_size=batch_size, rows=rows)
+    repeats, rows = c.repeats, {phase.batch_size: local_rows(sharding, phase.batch_size) for phase in phases}
+
+    def batch(step: int) -> Batch:
+        phase = phase_at(phases, step)
+        return train_batch(split, step, seed=seed, phase=phase, rows=rows[phase.batch_size], repeats=repeats)
+
     return Feed(Readers.of(c), range(start, stop), batch, sharding, Ledger(split, c.max_broken, report))
 
 

@@ -1,8 +1,35 @@
 """Which records a step takes: a function of (seed, step) and nothing else."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Updates whose batches are alike. What a batch holds follows from its step and the phases, plain numbers."""
+
+    first_step: int  # updates done when it begins
+    steps: int
+    image_size: int | None  # pixels a side; None: the split's own
+    batch_size: int
+    first_example: int  # examples seen when it begins
+
+    @property
+    def end(self) -> int:
+        """Updates done when the next phase begins."""
+        return self.first_step + self.steps
+
+    def examples(self, step: int) -> int:
+        """How many examples are seen by the first `step` updates: where the batch of update `step`, from 0, begins."""
+        return self.first_example + (step - self.first_step) * self.batch_size
+
+
+def phase_at(phases: Sequence[Phase], step: int) -> Phase:
+    """The phase of update `step`, counted from 0; after the last one, the last."""
+    return next(phase for phase in reversed(phases) if phase.first_step <= step)
 
 
 @lru_cache(maxsize=4)  # a batch touches two epochs at most unless it is larger than one; threads read ahead by a few
@@ -13,16 +40,23 @@ def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     return permutation
 
 
-def train_indices(seed: int, step: int, *, batch_size: int, num_examples: int) -> tuple[np.ndarray, np.ndarray]:
-    """The records of the global batch of `step` and the epoch each belongs to: two int64 [batch_size].
+def train_indices(
+    seed: int, start: int, count: int, num_examples: int, repeats: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """The records of a batch of `count` before which `start` are seen, and the epoch of each: two int64 [count].
 
     The training set is shuffled anew for each epoch and the epochs follow one another without a gap, so a batch may end
     one epoch and begin the next, and every record is seen once an epoch whatever the batch size.
+
+    With `repeats`, which divides start and count, a batch holds count / repeats records, one after another, and then
+    the same again, as of other epochs: so an epoch has as many examples as before, of fewer records (repeated
+    augmentation, Hoffer et al. 2019).
     """
-    position = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
-    epochs, offsets = np.divmod(position, num_examples)
-    indices = np.empty(batch_size, np.int64)
+    distinct = count // repeats
+    copy, position = np.divmod(np.arange(count, dtype=np.int64), distinct)
+    epochs, offsets = np.divmod(start // repeats + position, num_examples)
+    indices = np.empty(count, np.int64)
     for epoch in np.unique(epochs):
         here = epochs == epoch
         indices[here] = _permutation(seed, int(epoch), num_examples)[offsets[here]]
-    return indices, epochs
+    return indices, epochs * repeats + copy

@@ -4,7 +4,7 @@ Images that all have one size and fit are kept in memory; others are decoded whe
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -50,8 +50,10 @@ class Split(Protocol):
 
     def __len__(self) -> int: ...
 
-    def read(self, indices: np.ndarray, rngs: Rngs | None) -> Rows:
+    def read(self, indices: np.ndarray, rngs: Rngs | None, size: int | None = None) -> Rows:
         """Those records; `rngs`, one for each, crop and augment for training, None for evaluation.
+
+        The images get `size` pixels a side; None: as many as `image_shape` says.
 
         Raises UserError naming a record that cannot be read, or whose label is out of range.
         """
@@ -92,6 +94,10 @@ class Pixels:
         area, crop = (tuple(c.crop_area), c.eval_crop) if random else (None, 1.0)
         sampling, decoder = image_ops.Sampling(c.interpolation, c.antialias), choose_decoder(c.decoder)
         return cls(size, c.channels, area, tuple(c.crop_ratio), crop, sampling, Augmentation.of(c), decoder)
+
+    def at(self, size: int | None) -> "Pixels":
+        """The same to `size` pixels a side; None: as it is."""
+        return replace(self, size=size) if size else self
 
     @property
     def random(self) -> bool:
@@ -154,13 +160,14 @@ class ArraySplit:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, indices: np.ndarray, rngs: Rngs | None) -> Rows:
+    def read(self, indices: np.ndarray, rngs: Rngs | None, size: int | None = None) -> Rows:
         """See Split."""
+        pixels, shape = self.pixels.at(size), (size, size, self.pixels.channels) if size else self.image_shape
         found = image_ops.with_channels(self.images.take(indices, axis=0), self.pixels.channels)
-        if not self.pixels.leaves_alone(*found.shape[1:3], training=rngs is not None):
-            images = np.empty((len(indices), *self.image_shape), np.uint8)
+        if not pixels.leaves_alone(*found.shape[1:3], training=rngs is not None):
+            images = np.empty((len(indices), *shape), np.uint8)
             for row, image in enumerate(found):
-                images[row] = self.pixels.of_image(image, rngs[row] if rngs else None)
+                images[row] = pixels.of_image(image, rngs[row] if rngs else None)
             found = images
         return Rows(found, self.labels[indices], {})
 
@@ -189,9 +196,10 @@ class EncodedSplit:
     def __len__(self) -> int:
         return self.size
 
-    def read(self, indices: np.ndarray, rngs: Rngs | None) -> Rows:
+    def read(self, indices: np.ndarray, rngs: Rngs | None, size: int | None = None) -> Rows:
         """See Split."""
-        rows = Rows(np.empty((len(indices), *self.image_shape), np.uint8), np.empty(len(indices), np.int32), {})
+        pixels, shape = self.pixels.at(size), (size, size, self.pixels.channels) if size else self.image_shape
+        rows = Rows(np.empty((len(indices), *shape), np.uint8), np.empty(len(indices), np.int32), {})
         for row, (data, label, name) in enumerate(self.records(indices.tolist())):
             if not 0 <= label < self.num_classes:
                 raise UserError(
@@ -199,7 +207,7 @@ class EncodedSplit:
                 )
             rows.labels[row] = label
             try:
-                rows.images[row] = self.pixels.of_bytes(data, rngs[row] if rngs else None)
+                rows.images[row] = pixels.of_bytes(data, rngs[row] if rngs else None)
             except ValueError as e:
                 rows.images[row], rows.broken[row] = 0, (name, str(e))
         return rows
