@@ -23,7 +23,8 @@ class StepsAhead:
 
     def __enter__(self) -> "StepsAhead":
         if len(self._compiled) > 1:
-            # No daemon: the interpreter would end while the compiler works, and crash. signals.leave waits for neither.
+            # No daemon: it would be cut off inside the compiler when the interpreter ends, which aborts the process. A
+            # command that wants to end sooner calls signals.leave.
             Thread(target=self._compile, name=COMPILER).start()
         return self
 
