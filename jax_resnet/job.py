@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from jax_resnet import parallel
 from jax_resnet.config import model_overrides, phase_rows, validate
+from jax_resnet.data.loader import Readers
 from jax_resnet.data.order import Phase
 from jax_resnet.data.source import open_dataset
 from jax_resnet.errors import UserError, choose
@@ -168,6 +169,7 @@ class Job:
             "model": f"{c.model.name}, {_short(parameters)} parameters, {_short(2 * macs)}FLOPs an image",
             "data": f"{data.name}: {len(data.train):,} {data.train.name}, {len(data.eval):,} {data.eval.name}, "
             f"{data.num_classes} classes, {height}×{width}×{channels}",
+            "input": Readers.of(c.data).describe(data.train),
             "devices": f"{count} × {device.device_kind}, activations {c.dtype}",
             "batch": f"{batch} ({per_device} per device), batch norm over "
             + (f"groups of {group}" if group else "all of it"),

@@ -103,3 +103,18 @@ def test_rows_that_several_devices_of_a_host_hold_are_read_once():
             return {device: (slice(None),) for device in range(3)}
 
     assert local_rows(Replicated(), 6).tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_repeats_hold_each_record_of_a_batch_so_often_each_time_as_of_another_epoch():
+    size, repeats = 20, 3
+    seen = []
+    for step in range(10):
+        records, epochs = train_indices(5, 12 * step, 12, size, repeats)
+        copies = records.reshape(repeats, 4)  # neighbours differ: mixup pairs them
+        assert (copies == copies[0]).all()
+        assert len(set(zip(records.tolist(), epochs.tolist(), strict=True))) == 12
+        seen += zip(copies[0].tolist(), (epochs // repeats).reshape(repeats, 4)[0].tolist(), strict=True)
+    assert [epoch for _, epoch in seen] == 20 * [0] + 20 * [1]
+    assert sorted(record for record, epoch in seen if epoch == 0) == list(range(size))
+    plain = np.concatenate([train_indices(5, 4 * step, 4, size)[0] for step in range(10)])
+    assert [record for record, _ in seen] == plain.tolist()

@@ -41,6 +41,12 @@ class Readers:
         workers = c.workers if c.workers is not None else (cores // THREADS if cores >= 2 * THREADS else 0)
         return cls(c.threads or min(cores // max(1, workers), THREADS), workers)
 
+    def describe(self, split: Split) -> str:
+        """`turbojpeg (…), 8 threads in each of 4 processes`, for a heading."""
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        several = self.workers and not isinstance(split, ArraySplit)
+        return f"{split.source}, {threads}{f' in each of {self.workers} processes' if several else ''}"
+
     def read(self, numbers: range, batch: Callable[[int], Batch]) -> grain.IterDataset:
         """`batch` of each number, in order, ahead of need."""
         # One Grain element is a whole batch: per-image elements cost 10 to 100 times more on small images.

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from jax_resnet.data import images as image_ops
 from jax_resnet.data.augment import Augmentation, augment
-from jax_resnet.data.decoders import choose_decoder
+from jax_resnet.data.decoders import choose_decoder, describe
 from jax_resnet.errors import UserError
 
 EVAL_SPLITS = ("validation", "val", "valid", "test")  # names that the split for evaluation goes by
@@ -46,6 +46,11 @@ class Split(Protocol):
     @property
     def random(self) -> bool:
         """Whether `read` uses its generators: they are worth making only then."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """Where pixels come from: memory, or which decoder."""
         ...
 
     def __len__(self) -> int: ...
@@ -157,6 +162,11 @@ class ArraySplit:
         """Whether `read` uses its generators."""
         return self.pixels.random
 
+    @property
+    def source(self) -> str:
+        """Where pixels come from."""
+        return "memory"
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -192,6 +202,11 @@ class EncodedSplit:
     def random(self) -> bool:
         """Whether `read` uses its generators."""
         return self.pixels.random
+
+    @property
+    def source(self) -> str:
+        """Where pixels come from."""
+        return describe(self.pixels.decoder)
 
     def __len__(self) -> int:
         return self.size
