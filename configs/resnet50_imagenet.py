@@ -31,7 +31,6 @@ def get_config(depth: str = "50") -> ConfigDict:
 
     c.data.name = "imagenet2012"
     c.data.image_size = 224
-    c.data.threads = 8
 
     c.optimizer.learning_rate = 0.256
     c.optimizer.reference_batch = 256

@@ -34,8 +34,13 @@ def column(rows: list[dict], kind: str, name: str) -> list[float]:
     "more",
     [
         [],
-        ["--config.model.bn_group_size=2", "--config.model.dropout=0.3"],
-        ["--config.data.erase=0.3", "--config.data.mixup=0.2", "--config.data.cutmix=1.0"],
+        [
+            "--config.model.bn_group_size=2",
+            "--config.model.dropout=0.3",
+            "--config.data.erase=0.3",
+            "--config.data.mixup=0.2",
+            "--config.data.cutmix=1.0",
+        ],  # fmt: skip
     ],
 )
 def test_one_and_eight_devices(tiny_npz: Path, tmp_path: Path, more: list[str]) -> None:

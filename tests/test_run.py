@@ -81,7 +81,8 @@ def test_what_the_command_prints(tiny_npz: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[:6]] == ["model", "data", "devices", "batch", "steps", "workdir"]
+    heads = ["model", "data", "input", "devices", "batch", "steps", "workdir"]
+    assert [line.split()[0] for line in lines[:7]] == heads
     assert "100 train, 37 test, 4 classes, 12×12×1" in lines[1]
     assert sum(line.split()[:2] == ["step", "epoch"] for line in lines) == 1  # one table head
     assert lines[-1].startswith("done: step 20, test accuracy ")
@@ -107,7 +108,7 @@ def test_learns_the_tiny_task(tiny_config: ConfigDict, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "rate"), [("adam", 1e-2), ("adamw", 1e-2), ("rmsprop", 3e-3), ("adagrad", 3e-2)])
 def test_every_optimizer_learns_the_tiny_task(tiny_config: ConfigDict, tmp_path: Path, name: str, rate: float) -> None:
-    tiny_config.train.steps = 200
+    tiny_config.train.steps = 120
     tiny_config.optimizer.update({"name": name, "learning_rate": rate, "beta2": 0.99})
     assert train(tiny_config, tmp_path)["splits"]["test"]["accuracy_top1"] > 0.8
 
@@ -168,18 +169,12 @@ def test_python_api() -> None:
 
 @pytest.mark.slow
 def test_digits_reach_the_stated_accuracy(tmp_path: Path) -> None:
-    """Mean of seeds 0, 1, 2 at least 357 of 360, none under 355: the bar of a small network in torch, and of an SVM."""
-    right = []
-    for seed in range(3):
-        done = run_main("--config=resnet20_digits", f"--config.seed={seed}", f"--workdir={tmp_path / str(seed)}",
-                        timeout=600)  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        test = json.loads((tmp_path / str(seed) / "result.json").read_text())["splits"]["test"]
-        assert test["examples"] == 360
-        right.append(test["correct_top1"])
-    print("right of 360:", right)
-    assert min(right) >= 355
-    assert np.mean(right) >= 357
+    """At least 356 of 360, two under what a support vector machine gets; benchmarks/digits.py has three seeds."""
+    done = run_main("--config=resnet20_digits", f"--workdir={tmp_path}", timeout=600)
+    assert done.returncode == 0, done.stderr
+    test = json.loads((tmp_path / "result.json").read_text())["splits"]["test"]
+    assert test["examples"] == 360
+    assert test["correct_top1"] >= 356
 
 
 def test_evaluating_leaves_a_save_in_progress_alone(tiny_config: ConfigDict, tmp_path: Path) -> None:
