@@ -40,7 +40,7 @@ def column(rows: list[dict], kind: str, name: str) -> list[float]:
             "--config.data.erase=0.3",
             "--config.data.mixup=0.2",
             "--config.data.cutmix=1.0",
-        ],  # fmt: skip
+        ],
     ],
 )
 def test_one_and_eight_devices(tiny_npz: Path, tmp_path: Path, more: list[str]) -> None:
