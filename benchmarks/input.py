@@ -116,7 +116,10 @@ class Row(NamedTuple):
 ROWS = {
     "decoder": Row("simplejpeg alone, whole images", lambda at, b, n: decoder(at / "files", b, n)),
     "decoder_regions": Row("our decoder alone, rectangles", lambda at, b, n: decoder(at / "files", b, n, True)),
-    "files": Row("ours, threads", lambda at, b, n: ours(f"folder:{at}/files", b, n)),
+    "files": Row("ours, threads, the decoder at hand", lambda at, b, n: ours(f"folder:{at}/files", b, n)),
+    "files_simplejpeg": Row(
+        "ours, simplejpeg", lambda at, b, n: ours(f"folder:{at}/files", b, n, decoder="simplejpeg")
+    ),
     "files_workers": Row("ours, worker processes", lambda at, b, n: ours(f"folder:{at}/files", b, 1, workers=n)),
     "records": Row("ours, prepared", lambda at, b, n: ours(f"prepared:{at}/records", b, n)),
     "files_flax": Row("tf.data as in Flax's example", lambda at, b, n: tf_data(at / "files", b, n)),
@@ -134,7 +137,9 @@ ROWS = {
 }
 RATIOS = (
     ("files", "decoder"),
+    ("files_simplejpeg", "decoder"),
     ("files", "decoder_regions"),
+    ("files_simplejpeg", "files_flax"),
     ("files", "files_flax"),
     ("resized", "files_flax"),
     ("resized", "resized_flax"),
