@@ -30,10 +30,18 @@ SAMPLING = ("bilinear", "bicubic")
 PARAMETER_KINDS = ("kernel", "norm", "bias")
 DURATIONS = ("train", "schedule.warmup", "eval.every", "checkpoint.every")
 
-READING = ("data.decoder", "data.threads", "data.workers", "data.max_broken")
-
-# What may differ when a run goes on in its workdir: nothing here changes what is computed.
-MAY_CHANGE = ("stop_after_steps", "log_every", "eval", "checkpoint", "data.data_dir", *READING)
+# What may differ when a run goes on in its workdir: nothing here changes what is computed from whole files.
+MAY_CHANGE = (
+    "stop_after_steps",
+    "log_every",
+    "eval",
+    "checkpoint",
+    "data.data_dir",
+    "data.decoder",
+    "data.threads",
+    "data.workers",
+    "data.max_broken",
+)
 
 
 def duration(epochs: float | None = None, steps: int | None = None, examples: int | None = None) -> ConfigDict:

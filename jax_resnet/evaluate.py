@@ -4,9 +4,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
 from contextlib import closing
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +12,7 @@ from ml_collections import ConfigDict
 
 from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.config import to_json
+from jax_resnet.data.batches import Report
 from jax_resnet.data.loader import eval_batches
 from jax_resnet.errors import UserError
 from jax_resnet.job import Job
@@ -22,7 +21,6 @@ from jax_resnet.pretrained import placed
 from jax_resnet.state import TrainState
 from jax_resnet.workdir import check_same_config, has_checkpoints, local_path, read_config, write_json
 
-Report = Callable[[str, str, str], None]  # takes split, name and reason of an image that cannot be decoded
 IN_FLIGHT = 4  # steps the host may run ahead: enough to hide it, few enough that their batches fit on the device
 
 
@@ -44,14 +42,19 @@ def evaluate(job: Job, state: TrainState, report: Report = to_stderr) -> dict[st
         job.config.data,
         batch_size=job.eval_batch_size,
         sharding=job.sharding,
-        report=partial(report, split.name),
+        report=report,
     )
     with closing(batches):
         for batch in batches:
             sums.append(job.eval_step(state.params, state.batch_stats, batch))
             jax.block_until_ready(sums[-IN_FLIGHT:][0])
     totals = total(sums)
-    undecodable = totals.pop("undecodable")
+    undecodable, most = totals.pop("undecodable"), job.config.data.max_broken
+    if undecodable > most * len(split):
+        raise UserError(
+            f"{split.name} split: {undecodable} of {len(split):,} images cannot be decoded, more than "
+            f"config.data.max_broken={most:g} allows; repair or remove them, they are named above"
+        )
     if not math.isfinite(totals["loss"]):
         raise UserError(
             f"the loss over the {split.name} split is {totals['loss']}; the network has diverged: lower "

@@ -169,7 +169,7 @@ class Job:
             "model": f"{c.model.name}, {_short(parameters)} parameters, {_short(2 * macs)}FLOPs an image",
             "data": f"{data.name}: {len(data.train):,} {data.train.name}, {len(data.eval):,} {data.eval.name}, "
             f"{data.num_classes} classes, {height}×{width}×{channels}",
-            "input": Readers.of(c.data).describe(data.train),
+            "input": f"{data.train.source}, {Readers.of(c.data, data.train)}",
             "devices": f"{count} × {device.device_kind}, activations {c.dtype}",
             "batch": f"{batch} ({per_device} per device), batch norm over "
             + (f"groups of {group}" if group else "all of it"),

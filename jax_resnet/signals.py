@@ -11,6 +11,9 @@ from typing import Any
 COMPILER = "compiler"  # the name of a thread that compiles what is not needed yet
 
 
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class Signals:
     """Notes the first SIGINT, SIGTERM or SIGHUP, so that the loop can save and leave; a second one acts at once."""
 
@@ -20,7 +23,7 @@ class Signals:
     def __enter__(self) -> "Signals":
         self._previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for signum in HANDLED:
                 if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup wants it
                     self._previous[signum] = signal.signal(signum, self._note)
         return self
@@ -36,10 +39,8 @@ class Signals:
         os.write(2, b"\nstopping: the step at hand ends, then its state is saved; once more to leave at once\n")
 
 
-def follow_parent() -> None:
-    """Has this process end when the one that began it does, even if that is killed; signals are for that one."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)
+def follow_parent(*_: int) -> None:
+    """Has this process end when the one that began it does, even if that is killed."""
     parent: Any = multiprocessing.parent_process()
 
     def follow() -> None:

@@ -79,6 +79,7 @@ class Telemetry:
             return
         rows = [r for r in read_metrics(workdir) if r["step"] <= start_step] if start_step else []
         self._before = rows[-1]["seconds"] if rows else 0.0
+        self._broken = {(r["split"], r["name"]) for r in rows if r["kind"] == "broken"}
         part = workdir / "metrics.jsonl.part"
         part.write_text("".join(json.dumps(r) + "\n" for r in rows))
         os.replace(part, workdir / "metrics.jsonl")
@@ -175,12 +176,14 @@ class Telemetry:
             return
         self._broken.add((split, name))
         text = f"{split} split: {name}: {reason}"
-        if not self.active:
-            print(f"process {jax.process_index()}: {text}", file=sys.stderr)
-        elif len(self._broken) <= LINES:
+        if len(self._broken) == LINES + 1:
+            text = f"further images that cannot be decoded are named in {self._workdir / 'metrics.jsonl'} only"
+        if len(self._broken) > LINES + 1:
+            pass
+        elif self.active:
             self.say(text)
-        elif len(self._broken) == LINES + 1:
-            self.say(f"further images that cannot be decoded are named in {self._workdir / 'metrics.jsonl'} only")
+        else:
+            print(f"process {jax.process_index()}: {text}", file=sys.stderr)
         self._record("broken", self._step, split=split, name=name, reason=reason)
 
     def result(self, step: int, splits: dict[str, Any], config: dict[str, Any]) -> None:

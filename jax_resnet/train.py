@@ -3,7 +3,6 @@
 import os
 import time
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ def _batches(job: Job, start: int, telemetry: Telemetry) -> Feed:
         seed=config.seed,
         phases=job.plan.phases,
         sharding=job.sharding,
-        report=partial(telemetry.broken, split.name),
+        report=telemetry.broken,
     )
 
 
@@ -88,12 +87,15 @@ def _run(
         check_finite(bool(jax.device_get(job.all_finite(state))), "the state", step)
         checkpoints.save(step, state, to_json(config), metrics)
 
+    def rescue(step: int) -> None:  # from files at fault: mended, the run goes on from here
+        if step > start and jax.process_count() == 1:  # saving takes all processes
+            save(step, None)
+
     for step in range(start + 1, job.last_step + 1):
         try:
             batch = next(batches)
-        except UserError:  # files at fault: mended, the run goes on from here
-            if step - 1 > start and jax.process_count() == 1:  # saving takes all of them
-                save(step - 1, None)
+        except UserError:
+            rescue(step - 1)
             raise
         state, sums = train_step(state, batch)
         window.add(sums)
@@ -107,7 +109,7 @@ def _run(
             try:
                 metrics = evaluate(job, state, telemetry.broken) if plan.evaluates(step) else None
             except UserError:
-                save(step, None)
+                rescue(step)
                 raise
             if metrics:
                 telemetry.evaluation(step, split, metrics)

@@ -35,7 +35,7 @@ def main(folder: str, out: str, threads: int, workers: int, process: int = 0, co
     batches = train_batches(split, c, start=done, stop=steps, seed=SEED,
                             phases=(Phase(0, steps, None, BATCH, 0),),
                             sharding=batch_sharding(data_mesh()),
-                            report=lambda *of: print(*of, flush=True))  # fmt: skip
+                            report=lambda _, *of: print(*of, flush=True))  # fmt: skip
     with Path(out).open("a", buffering=1) as file:
         for batch in batches:
             rows = {}

@@ -48,12 +48,7 @@ def numbered(count: int) -> ArraySplit:
     """2×2 images; the pixels of each, and its label, are its number."""
     numbers = np.arange(count)
     images = np.broadcast_to(numbers[:, None, None, None], (count, 2, 2, 1)).astype(np.uint8)
-    return ArraySplit(
-        "numbered",
-        images,
-        numbers.astype(np.int32),
-        Pixels.of(reading(channels=1, crop="none"), None),
-    )
+    return ArraySplit("numbered", Pixels.of(reading(channels=1, crop="none"), None), images, numbers.astype(np.int32))
 
 
 def reading(**changes: Any) -> ConfigDict:
@@ -69,7 +64,7 @@ def evaluated(split: Split, sharding: NamedSharding, batch_size: int, threads: i
     return as_numpy(eval_batches(split, c, batch_size=batch_size, sharding=sharding, report=no_report))
 
 
-def no_report(name: str, reason: str) -> None:
+def no_report(split: str, name: str, reason: str) -> None:
     raise AssertionError(f"{name} was reported as broken: {reason}")
 
 
@@ -246,7 +241,7 @@ def test_a_user_error_in_a_reading_thread_arrives_as_it_is(
     sharding: NamedSharding, batches: Callable[..., Any], threads: int
 ):
     good = numbered(10)
-    split = Faulty(good.name, good.images, good.labels, good.pixels)
+    split = Faulty(good.name, good.pixels, good.images, good.labels)
     with pytest.raises(UserError) as e:
         list(batches(split, reading(threads=threads), sharding=sharding, report=no_report))
     assert str(e.value) == "numbered split: record 7: broken"

@@ -547,13 +547,8 @@ def test_label_out_of_range_is_named_when_it_is_read():
     png = cv2.imencode(".png", np.zeros((4, 4, 3), np.uint8))[1].tobytes()
     for label in (-1, 3):
         records = [(png, 0, "record 0"), (png, label, "record 1")]
-        split = EncodedSplit(
-            "train",
-            2,
-            lambda i, r=records: [r[j] for j in i],
-            3,
-            Pixels.of(data_config(""), 4),
-        )
+        pixels = Pixels.of(data_config(""), 4)
+        split = EncodedSplit("train", pixels, 2, lambda i, r=records: [r[j] for j in i], 3)
         expected = f"train split: record 1 has label {label}; labels must lie in 0 … 2"
         assert read_refusal(split) == expected
 

@@ -1,7 +1,6 @@
 """What a batch holds, on the host: a function of (seed, step), whichever thread, process or machine reads it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,20 +11,25 @@ from jax_resnet.errors import UserError
 
 Broken = list[tuple[str, str]]  # name and reason of each image that could not be decoded
 Batch = dict[str, Any]  # arrays [rows, …], and "broken"
-Report = Callable[[str, str], None]  # takes the two
+Report = Callable[[str, str, str], None]  # takes split, name and reason of an image that cannot be decoded
 SUBSTITUTES = 100  # tried for one broken image
+MANY = 20  # broken images
 
 
 def train_batch(split: Split, step: int, *, seed: int, phase: Phase, rows: np.ndarray, repeats: int = 1) -> Batch:
     """Rows `rows` of the global batch of `step`, which is in `phase`: image uint8 [rows, H, W, C], label int32 [rows].
 
-    The randomness of host crops is keyed by (seed, epoch, record), so no other rows or threads change it. A record that
-    cannot be decoded gives its place, and its randomness, to another, which follows from the same key.
+    What is random about pixels is keyed by (seed, epoch, record), so no other rows or threads change it. A record that
+    cannot be decoded gives its place, and its randomness, to another, which follows from the same key; "broken" has its
+    name and the reason, and those of others that were tried.
+    Raises UserError as `Split.read`, or when none can be decoded.
     """
     indices, epochs = train_indices(seed, phase.examples(step), phase.batch_size, len(split), repeats)
     indices, epochs = indices[rows], epochs[rows]
     keys = zip(epochs.tolist(), indices.tolist(), strict=True)
-    read = split.read(indices, [generator(seed, *key) for key in keys] if split.random else None, phase.image_size)
+    read = split.read(
+        indices, [generator(seed, *key) for key in keys] if split.pixels.random else None, phase.image_size
+    )
     broken = list(read.broken.values())
     for row in read.broken:
         epoch, record = int(epochs[row]), int(indices[row])
@@ -42,7 +46,10 @@ def train_batch(split: Split, step: int, *, seed: int, phase: Phase, rows: np.nd
 
 
 def generator(seed: int, epoch: int, record: int) -> np.random.Generator:
-    """What is random about a record's pixels in an epoch."""
+    """What is random about a record's pixels in an epoch; seed and epoch below 2³².
+
+    Of the key's second number bit 62 marks what takes a broken record's place; the order of an epoch has bit 63.
+    """
     return np.random.Generator(np.random.Philox(key=np.array([seed << 32 | epoch, record], np.uint64)))
 
 
@@ -50,45 +57,47 @@ def eval_batch(split: Split, number: int, *, batch_size: int, rows: np.ndarray) 
     """Those rows of the batch of that number, in the split's order: image and label as in training, and mask.
 
     mask, bool [len(rows)], is False where there is no example any more, or one that cannot be decoded; undecodable,
-    bool too, tells which.
+    bool too, tells which. Raises UserError as `Split.read`.
     """
     position = number * batch_size + rows
-    there = position < len(split)
-    read = split.read(np.minimum(position, len(split) - 1), None)
-    undecodable = there & np.isin(np.arange(len(rows)), list(read.broken))
-    return {
-        "image": read.images,
-        "label": read.labels,
-        "mask": there & ~undecodable,
-        "undecodable": undecodable,
-        "broken": [read.broken[row] for row in np.flatnonzero(undecodable).tolist()],
-    }
+    read = split.read(position[position < len(split)], None)
+    undecodable = np.isin(np.arange(len(rows)), list(read.broken))
+    batch = {"image": read.images, "label": read.labels, "mask": np.ones(len(read.labels), bool)}
+    for name, found in batch.items():
+        batch[name] = np.zeros((len(rows), *found.shape[1:]), found.dtype)
+        batch[name][: len(found)] = found  # rows ascend: what is beyond the end is last
+    batch["mask"] &= ~undecodable
+    return batch | {"undecodable": undecodable, "broken": list(read.broken.values())}
 
 
-@dataclass
 class Ledger:
-    """The images of a split that could not be decoded: each is reported once; too many end the run."""
+    """The images of a split that could not be decoded: each is reported once. In training too many end the run."""
 
-    split: Split
-    share: float  # of the split, or of at least LEAST found among those read
-    report: Report
-    read: int = 0
-    failed: int = 0
-    names: dict[str, None] = field(default_factory=dict)
-
-    LEAST = 20
+    def __init__(self, split: Split, report: Report, max_broken: float | None = None):
+        self._split, self._report, self._share = split, report, max_broken
+        self._names: dict[str, None] = {}
+        self._read = self._failed = 0
 
     def add(self, broken: Broken, read: int) -> None:
-        """Takes what was broken among `read` more. Raises UserError, with the list, when it is too much."""
-        self.read += read + len(broken)  # for each that failed another was tried
-        self.failed += len(broken)
+        """Takes what was broken among `read` more of a batch.
+
+        Raises UserError when that is more than the share `max_broken` of the split; or, not to wait for an epoch's
+        end, of what was read so far, once MANY are found.
+        """
+        self._read += read + len(broken)  # for each that failed another was tried
+        self._failed += len(broken)
         for name, reason in broken:
-            if name not in self.names:
-                self.names[name] = None
-                self.report(name, reason)
-        count, seen = len(self.names), min(self.read, len(self.split))
-        if count > self.share * len(self.split) or (count >= self.LEAST and self.failed > self.share * self.read):
+            if name not in self._names:
+                self._names[name] = None
+                self._report(self._split.name, name, reason)
+        if self._share is None:
+            return
+        many = len(self._names) >= MANY and self._failed > self._share * self._read
+        if many or len(self._names) > self._share * len(self._split):
+            more = ", …" if len(self._names) > MANY else ""
             raise UserError(
-                f"{self.split.name} split: {count} images of {seen:,} read cannot be decoded, "
-                f"more than config.data.max_broken={self.share:g} allows; repair or remove: {', '.join(self.names)}"
+                f"{self._split.name} split: {len(self._names)} images of {min(self._read, len(self._split)):,} read "
+                f"cannot be decoded, more than config.data.max_broken={self._share:g} allows; repair or remove them: "
+                + ", ".join(list(self._names)[:MANY])
+                + more
             )

@@ -1,6 +1,7 @@
 """JPEG decoders: simplejpeg for whole images and, where libjpeg-turbo 3 is installed, that for a part of one.
 
-A decoder is known by its name, so that a worker process can be told which to use. Which it is changes no pixel.
+A decoder is known by its name, so that a worker process can be told which to use. Which it is changes no pixel of a
+file that is whole.
 """
 
 import ctypes

@@ -1,14 +1,16 @@
 """Batches read ahead of need by threads or worker processes, and put on the devices before they are asked for."""
 
 import gc
+import multiprocessing
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from multiprocessing import resource_tracker
 
 import grain
 import jax
@@ -20,9 +22,11 @@ from ml_collections import ConfigDict
 from jax_resnet.data.batches import Batch, Broken, Ledger, Report, eval_batch, train_batch
 from jax_resnet.data.order import Phase, phase_at
 from jax_resnet.data.split import ArraySplit, Split
+from jax_resnet.errors import UserError, first_line
 from jax_resnet.parallel import global_batch, local_rows
-from jax_resnet.signals import follow_parent
+from jax_resnet.signals import HANDLED, follow_parent
 
+PATIENCE = 10  # seconds, with batches that are being read when they are no longer wanted
 ON_DEVICE = 2  # batches there ahead of need
 THREADS = 8  # of one process at most: about there the share of the work that holds Python's lock fills it
 
@@ -35,43 +39,39 @@ class Readers:
     workers: int
 
     @classmethod
-    def of(cls, c: ConfigDict) -> "Readers":
-        """As `config.data` says; where it says nothing, one for each processor, in more than one process from 16 on."""
+    def of(cls, c: ConfigDict, split: Split) -> "Readers":
+        """As `config.data` says; where it says nothing, one for each processor, in more than one process from 16 on.
+
+        What is in memory is read in this process: it need not be in each.
+        """
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = c.workers if c.workers is not None else (cores // THREADS if cores >= 2 * THREADS else 0)
-        return cls(c.threads or min(cores // max(1, workers), THREADS), workers)
+        if isinstance(split, ArraySplit):
+            workers = 0
+        return cls(c.threads or min(max(1, cores // max(1, workers)), THREADS), workers)
 
-    def describe(self, split: Split) -> str:
-        """`turbojpeg (…), 8 threads in each of 4 processes`, for a heading."""
+    def __str__(self) -> str:
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        several = self.workers and not isinstance(split, ArraySplit)
-        return f"{split.source}, {threads}{f' in each of {self.workers} processes' if several else ''}"
+        return threads + (f" in each of {self.workers} processes" if self.workers else "")
 
     def read(self, numbers: range, batch: Callable[[int], Batch]) -> grain.IterDataset:
         """`batch` of each number, in order, ahead of need."""
         # One Grain element is a whole batch: per-image elements cost 10 to 100 times more on small images.
-        batches = grain.MapDataset.range(numbers.start, numbers.stop).map(partial(_call, batch))
+        batches = grain.MapDataset.range(numbers.start, numbers.stop).map(batch)
         reading = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=self.threads + 1)
         ahead = batches.to_iter_dataset(reading)
         if not self.workers:
             return ahead
         if not flags.FLAGS.is_parsed():  # as where no command line is: Grain reads its own
             flags.FLAGS.mark_as_parsed()
+        resource_tracker.ensure_running()  # or the first process started brings it, and unblocks what Feed blocks
         options = grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=1)
-        return ahead.mp_prefetch(options, worker_init_fn=_begin_worker).map(_unshared)
-
-
-def _call(batch: Callable[[int], Batch], number: Any) -> Batch:
-    return batch(int(number))
+        return ahead.mp_prefetch(options, worker_init_fn=follow_parent).map(_unshared)
 
 
 def _unshared(batch: Batch) -> Batch:
     # Shared memory goes when Grain's array does; JAX on the CPU may still be reading from it.
     return {name: np.array(value) if isinstance(value, np.ndarray) else value for name, value in batch.items()}
-
-
-def _begin_worker(*_: int) -> None:
-    follow_parent()
 
 
 class Feed:
@@ -88,17 +88,21 @@ class Feed:
         sharding: NamedSharding,
         ledger: Ledger,
     ):
-        if isinstance(ledger.split, ArraySplit):  # what is in memory need not be in each process's
-            readers = replace(readers, workers=0)
         self._batches, self._shares_memory = iter(readers.read(numbers, batch)), bool(readers.workers)
         self._sharding, self._ledger = sharding, ledger
         # Not Grain's own prefetching thread: it asks for states, for which readers in processes are begun twice.
-        self._thread = ThreadPoolExecutor(1, "feed")
+        # Processes inherit what is blocked here: Ctrl-C is not for them, not even while they start.
+        self._thread = ThreadPoolExecutor(1, "feed", signal.pthread_sigmask, (signal.SIG_BLOCK, HANDLED))
         self._coming: deque[Future[tuple[dict[str, jax.Array], Broken, int] | None]] = deque()
         self.waited = 0.0
 
     def _put(self) -> tuple[dict[str, jax.Array], Broken, int] | None:
-        if (batch := next(self._batches, None)) is None:
+        try:
+            batch = next(self._batches, None)
+        except RuntimeError as e:  # Grain's
+            why = f"{first_line(e)} Out of memory, or of /dev/shm? Give more, or --config.data.workers=0"
+            raise UserError(f"a process that reads images has ended: {why}") from None
+        if batch is None:
             return None
         broken = batch.pop("broken")
         return global_batch(self._sharding, batch), broken, len(batch["label"])
@@ -119,8 +123,13 @@ class Feed:
         return batch
 
     def close(self) -> None:
-        """Ends the threads and processes that read."""
-        self._thread.shutdown(cancel_futures=True)
+        """Ends the threads and processes that read, those that are stuck by force."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        if wait([coming for coming in self._coming if coming.running()], PATIENCE).not_done:
+            for process in multiprocessing.active_children():
+                process.kill()
+        self._thread.shutdown()
+        self._coming.clear()
         self._batches.close()
         if self._shares_memory:
             gc.collect()  # the last batches lie in cycles, of an exception and its frames; Python would say they leaked
@@ -149,7 +158,7 @@ def train_batches(
         phase = phase_at(phases, step)
         return train_batch(split, step, seed=seed, phase=phase, rows=rows[phase.batch_size], repeats=repeats)
 
-    return Feed(Readers.of(c), range(start, stop), batch, sharding, Ledger(split, c.max_broken, report))
+    return Feed(Readers.of(c, split), range(start, stop), batch, sharding, Ledger(split, report, c.max_broken))
 
 
 def eval_batches(split: Split, c: ConfigDict, *, batch_size: int, sharding: NamedSharding, report: Report) -> Feed:
@@ -157,4 +166,4 @@ def eval_batches(split: Split, c: ConfigDict, *, batch_size: int, sharding: Name
     rows = local_rows(sharding, batch_size)
     batch = partial(eval_batch, split, batch_size=batch_size, rows=rows)
     numbers = range(-(-len(split) // batch_size))
-    return Feed(Readers.of(c), numbers, batch, sharding, Ledger(split, c.max_broken, report))
+    return Feed(Readers.of(c, split), numbers, batch, sharding, Ledger(split, report))

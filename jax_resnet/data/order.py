@@ -34,7 +34,7 @@ def phase_at(phases: Sequence[Phase], step: int) -> Phase:
 
 @lru_cache(maxsize=4)  # a batch touches two epochs at most unless it is larger than one; threads read ahead by a few
 def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    key = np.array([seed, epoch | 1 << 63], np.uint64)  # the high bit: no record's key (loader.py) has it
+    key = np.array([seed, epoch | 1 << 63], np.uint64)  # the high bit: no record's key (batches.py) has it
     permutation = np.random.Generator(np.random.Philox(key=key)).permutation(num_examples)
     permutation.setflags(write=False)
     return permutation

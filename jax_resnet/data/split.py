@@ -3,10 +3,11 @@
 Images that all have one size and fit are kept in memory; others are decoded when they are read.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -28,55 +29,6 @@ class Rows(NamedTuple):
     images: np.ndarray  # uint8 [B, H, W, C]
     labels: np.ndarray  # int32 [B]
     broken: dict[int, tuple[str, str]]  # row → name and reason, of what could not be decoded; its image is black
-
-
-class Split(Protocol):
-    """One part of a dataset."""
-
-    @property
-    def name(self) -> str:
-        """What the dataset calls it."""
-        ...
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Height, width, channels."""
-        ...
-
-    @property
-    def random(self) -> bool:
-        """Whether `read` uses its generators: they are worth making only then."""
-        ...
-
-    @property
-    def source(self) -> str:
-        """Where pixels come from: memory, or which decoder."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def read(self, indices: np.ndarray, rngs: Rngs | None, size: int | None = None) -> Rows:
-        """Those records; `rngs`, one for each, crop and augment for training, None for evaluation.
-
-        The images get `size` pixels a side; None: as many as `image_shape` says.
-
-        Raises UserError naming a record that cannot be read, or whose label is out of range.
-        """
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A dataset's two splits and its classes."""
-
-    name: str
-    train: Split
-    eval: Split
-    class_names: tuple[str, ...]
-
-    @property
-    def num_classes(self) -> int:
-        """How many classes the labels tell apart."""
-        return len(self.class_names)
 
 
 @dataclass(frozen=True)
@@ -106,7 +58,7 @@ class Pixels:
 
     @property
     def random(self) -> bool:
-        """Whether training uses generators."""
+        """Whether training uses generators: they are worth making only then."""
         return self.random_area is not None or bool(self.augmentation)
 
     def leaves_alone(self, height: int, width: int, *, training: bool) -> bool:
@@ -143,24 +95,61 @@ class Pixels:
 
 
 @dataclass(frozen=True)
-class ArraySplit:
-    """Images of one size, in memory."""
+class Split(ABC):
+    """One part of a dataset."""
+
+    name: str  # what the dataset calls it
+    pixels: Pixels
+
+    @property
+    @abstractmethod
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width, channels of what `read` gives."""
+
+    @property
+    @abstractmethod
+    def source(self) -> str:
+        """Where pixels come from: memory, or which decoder."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, indices: np.ndarray, rngs: Rngs | None, size: int | None = None) -> Rows:
+        """Those records; `rngs`, one for each, crop and augment for training, None for evaluation.
+
+        The images get `size` pixels a side; None: as many as `image_shape` says.
+        Raises UserError naming a record that cannot be read, or whose label is out of range.
+        """
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset's two splits and its classes."""
 
     name: str
+    train: Split
+    eval: Split
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the labels tell apart."""
+        return len(self.class_names)
+
+
+@dataclass(frozen=True)
+class ArraySplit(Split):
+    """Images of one size, in memory."""
+
     images: np.ndarray  # uint8 [N, H, W, 1 or 3]
     labels: np.ndarray  # int32 [N]
-    pixels: Pixels
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width, channels of what `read` gives."""
         height, width = self.images.shape[1:3]
         return (self.pixels.size or height, self.pixels.size or width, self.pixels.channels)
-
-    @property
-    def random(self) -> bool:
-        """Whether `read` uses its generators."""
-        return self.pixels.random
 
     @property
     def source(self) -> str:
@@ -183,14 +172,12 @@ class ArraySplit:
 
 
 @dataclass(frozen=True)
-class EncodedSplit:
+class EncodedSplit(Split):
     """Encoded images of any size, decoded when read."""
 
-    name: str
-    size: int
+    length: int
     records: Records
     num_classes: int
-    pixels: Pixels
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -199,17 +186,12 @@ class EncodedSplit:
         return (side, side, self.pixels.channels)
 
     @property
-    def random(self) -> bool:
-        """Whether `read` uses its generators."""
-        return self.pixels.random
-
-    @property
     def source(self) -> str:
         """Where pixels come from."""
         return describe(self.pixels.decoder)
 
     def __len__(self) -> int:
-        return self.size
+        return self.length
 
     def read(self, indices: np.ndarray, rngs: Rngs | None, size: int | None = None) -> Rows:
         """See Split."""
@@ -253,17 +235,17 @@ def in_memory(
             raise UserError(
                 f"{source}: random-resized crops are square, the images {images.shape[1:3]}; set config.data.image_size"
             )
-    return ArraySplit(name, images, labels.astype(np.int32), Pixels.of(c, size))
+    return ArraySplit(name, Pixels.of(c, size), images, labels.astype(np.int32))
 
 
 def encoded(name: str, size: int, records: Records, num_classes: int, c: ConfigDict) -> EncodedSplit:
     """A split of encoded images. Raises UserError if the config has no size for them, or none can be read."""
     if c.image_size is None:
         raise UserError(
-            f"config.data.name={c.name}: its images differ in size; "
+            f"config.data.name={c.name}: its images differ in size, or are too many for memory; "
             "say which the network gets: --config.data.image_size=224"
         )
-    split = EncodedSplit(name, size, records, num_classes, Pixels.of(c, c.image_size))
+    split = EncodedSplit(name, Pixels.of(c, c.image_size), size, records, num_classes)
     if size:
         split.read(np.zeros(1, np.int64), None)  # what is wrong with all of it shows now, not after an epoch
     return split

@@ -18,7 +18,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from jax_resnet.data import images as image_ops
 from jax_resnet.data.split import EVAL_SPLITS, ArraySplit, Dataset, Records, Split, encoded, in_memory
-from jax_resnet.errors import UserError, did_you_mean
+from jax_resnet.errors import UserError, did_you_mean, first_line
 
 IN_MEMORY_BYTES = 2 << 30
 PREPARE = "pip install tensorflow apache-beam mlcroissant"  # what TFDS's own command line imports; the extra `prepare`
@@ -39,14 +39,15 @@ def open_tfds(name: str, c: ConfigDict) -> Dataset:
         except (ValueError, KeyError, AssertionError) as e:
             raise UserError(
                 f"config.data.name={name}: no split {split!r}; "
-                f"{did_you_mean(split, builder.info.splits)} ({str(e).splitlines()[0]})"
+                f"{did_you_mean(split, builder.info.splits)} ({first_line(e)})"
             ) from None
         except Exception as e:  # array_record's own errors have no common class
             raise UserError(
-                f"config.data.name={name}: its files in {builder.data_dir} cannot be read ({e}); "
+                f"config.data.name={name}: its files in {builder.data_dir} cannot be read ({first_line(e)}); "
                 "delete that folder and prepare it again"
             ) from None
-        records = partial(_records, builder, split, source, image_key, label_key)
+        files = [str(file) for file in builder.info.splits[split].filepaths]
+        records = partial(_records, files, split, source, image_key, label_key)
         shape = feature.shape
         fixed = all(shape) and len(source) * int(np.prod(shape[:2])) * c.channels <= IN_MEMORY_BYTES
         if fixed:
@@ -57,25 +58,27 @@ def open_tfds(name: str, c: ConfigDict) -> Dataset:
 
 
 def _records(
-    builder: Any, split: str, source: Any, image: str, label: str, indices: Sequence[int]
+    files: Sequence[str], split: str, source: Any, image: str, label: str, indices: Sequence[int]
 ) -> Iterator[tuple[bytes, int, str]]:
     try:
         for i in indices:  # one by one: array_record makes threads for a list, which cost more than they bring
             features = tf_example_pb2.Example.FromString(source[i]).features.feature
             yield features[image].bytes_list.value[0], features[label].int64_list.value[0], f"record {i}"
     except Exception as e:  # array_record's own, and protobuf's
-        where = _unreadable(builder, split)
-        raise UserError(f"{split} split: records of {where} cannot be read ({e}); prepare the dataset again") from None
+        where = _unreadable(files)
+        raise UserError(
+            f"{split} split: records of {where} cannot be read ({first_line(e)}); prepare the dataset again"
+        ) from None
 
 
-def _unreadable(builder: Any, split: str) -> Path:
-    """The split's first file that cannot be opened, else the dataset's folder."""
-    for file in builder.info.splits[split].filepaths:
+def _unreadable(files: Sequence[str]) -> str:
+    """The first file that cannot be opened, else the folder of all."""
+    for file in files:
         try:
-            ArrayRecordReader(str(file)).close()
+            ArrayRecordReader(file).close()
         except Exception:  # array_record's own, of no common class
-            return Path(file)
-    return Path(builder.data_dir)
+            return file
+    return str(Path(files[0]).parent)
 
 
 def tfds_builder(name: str, data_dir: str | None) -> Any:
@@ -156,7 +159,7 @@ def _prepared_builder(path: str) -> Any:
     try:
         return tfds.builder_from_directory(folder, file_format="array_record")
     except Exception as e:  # TFDS and protobuf each raise their own
-        why = str(e).splitlines()[0]
+        why = first_line(e)
         raise UserError(f"config.data.name=prepared:{path}: no TFDS dataset in array_record ({why})") from None
 
 
@@ -171,7 +174,7 @@ def _tfds_builder(name: str, data_dir: str | None) -> Any:
     except ImportError as e:
         raise UserError(f"config.data.name={name}: preparing it needs more ({e}): {build}") from None
     except (ValueError, OSError, AssertionError) as e:
-        raise UserError(f"config.data.name={name}: {str(e).splitlines()[0]}") from None
+        raise UserError(f"config.data.name={name}: {first_line(e)}") from None
     if not builder.info.splits:
         raise UserError(f"config.data.name={name}: not prepared in {builder.data_dir}; to prepare it: {build}")
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
