@@ -53,7 +53,7 @@ def test_time_of_children_counts_and_all_of_them_stand_still_between_readings(tm
     finally:
         process.kill()
     assert made.stat().st_size > before
-    assert np.median(process.rates("cpu_s")) == pytest.approx(10 / 0.02, rel=0.25)
+    assert np.median(process.rates("cpu_s")) == pytest.approx(10 / 0.02, rel=0.5)
 
 
 def test_a_process_says_what_it_lacks_and_a_fault_is_shown(tmp_path):

@@ -11,6 +11,7 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -391,7 +392,8 @@ p.run(p.main)
 def begin_and_signal(folder: Path, to: Path, number: int, after: int) -> subprocess.Popen[str]:
     """The command in a process of its own, with files of 8 images, sent a signal once so many of them are there."""
     args = [sys.executable, "-c", SMALL_FILES, str(folder), str(to), "--resize=20", "--workers=2"]
-    process = subprocess.Popen(args, env=ENV, stderr=subprocess.PIPE, text=True)
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in the background a shell has it ignored
+    process = subprocess.Popen(args, env=ENV, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
     while len(files(to)) < after and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(number)
