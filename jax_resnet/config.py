@@ -229,35 +229,7 @@ def validate(c: ConfigDict) -> None:
         raise UserError(f"config.data.workers={c.data.workers}: must not be negative")
     if c.seed < 0 or c.seed >= 2**32:
         raise UserError(f"config.seed={c.seed}: must be at least 0 and less than 2**32")
-    if c.data.channels not in (1, 3):
-        raise UserError(f"config.data.channels={c.data.channels}: must be 1 or 3")
-    for key in ("mean", "std"):
-        if len(c.data[key]) != c.data.channels:
-            raise UserError(f"config.data.{key}={c.data[key]}: needs {c.data.channels} numbers, one for each channel")
-    if min(c.data.std) <= 0:
-        raise UserError(f"config.data.std={c.data.std}: must be more than 0")
-    if not 0 < c.data.eval_crop <= 1:
-        raise UserError(f"config.data.eval_crop={c.data.eval_crop}: must be more than 0 and at most 1")
-    for key in ("crop_area", "crop_ratio"):
-        pair = c.data[key]
-        if len(pair) != 2 or not 0 < pair[0] <= pair[1] or (key == "crop_area" and pair[1] > 1):
-            raise UserError(
-                f"config.data.{key}={pair}: must be two rising numbers more than 0"
-                + (", at most 1" if key == "crop_area" else "")
-            )
-    operations = c.data.randaugment
-    if len(operations) != 2 or any(type(v) is not int or v < 0 for v in operations) or operations[1] > 30:
-        raise UserError(
-            f"config.data.randaugment={operations}: must be two whole numbers, operations and magnitude (0 … 30)"
-        )
-    if operations[0] and c.data.trivial_augment:
-        raise UserError("config.data.randaugment and trivial_augment: choose one of them")
-    jitter = c.data.color_jitter
-    if len(jitter) != 4 or min(jitter) < 0 or jitter[3] > 0.5:
-        raise UserError(
-            f"config.data.color_jitter={jitter}: must be four numbers, not negative: brightness, contrast, saturation "
-            "and hue, this at most 0.5"
-        )
+    _check_data(c.data)
     batch_key = "config.progressive: batch_size" if c.progressive else "config.batch_size"
     for _, _, batch_size in phase_rows(c):
         if (c.data.mixup or c.data.cutmix) and batch_size % 2:
@@ -278,6 +250,38 @@ def validate(c: ConfigDict) -> None:
     for what in DURATIONS:
         if not in_steps(_get(c, what), what, batch_size=1, num_examples=1) and what != "schedule.warmup":
             raise UserError(f"config.{what} is 0: must be more")
+
+
+def _check_data(c: ConfigDict) -> None:
+    if c.channels not in (1, 3):
+        raise UserError(f"config.data.channels={c.channels}: must be 1 or 3")
+    for key in ("mean", "std"):
+        if len(c[key]) != c.channels:
+            raise UserError(f"config.data.{key}={c[key]}: needs {c.channels} numbers, one for each channel")
+    if min(c.std) <= 0:
+        raise UserError(f"config.data.std={c.std}: must be more than 0")
+    if not 0 < c.eval_crop <= 1:
+        raise UserError(f"config.data.eval_crop={c.eval_crop}: must be more than 0 and at most 1")
+    for key in ("crop_area", "crop_ratio"):
+        pair = c[key]
+        if len(pair) != 2 or not 0 < pair[0] <= pair[1] or (key == "crop_area" and pair[1] > 1):
+            raise UserError(
+                f"config.data.{key}={pair}: must be two rising numbers more than 0"
+                + (", at most 1" if key == "crop_area" else "")
+            )
+    operations = c.randaugment
+    if len(operations) != 2 or any(type(v) is not int or v < 0 for v in operations) or operations[1] > 30:
+        raise UserError(
+            f"config.data.randaugment={operations}: must be two whole numbers, operations and magnitude (0 … 30)"
+        )
+    if operations[0] and c.trivial_augment:
+        raise UserError("config.data.randaugment and trivial_augment: choose one of them")
+    jitter = c.color_jitter
+    if len(jitter) != 4 or min(jitter) < 0 or jitter[3] > 0.5:
+        raise UserError(
+            f"config.data.color_jitter={jitter}: must be four numbers, not negative: brightness, contrast, saturation "
+            "and hue, this at most 0.5"
+        )
 
 
 def phase_rows(c: ConfigDict) -> list[tuple[float, int | None, int]]:
