@@ -36,5 +36,5 @@ def get_config(network: str = "resnet50") -> ConfigDict:
     c.optimizer.reference_batch = 64
     c.optimizer.layer_decay = 0.9
     c.schedule.warmup = duration(epochs=1)
-    c.label_smoothing = 0.1
+    c.loss.label_smoothing = 0.1
     return c

@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     c.optimizer.reference_batch = 64
     c.optimizer.weight_decay = 5e-4
     c.schedule.warmup = duration(epochs=2)
-    c.label_smoothing = 0.1
+    c.loss.label_smoothing = 0.1
 
     c.eval.every = duration(epochs=5)
     c.checkpoint.every = duration(epochs=5)

@@ -23,7 +23,7 @@ def get_config(depth: str = "50") -> ConfigDict:
     c = default()
     c.batch_size = 1024
     c.train = duration(epochs=90)
-    c.label_smoothing = 0.1
+    c.loss.label_smoothing = 0.1
 
     c.model.name = f"resnet{depth}"
     model_spec(c.model.name)  # an impossible depth is an error here already

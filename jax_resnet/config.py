@@ -9,7 +9,7 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,73 @@ from ml_collections.config_dict import placeholder
 from jax_resnet.errors import UserError, choose, did_you_mean
 
 UNITS = ("epochs", "steps", "examples")
-DTYPES = ("auto", "float32", "bfloat16")
-OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "adagrad")
-SCHEDULES = ("constant", "cosine", "linear", "polynomial", "exponential", "step")
-CROPS = ("random_resized", "pad", "none")
-INTERPOLATIONS = ("nearest", "bilinear")
-SAMPLING = ("bilinear", "bicubic")
+LOSSES = ("cross_entropy", "bce")
+OPTIMIZERS = (
+    *("sgd", "rmsprop", "rmsprop_tf", "adagrad", "adam", "adamw", "lamb", "lars", "lion", "adafactor"),
+    "muon",
+)
+SCHEDULES = (
+    *("constant", "cosine", "linear", "polynomial", "exponential", "step", "piecewise", "one_cycle"),
+    "inverse_sqrt",
+)
 PARAMETER_KINDS = ("kernel", "norm", "bias")
-DURATIONS = ("train", "schedule.warmup", "eval.every", "checkpoint.every")
+DURATIONS = ("train", "schedule.warmup", "schedule.cooldown", "ema.warmup", "eval.every", "checkpoint.every")
+MAY_BE_0 = ("schedule.warmup", "schedule.cooldown", "ema.warmup")
+
+# What a value must be, in words and as a test, and the keys that it holds for. None is left to others.
+RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "at least 1",
+        lambda v: v >= 1,
+        "batch_size accumulate log_every checkpoint.keep data.threads eval.batch_size stop_after_steps "
+        "model.num_classes model.bn_group_size data.image_size data.repeats optimizer.sam_every ema.every "
+        "optimizer.newton_schulz_steps",
+    ),
+    (
+        "more than 0",
+        lambda v: 0 < v < math.inf,
+        "stretch optimizer.learning_rate optimizer.rest.learning_rate optimizer.trust_coefficient model.bn_epsilon "
+        "distill.temperature schedule.power",
+    ),
+    (
+        "a number, not negative",
+        lambda v: 0 <= v < math.inf,
+        "optimizer.epsilon optimizer.weight_decay optimizer.l1 optimizer.reference_batch optimizer.clip_norm "
+        "optimizer.clip_value optimizer.clip_adaptive optimizer.sam_rho data.pad data.mixup data.cutmix data.pca_noise "
+        "data.workers model.head_std",
+    ),
+    (
+        "at least 0 and less than 1",
+        lambda v: 0 <= v < 1,
+        "loss.label_smoothing loss.bce_threshold model.dropout model.drop_path model.drop_block model.bn_momentum "
+        "optimizer.momentum optimizer.rest.momentum optimizer.beta1 optimizer.beta2 data.holdout data.colout ema.decay",
+    ),
+    (
+        "at least 0 and at most 1",
+        lambda v: 0 <= v <= 1,
+        "schedule.warmup_from schedule.final schedule.factor data.erase data.max_broken data.mix_until distill.alpha",
+    ),
+    ("more than 0 and at most 1", lambda v: 0 < v <= 1, "optimizer.layer_decay data.eval_crop"),
+    ("at least 0 and less than 2**32", lambda v: 0 <= v < 2**32, "seed"),
+    (
+        "numbers",
+        lambda v: all(isinstance(x, int | float) and math.isfinite(x) for x in v),
+        "data.mean data.std data.crop_area data.crop_ratio data.crop_resize data.color_jitter data.randaugment_timm "
+        "schedule.boundaries",
+    ),
+)
+CHOICES = {
+    "dtype": ("auto", "float32", "bfloat16"),
+    "loss.name": LOSSES,
+    "optimizer.name": OPTIMIZERS,
+    "optimizer.rest.name": ("adam", "sgd"),
+    "optimizer.batch_scaling": ("linear", "sqrt"),
+    "schedule.name": SCHEDULES,
+    "data.crop": ("random_resized", "scaled", "stretched", "pad", "none"),
+    "data.pad_mode": ("zeros", "reflect"),
+    "data.interpolation": ("bilinear", "bicubic"),
+    "data.augment_interpolation": ("nearest", "bilinear"),
+}
 
 # What may differ when a run goes on in its workdir: nothing here changes what is computed from whole files.
 MAY_CHANGE = (
@@ -56,14 +115,15 @@ def default() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # seeds the parameters, the order of the data and every augmentation
     c.batch_size = 256  # examples in one update, over all devices
+    c.accumulate = 1  # parts in which a batch is computed, one after another, to save memory: the update is the same
     c.train = duration(epochs=90)  # the whole schedule
+    c.stretch = 1.0  # the recipe made so many times as long: train, warmups and cooldown; all else is in shares of it
     c.progressive = ()  # of training images: ((0, 128), (0.5, 224)) begins with 128 pixels a side, halfway come 224;
     # a row may name a batch size too, (0, 128, 1024), in place of batch_size. Evaluation is at data.image_size
     c.stop_after_steps = placeholder(int)  # leave at this step with a checkpoint; the schedule stays what it was
     c.init_from = placeholder(str)  # weights to begin with: a file of safetensors or torch, a workdir, hf://ORG/NAME
     c.freeze = ()  # parts that keep their weights and statistics: stem, stage1, …, norm, head
     c.dtype = "auto"  # of activations: bfloat16 on TPU and GPU, float32 on CPU. The rest is always float32
-    c.label_smoothing = 0.0
     c.log_every = 50  # steps
 
     c.model = ConfigDict()
@@ -72,11 +132,21 @@ def default() -> ConfigDict:
     c.model.depths = placeholder(tuple)  # blocks of each stage
     c.model.widths = placeholder(tuple)  # channels of the 3×3 convolutions of each stage
     c.model.stem = placeholder(str)  # imagenet (7×7 stride 2), cifar (3×3), deep or tiered (three 3×3)
+    c.model.stem_width = placeholder(int)  # channels that the stem gives
+    c.model.stem_pool = placeholder(str)  # max, zero_max (a border of zeros), blur_max (then blurred) or conv
     c.model.shortcut = placeholder(str)  # A (subsample, pad channels), B (projection) or D (average pool, projection)
+    c.model.attention = placeholder(str)  # se or eca
+    c.model.antialias = placeholder(str)  # avg or blur, in place of strides; blur_conv, before convolutions with one
+    c.model.norm = placeholder(str)  # batch, group, evonorm or frn
+    c.model.standardise = placeholder(bool)  # the kernels of convolutions (weight standardisation)
     c.model.pool = placeholder(str)  # avg or max, over the last feature map
     c.model.dropout = 0.0  # before the head
     c.model.drop_path = 0.0  # share of the last block's residuals left out in training; earlier blocks' grows up to it
+    c.model.drop_block = 0.0  # share of the residuals of the last two stages left out in squares
     c.model.zero_init_last = placeholder(bool)  # start each block as the identity: scale 0 in its last norm
+    c.model.init = placeholder(str)  # fan_out or fan_in, of the convolutions' kernels
+    c.model.head_std = placeholder(float)  # of the head's kernel at the start; 0: zeros
+    c.model.head_prior = placeholder(bool)  # start the head's biases at −log(classes), for binary cross-entropy
     c.model.bn_group_size = placeholder(int)  # consecutive examples that share statistics; None: the whole batch
     c.model.bn_momentum = 0.9  # share of the old value a running statistic keeps each step
     c.model.bn_epsilon = 1e-5
@@ -91,52 +161,101 @@ def default() -> ConfigDict:
     c.data.channels = 3  # 1 or 3; grey images are repeated, coloured ones weighted (ITU-R 601)
     c.data.mean = (0.485, 0.456, 0.406)  # per channel, of pixels in [0, 1]
     c.data.std = (0.229, 0.224, 0.225)
-    c.data.crop = "random_resized"  # of training images; or pad (shift by up to `pad`, zeros beyond), or none
+    c.data.crop = "random_resized"  # of training images; or scaled (short side to a size in crop_resize, a square of
+    # that), stretched (both sides to it, a square), pad (shifted by up to `pad`), none
     c.data.crop_area = (0.08, 1.0)  # share of the image a random-resized crop covers
     c.data.crop_ratio = (3 / 4, 4 / 3)  # its width over its height
+    c.data.crop_resize = (256, 480)  # pixels, at least image_size: of scaled and stretched
     c.data.interpolation = "bilinear"  # of every resize; or bicubic
     c.data.antialias = False  # as Pillow and PyTorch's loaders: every pixel counts, at ten times the cost of resizing
     c.data.pad = 4  # pixels
+    c.data.pad_mode = "zeros"  # what lies beyond the border; or reflect
     c.data.flip = True  # left-right, every other training image
+    c.data.flip_alternate = False  # each image in every other epoch rather than at random
     c.data.randaugment = (0, 9)  # operations on each image, their magnitude (0 … 30 as in torchvision); (0, …): none
+    c.data.randaugment_timm = (0, 9.0, 0.5, 0.5)  # timm's: operations, magnitude (0 … 10), its deviation, and with what
+    # probability each is done: rand-m9-mstd0.5-inc1 is (2, 9.0, 0.5, 0.5)
     c.data.trivial_augment = False  # one operation of any magnitude: torchvision's TrivialAugmentWide
-    c.data.augment_interpolation = "nearest"  # of what these two shear and rotate; or bilinear
+    c.data.augment_interpolation = "nearest"  # of what these shear and rotate; or bilinear
     c.data.color_jitter = (0.0, 0.0, 0.0, 0.0)  # up to what share brightness, contrast, saturation, hue are changed
+    c.data.pca_noise = 0.0  # deviation of a shift of each image along the colours' principal components (AlexNet's)
+    c.data.colout = 0.0  # share of the rows, and of the columns, left out of a batch's images
     c.data.erase = 0.0  # probability that a rectangle of an image gets the mean colour
     c.data.repeats = 1  # times that a batch holds each of its records, augmented anew; an epoch then has fewer records
     c.data.mixup = 0.0  # α of the weights' Beta(α, α); 0: none
     c.data.cutmix = 0.0  # the same; with mixup too, each batch has one of them, at random
+    c.data.mix_until = 1.0  # share of the training after which neither is done
     c.data.eval_crop = 0.875  # evaluation: resize the short side to image_size / eval_crop, keep the centre
     c.data.decoder = "auto"  # of JPEGs: turbojpeg, which decodes only what a crop needs, where there is one; simplejpeg
     c.data.threads = placeholder(int)  # batches read at once, in each process that reads. None: as processors, ≤ 8
     c.data.workers = placeholder(int)  # processes that read encoded images; 0: this one. None: 0 below 16 processors
     c.data.max_broken = 0.1  # share of images that may be undecodable: others take their places. More end the run
 
+    c.loss = ConfigDict()
+    c.loss.name = "cross_entropy"  # or bce: binary cross-entropy for each class
+    c.loss.label_smoothing = 0.0
+    c.loss.bce_threshold = 0.0  # bce: targets above it become 1, the others 0; 0: targets as they are
+    c.loss.bce_sum = False  # bce: the sum over classes rather than their mean
+
+    c.distill = ConfigDict()
+    c.distill.teacher = placeholder(str)  # weights, named as in init_from
+    c.distill.model = placeholder(str)  # the teacher's network; None: what its weights say
+    c.distill.temperature = 1.0
+    c.distill.alpha = 0.5  # share of the teacher's loss in the whole
+
     c.optimizer = ConfigDict()
-    c.optimizer.name = "sgd"  # sgd, adam, adamw, rmsprop, adagrad
+    c.optimizer.name = "sgd"  # rmsprop, rmsprop_tf, adagrad, adam, adamw, lamb, lars, lion, adafactor; muon for hidden
+    # convolutions, with optimizer.rest for all else
     c.optimizer.learning_rate = 0.1  # the peak, for a batch of reference_batch
     c.optimizer.reference_batch = 256  # the rate is scaled by batch_size / reference_batch; 0: not scaled
-    c.optimizer.momentum = 0.9  # sgd and rmsprop: v ← m·v + g, w ← w − rate·v
-    c.optimizer.nesterov = True  # sgd: w ← w − rate·(g + m·v)
-    c.optimizer.beta1 = 0.9  # adam, adamw
-    c.optimizer.beta2 = 0.999  # adam, adamw; the decay of rmsprop's mean square
-    c.optimizer.epsilon = 1e-8  # adam, adamw, rmsprop, adagrad
-    c.optimizer.weight_decay = 1e-4  # added to the gradient; for adamw to the update (decoupled)
+    c.optimizer.batch_scaling = "linear"  # or sqrt: by the root of that
+    c.optimizer.momentum = 0.9  # sgd, rmsprop, lars, muon: v ← m·v + g, w ← w − rate·v
+    c.optimizer.rate_in_momentum = False  # v ← m·v + rate·g, w ← w − v: a new rate works on what comes, not on v
+    c.optimizer.nesterov = True  # sgd, lars, muon: w ← w − rate·(g + m·v)
+    c.optimizer.beta1 = 0.9  # adam, adamw, lamb, lion
+    c.optimizer.beta2 = 0.999  # adam, adamw, lamb, lion; the decay of rmsprop's mean square
+    c.optimizer.epsilon = 1e-8  # adam, adamw, lamb, rmsprop, adagrad, lars
+    c.optimizer.trust_coefficient = 1e-3  # lars
+    c.optimizer.newton_schulz_steps = 5  # muon
+    c.optimizer.rest = ConfigDict()
+    c.optimizer.rest.name = "adam"  # or sgd: with muon, of what is no hidden convolution
+    c.optimizer.rest.learning_rate = 1e-3  # its peak, likewise for a batch of reference_batch
+    c.optimizer.rest.momentum = 0.9  # sgd
+    c.optimizer.weight_decay = 1e-4
+    c.optimizer.decoupled = placeholder(bool)  # decay works on the weights, times the rate, not through the gradient.
+    # None: as published, for adamw, lamb, lion, adafactor and muon
+    c.optimizer.l1 = 0.0  # times the sign of a weight, added to the gradient where there is decay
+    c.optimizer.no_decay = ("norm", "bias")  # parameters without decay: kernel, norm, bias, or a pattern of whole names
+    c.optimizer.rate_factors = ()  # (("head/.*", 10.0), …): kinds or patterns, and by what their rate is multiplied
     c.optimizer.layer_decay = 1.0  # rate of each block over that of the next; the head has all of it
-    c.optimizer.no_decay = ("norm", "bias")  # kinds of parameters without decay: kernel, norm, bias
+    c.optimizer.clip_norm = 0.0  # most that the norm of all gradients together may be; 0: any
+    c.optimizer.clip_value = 0.0  # most that each number of them may be
+    c.optimizer.clip_adaptive = 0.0  # most that a unit's norm may be of its weights' (AGC)
+    c.optimizer.sam_rho = 0.0  # gradients from this far uphill (sharpness-aware minimisation); 0: from here
+    c.optimizer.sam_every = 1  # steps
 
     c.schedule = ConfigDict()
-    c.schedule.name = "cosine"  # constant, cosine, linear, polynomial, exponential, step: from the peak down
-    c.schedule.warmup = duration(epochs=5)  # linear from warmup_from × peak
+    c.schedule.name = "cosine"  # constant, cosine, linear, polynomial, exponential, step, piecewise, one_cycle,
+    # inverse_sqrt: from the peak down
+    c.schedule.warmup = duration(epochs=5)  # linear from warmup_from × peak (one_cycle: half a cosine)
     c.schedule.warmup_from = 0.0
-    c.schedule.final = 0.0  # what is left of the peak at the end (not for constant and step)
+    c.schedule.cooldown = duration(epochs=0)  # at the end, linear to final × peak
+    c.schedule.final = 0.0  # what is left of the peak at the end, and at least after the warmup
     c.schedule.power = 2.0  # polynomial
     c.schedule.boundaries = (30 / 90, 60 / 90, 80 / 90)  # step: shares of the whole training, each ×factor
     c.schedule.factor = 0.1
+    c.schedule.knots = ((0.0, 0.0), (0.2, 1.0), (1.0, 0.0))  # piecewise: shares of the training and of the peak
+
+    c.ema = ConfigDict()
+    c.ema.decay = 0.0  # of a running average of weights and statistics, evaluated beside them; 0: none is kept
+    c.ema.every = 1  # steps between its updates
+    c.ema.warmup = duration(epochs=0)  # until then it is a copy
+    c.ema.ramp = False  # decay at most (1 + n) / (10 + n) at the n-th update after that
 
     c.eval = ConfigDict()
     c.eval.every = duration(epochs=1)
     c.eval.batch_size = placeholder(int)  # None: batch_size
+    c.eval.mirror = False  # the mean of the logits of an image and its mirror image
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = duration(epochs=1)  # besides every evaluation and the last step
@@ -172,84 +291,78 @@ def validate(c: ConfigDict) -> None:
     for key in known:
         if key not in given:
             raise UserError(f"config.{key} is missing: start the config file from jax_resnet.config.default()")
-    choose("config.dtype", c.dtype, DTYPES)
-    choose("config.optimizer.name", c.optimizer.name, OPTIMIZERS)
-    choose("config.schedule.name", c.schedule.name, SCHEDULES)
-    choose("config.data.crop", c.data.crop, CROPS)
-    choose("config.data.interpolation", c.data.interpolation, SAMPLING)
-    choose("config.data.augment_interpolation", c.data.augment_interpolation, INTERPOLATIONS)
-    for kind in c.optimizer.no_decay:
-        choose("config.optimizer.no_decay", kind, PARAMETER_KINDS)
-    for key in (
-        "batch_size",
-        "log_every",
-        "checkpoint.keep",
-        "data.threads",
-        "eval.batch_size",
-        "stop_after_steps",
-        "model.num_classes",
-        "model.bn_group_size",
-        "data.image_size",
-        "data.repeats",
-    ):
-        value = _get(c, key)
-        if value is not None and value < 1:
-            raise UserError(f"config.{key}={value}: must be at least 1")
+    for key, names in CHOICES.items():
+        choose(f"config.{key}", given[key], names)
+    for words, holds, keys in RULES:
+        for key in keys.split():
+            if given[key] is not None and not holds(given[key]):
+                raise UserError(f"config.{key}={given[key]}: must be {words}")
     _check_progressive(c)
-    for key in ("optimizer.learning_rate", "model.bn_epsilon", "optimizer.epsilon"):
-        if not 0 < _get(c, key) < math.inf:
-            raise UserError(f"config.{key}={_get(c, key)}: must be more than 0")
-    for key in ("optimizer.weight_decay", "optimizer.reference_batch", "data.pad", "data.mixup", "data.cutmix"):
-        if not 0 <= _get(c, key) < math.inf:
-            raise UserError(f"config.{key}={_get(c, key)}: must be a number, not negative")
-    for key in (
-        "label_smoothing",
-        "model.dropout",
-        "model.drop_path",
-        "model.bn_momentum",
-        "optimizer.momentum",
-        "optimizer.beta1",
-        "optimizer.beta2",
-        "data.holdout",
-    ):
-        if not 0 <= _get(c, key) < 1:
-            raise UserError(f"config.{key}={_get(c, key)}: must be at least 0 and less than 1")
-    for key in ("schedule.warmup_from", "schedule.final", "schedule.factor", "data.erase", "data.max_broken"):
-        if not 0 <= _get(c, key) <= 1:
-            raise UserError(f"config.{key}={_get(c, key)}: must be at least 0 and at most 1")
-    if not 0 < c.optimizer.layer_decay <= 1:
-        raise UserError(f"config.optimizer.layer_decay={c.optimizer.layer_decay}: must be more than 0 and at most 1")
-    if not 0 < c.schedule.power < math.inf:
-        raise UserError(f"config.schedule.power={c.schedule.power}: must be more than 0")
-    numbers = ("data.mean", "data.std", "data.crop_area", "data.crop_ratio", "data.color_jitter", "schedule.boundaries")
-    for key in numbers:
-        if not all(isinstance(v, int | float) and math.isfinite(v) for v in _get(c, key)):
-            raise UserError(f"config.{key}={_get(c, key)}: must be numbers")
-    if c.data.workers is not None and c.data.workers < 0:
-        raise UserError(f"config.data.workers={c.data.workers}: must not be negative")
-    if c.seed < 0 or c.seed >= 2**32:
-        raise UserError(f"config.seed={c.seed}: must be at least 0 and less than 2**32")
     _check_data(c.data)
+    _check_batches(c)
+    _check_optimizer(c.optimizer)
+    _check_schedule(c.schedule)
+    if c.distill.model and not c.distill.teacher:
+        raise UserError(f"config.distill.model={c.distill.model}: whose weights? Give config.distill.teacher")
+    for what in DURATIONS:
+        if not in_steps(_get(c, what), what, batch_size=1, num_examples=1) and what not in MAY_BE_0:
+            raise UserError(f"config.{what} is 0: must be more")
+
+
+def _check_batches(c: ConfigDict) -> None:
     batch_key = "config.progressive: batch_size" if c.progressive else "config.batch_size"
     for _, _, batch_size in phase_rows(c):
-        if (c.data.mixup or c.data.cutmix) and batch_size % 2:
-            raise UserError(f"{batch_key}={batch_size}: must be even, for mixup and cutmix mix pairs of images")
+        if batch_size % c.accumulate:
+            raise UserError(f"config.accumulate={c.accumulate} does not divide {batch_key}={batch_size}")
+        part = batch_size // c.accumulate
+        of = f"{batch_key}={batch_size}" + (f" / accumulate={c.accumulate}" if c.accumulate > 1 else "")
+        if (c.data.mixup or c.data.cutmix) and part % 2:
+            raise UserError(f"{of}: must be even, for mixup and cutmix mix pairs of images")
         if batch_size % c.data.repeats:
             raise UserError(f"config.data.repeats={c.data.repeats} does not divide {batch_key}={batch_size}")
         group = c.model.bn_group_size
-        if group and batch_size % group:
-            raise UserError(f"config.model.bn_group_size={group} does not divide {batch_key}={batch_size}")
-    if c.schedule.name == "exponential" and c.schedule.final <= 0:
+        if group and part % group:
+            raise UserError(f"config.model.bn_group_size={group} does not divide {of}")
+
+
+def _check_optimizer(c: ConfigDict) -> None:
+    if not c.epsilon and c.name != "lars":
+        raise UserError(f"config.optimizer.epsilon={c.epsilon}: must be more than 0 for {c.name}")
+    for rule, *factor in (*((rule,) for rule in c.no_decay), *c.rate_factors):
+        key = "rate_factors" if factor else "no_decay"
+        if not isinstance(rule, str) or (key == "rate_factors" and not _is_factor(factor)):
+            raise UserError(
+                f"config.optimizer.{key}={c[key]}: must be "
+                + ("names, such as ('norm', 'bias')" if key == "no_decay" else "pairs, such as (('head/.*', 10.0),)")
+            )
+        if rule.isidentifier() and rule not in PARAMETER_KINDS:
+            choose(f"config.optimizer.{key}", rule, PARAMETER_KINDS)
+        try:
+            re.compile(rule)
+        except re.error as e:
+            raise UserError(f"config.optimizer.{key}: {rule!r} is no pattern ({e})") from None
+
+
+def _is_factor(factor: list[Any]) -> bool:
+    return len(factor) == 1 and isinstance(factor[0], int | float) and 0 <= factor[0] < math.inf
+
+
+def _check_schedule(c: ConfigDict) -> None:
+    if c.name == "exponential" and c.final <= 0:
         raise UserError("config.schedule.final: an exponential schedule needs more than 0")
-    boundaries = c.schedule.boundaries
+    boundaries = c.boundaries
     if list(boundaries) != sorted(boundaries) or any(not 0 < b < 1 for b in boundaries):
         raise UserError(
             f"config.schedule.boundaries={boundaries}: rising shares of the training, "
             "between 0 and 1, such as 30/90, 60/90, 80/90"
         )
-    for what in DURATIONS:
-        if not in_steps(_get(c, what), what, batch_size=1, num_examples=1) and what != "schedule.warmup":
-            raise UserError(f"config.{what} is 0: must be more")
+    pairs = all(isinstance(knot, tuple | list) and len(knot) == 2 for knot in c.knots)
+    whole = pairs and all(isinstance(v, int | float) and v >= 0 for knot in c.knots for v in knot)
+    if not whole or len(c.knots) < 2 or not all(a[0] < b[0] for a, b in pairwise(c.knots)) or c.knots[-1][0] > 1:
+        raise UserError(
+            f"config.schedule.knots={c.knots}: must be pairs, rising shares of the training from 0 to 1 and shares of "
+            "the peak: ((0.0, 0.0), (0.2, 1.0), (1.0, 0.0))"
+        )
 
 
 def _check_data(c: ConfigDict) -> None:
@@ -260,9 +373,7 @@ def _check_data(c: ConfigDict) -> None:
             raise UserError(f"config.data.{key}={c[key]}: needs {c.channels} numbers, one for each channel")
     if min(c.std) <= 0:
         raise UserError(f"config.data.std={c.std}: must be more than 0")
-    if not 0 < c.eval_crop <= 1:
-        raise UserError(f"config.data.eval_crop={c.eval_crop}: must be more than 0 and at most 1")
-    for key in ("crop_area", "crop_ratio"):
+    for key in ("crop_area", "crop_ratio", "crop_resize"):
         pair = c[key]
         if len(pair) != 2 or not 0 < pair[0] <= pair[1] or (key == "crop_area" and pair[1] > 1):
             raise UserError(

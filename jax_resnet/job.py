@@ -105,7 +105,7 @@ class Job:
                 seed=c.seed,
                 pad=c.data.pad if c.data.crop == "pad" else 0,
                 flip=c.data.flip,
-                label_smoothing=c.label_smoothing,
+                label_smoothing=c.loss.label_smoothing,
                 erase=c.data.erase,
                 mixup=c.data.mixup,
                 cutmix=c.data.cutmix,

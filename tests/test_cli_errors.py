@@ -37,7 +37,10 @@ def error_of(*args: str, devices: int = 1, cwd: Path = ROOT) -> str:
             ["--config=resnet20_digits", "--config.batch_size=abc"],
             ["--config.batch_size=abc", "type int", "--config.batch_size=256"],
         ),
-        (["--config=resnet20_digits", "--config.label_smoothing=lots"], ["--config.label_smoothing", "float"]),
+        (
+            ["--config=resnet20_digits", "--config.loss.label_smoothing=lots"],
+            ["--config.loss.label_smoothing", "float"],
+        ),
         (["--config=resnet20_digits", "--config.data.flip=perhaps"], ["--config.data.flip", "bool"]),
         (["--config=resnet20_digits", "--config.model.depths=3"], ["depths=(3,)", "one of each for every stage"]),
         (["--config=resnet20_digits", "--config.model=resnet50"], ["--config.model"]),

@@ -55,6 +55,10 @@ class ResNetSpec:
     pool: Literal["avg", "max"] = "avg"
     dropout: float = 0.0
     drop_path: float = 0.0  # share of residuals that an example goes without in the last block; grows linearly from 0
+    drop_block: float = 0.0
+    init: Literal["fan_out", "fan_in"] = "fan_out"
+    head_std: float = 0.01
+    head_prior: bool = False
     zero_init_last: bool = True  # Goyal et al. 2017, section 5.1; pre-activation blocks do not end in a norm
     bn_group_size: int | None = None
     bn_momentum: float = 0.9
