@@ -2,10 +2,12 @@
 
 import math
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -19,6 +21,8 @@ from jax_resnet.config import UNITS, duration, find_config, model_overrides, val
 from jax_resnet.errors import UserError
 from jax_resnet.models.torch_weights import flatten, to_torch
 from jax_resnet.models.zoo import create_model, model_spec
+from jax_resnet.plan import Plan
+from jax_resnet.telemetry import read_metrics
 from jax_resnet.train import train
 
 ARGUMENTS = {
@@ -185,7 +189,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shrunk(config: ConfigDict, images: Path) -> ConfigDict:
-    """`config` for two updates of a net of two small blocks on `images`: sizes and lengths change, no procedure."""
+    """`config` for two updates of a net of two small blocks on `images`: sizes and lengths change, no procedure.
+
+    The weights to begin with are left out.
+    """
     c = config.copy_and_resolve_references()
 
     def size(pixels: int) -> int:  # of 256 → 32
@@ -203,35 +210,42 @@ def shrunk(config: ConfigDict, images: Path) -> ConfigDict:
     c.model.bn_group_size = c.model.bn_group_size and batch // 2
     if c.progressive:  # the first and the last phase, an update each
         last = c.progressive[-1][1]
-        c.progressive = ((0.0, size(c.progressive[0][1])), (0.5, size(last)))[: len(c.progressive)]
-    c.train = c.eval.every = c.checkpoint.every = duration(steps=2)
+        c.progressive = ((0.0, size(c.progressive[0][1])), (0.25, size(last)))[: len(c.progressive)]
+    c.train, c.stop_after_steps = duration(steps=4), 2  # a run that is stopped draws no curves
+    c.eval.every = c.checkpoint.every = duration(steps=2)
     for length in (c.schedule.warmup, c.schedule.cooldown, c.ema.warmup):
         some = any(length[unit] for unit in UNITS)
         length.epochs, length.steps, length.examples = None, 1 if some else 0, None
     c.optimizer.sam_every = min(2, c.optimizer.sam_every)  # so that one of the two is such a step
-    c.log_every = 1
-    if c.init_from:
-        c.init_from = None
+    c.log_every, c.init_from = 1, None
     return c
 
 
+@pytest.fixture
+def hasty_compiler() -> Iterator[None]:
+    """What runs twice is not worth optimizing."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def trains(c: ConfigDict, workdir: Path) -> None:
-    done = train(c, workdir)
-    assert done["step"] == 2
-    (found,) = done["splits"].values()
-    assert found["examples"] == 16
-    assert np.isfinite(found["loss"])
+    assert train(c, workdir)["step"] == 2
+    found = read_metrics(workdir / "metrics.jsonl")
+    assert [line["step"] for line in found] == [1, 2, 2]
+    assert found[-1]["examples"] == 16
+    assert all(np.isfinite(line["loss"]) for line in found)
 
 
-# Of each file, what differs in more than numbers.
+# Of each file, what has most of it.
 TRAINED = [
-    "resnet50_imagenet", "resnet_cifar:110", "resnet20_digits", "finetune", "he2015_imagenet:18", "he2015_imagenet:50",
-    "goyal2017", "bag_of_tricks:mixup", "nvidia:250", "mlperf_lars:4096", "strikes_back:a1", "strikes_back:a3",
-    "torchvision:v1", "torchvision:v2", "ffcv:16", "ffcv:88,18", "composer:baseline", "composer:hot",
-    "composer:cifar56", "resnet_rs:200", "wide_resnet:28_10", "cifar_speed:8",
+    "bag_of_tricks:mixup", "cifar_speed:10", "composer:cifar56", "composer:hot", "ffcv:16", "finetune", "goyal2017",
+    "he2015_imagenet", "mlperf_lars:4096", "nvidia:250", "resnet20_digits", "resnet50_imagenet", "resnet_cifar:110",
+    "resnet_rs:200", "strikes_back:a1", "torchvision:v2", "wide_resnet:28_10",
 ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("hasty_compiler")
 @pytest.mark.parametrize("config", TRAINED)
 def test_it_trains(config: str, images: Path, tmp_path: Path) -> None:
     c = loaded(config)
@@ -241,6 +255,7 @@ def test_it_trains(config: str, images: Path, tmp_path: Path) -> None:
     trains(shrunk(c, images), tmp_path)
 
 
+@pytest.mark.usefixtures("hasty_compiler")
 def test_it_is_taught(images: Path, tmp_path: Path) -> None:
     trains(shrunk(loaded("bag_of_tricks:smoothing"), images), tmp_path / "teacher")
     c = shrunk(loaded("bag_of_tricks:distill"), images)
@@ -248,6 +263,7 @@ def test_it_is_taught(images: Path, tmp_path: Path) -> None:
     trains(c, tmp_path / "student")
 
 
+@pytest.mark.usefixtures("hasty_compiler")
 def test_it_is_fine_tuned(images: Path, tmp_path: Path) -> None:
     c = shrunk(loaded(f"bit_hyperrule:npz:{images}"), images)
     overrides = model_overrides(c)
@@ -258,15 +274,12 @@ def test_it_is_fine_tuned(images: Path, tmp_path: Path) -> None:
     trains(c, tmp_path / "run")
 
 
-def test_every_file_is_trained() -> None:
-    trained = {config.partition(":")[0] for config in TRAINED} | {OPENS_ITS_DATA}
-    assert trained >= set(ARGUMENTS)
+def test_every_file_with_an_argument_is_trained() -> None:
+    assert {config.partition(":")[0] for config in TRAINED} >= ARGUMENTS.keys()
 
 
 def test_a_stretched_recipe_keeps_its_shape() -> None:
     """MLPerf's 28.8 epochs of Composer's mild recipe: 0.8 of it, in all its parts."""
-    from jax_resnet.plan import Plan
-
     c = loaded("composer:mild").copy_and_resolve_references()
     whole = Plan.of(c, 1_281_167)
     c.stretch = 0.8
