@@ -58,4 +58,4 @@ def distillation(logits: jax.Array, teacher_logits: jax.Array, temperature: floa
     T² keeps the gradient's size from falling with T.
     """
     softened = (jax.nn.log_softmax(each / temperature) for each in (logits, teacher_logits))
-    return temperature**2 * optax.kl_divergence_with_log_targets(*softened)
+    return temperature**2 * optax.losses.kl_divergence_with_log_targets(*softened)

@@ -161,7 +161,7 @@ def _sharpness_aware(
     """
 
     def uphill(grads: Any) -> Any:
-        scale = rho / (optax.global_norm(grads) + 1e-12)
+        scale = rho / (optax.tree.norm(grads) + 1e-12)
         return gradients(jax.tree.map(lambda p, g: p + scale * g, state.params, grads))[0]
 
     return uphill(grads) if every == 1 else jax.lax.cond(state.step % every == 0, uphill, lambda same: same, grads)
