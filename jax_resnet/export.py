@@ -24,7 +24,10 @@ from jax_resnet.models.zoo import ZOO, model_spec
 from jax_resnet.workdir import has_checkpoints, local_path, read_config, write_json
 
 NOT_IN_TIMM = re.compile(r"cifar_|wrn_|.*_v1$|resnetv2_200$")
-WITHOUT_EFFECT = ("dropout", "drop_path", "zero_init_last", "bn_group_size", "bn_momentum")  # on trained weights
+WITHOUT_EFFECT = (  # on trained weights
+    *("dropout", "drop_path", "drop_block", "init", "head_std", "head_prior", "zero_init_last"),
+    *("bn_group_size", "bn_momentum"),
+)
 
 
 def export(
