@@ -97,27 +97,23 @@ class Job:
             choose("config.freeze", part, self.abstract_state.params)
         if set(c.freeze) >= self.abstract_state.params.keys():
             raise UserError(f"config.freeze={c.freeze}: nothing is left to be trained")
-        pixels = {"mean": tuple(c.data.mean), "std": tuple(c.data.std)}
         self.train_step = jax.jit(
             make_train_step(
                 self.graph,
                 optimizer,
                 seed=c.seed,
-                pad=c.data.pad if c.data.crop == "pad" else 0,
-                flip=c.data.flip,
+                data=c.data,
                 label_smoothing=c.loss.label_smoothing,
-                erase=c.data.erase,
-                mixup=c.data.mixup,
-                cutmix=c.data.cutmix,
                 freeze=c.freeze,
-                **pixels,
             ),
             in_shardings=(whole, self.sharding),
             out_shardings=whole,
             donate_argnums=0,
         )
         self.eval_step = jax.jit(
-            make_eval_step(self.graph, **pixels), in_shardings=(whole, whole, self.sharding), out_shardings=whole
+            make_eval_step(self.graph, mean=c.data.mean, std=c.data.std),
+            in_shardings=(whole, whole, self.sharding),
+            out_shardings=whole,
         )
 
     def shapes(self, phase: Phase) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
@@ -125,6 +121,8 @@ class Job:
         height, width, channels = self.data.train.image_shape
         image = (phase.batch_size, phase.image_size or height, phase.image_size or width, channels)
         batch = {"image": (image, jnp.uint8), "label": (image[:1], jnp.int32)}
+        if self.config.data.flip_alternate:
+            batch["mirrored"] = (image[:1], jnp.bool_)
         abstract = {name: jax.ShapeDtypeStruct(*of, sharding=self.sharding) for name, of in batch.items()}
         return self.abstract_state, abstract
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 from flax import nnx
+from ml_collections import ConfigDict
 
 from jax_resnet.data import device
 from jax_resnet.loss import cross_entropy
@@ -22,18 +23,13 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     seed: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    pad: int,
-    flip: bool,
+    data: ConfigDict,
     label_smoothing: float,
-    erase: float = 0.0,
-    mixup: float = 0.0,
-    cutmix: float = 0.0,
     freeze: Sequence[str] = (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """The update: (state, {image uint8 [N, H, W, C], label int32 [N]}) → (new state, sums over the batch).
 
+    `data` is config.data; with its flip_alternate the batch also has mirrored, bool [N].
     Of a mixed image the label with more weight is the right one (of equals the lower), as torchvision counts too.
     The parts of the network in `freeze` normalise by their running statistics and leave them as they are.
     All randomness comes from (seed, state.step) and the row in the global batch.
@@ -41,14 +37,11 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STEPS), state.step)
-        augment_key, dropout_key, erase_key, mix_key = jax.random.split(key, 4)
-        images = device.augment(batch["image"], augment_key, pad=pad, flip=flip)
-        images = device.normalise(images, mean, std)
-        if erase:
-            images = device.random_erase(images, erase_key, erase)
-        mixed = mixup or cutmix
-        if mixed:
-            images, kept = device.mix(images, mix_key, mixup=mixup, cutmix=cutmix)
+        augment_key, dropout_key = jax.random.split(key)
+        rows, drawn = device.draw(augment_key, batch["image"].shape, data)
+        if data.flip_alternate:
+            rows["mirrored"] = batch["mirrored"]
+        images = device.augment(batch["image"], rows, drawn, data)
 
         def loss(params: Any) -> tuple[jax.Array, tuple[Any, Sums]]:
             model: Any = nnx.merge(graph, params, state.batch_stats)
@@ -57,8 +50,8 @@ def make_train_step(
                 getattr(model, part).eval()
             logits = model(images, rngs=nnx.Rngs(dropout=dropout_key))
             labels = right = batch["label"]
-            if mixed:
-                labels = device.mix_labels(right, kept, logits.shape[-1])
+            if "kept" in drawn:
+                labels = device.mix_labels(right, drawn["kept"], logits.shape[-1])
                 right = labels.argmax(-1)
             losses = cross_entropy(logits, labels, label_smoothing)
             stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
