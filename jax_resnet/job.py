@@ -131,6 +131,8 @@ class Job:
         height, width, channels = self.data.train.image_shape
         image = (phase.batch_size, phase.image_size or height, phase.image_size or width, channels)
         batch = {"image": (image, jnp.uint8), "label": (image[:1], jnp.int32)}
+        if self.config.data.flip_alternate:
+            batch["mirrored"] = (image[:1], jnp.bool_)
         abstract = {name: jax.ShapeDtypeStruct(*of, sharding=self.sharding) for name, of in batch.items()}
         return self.abstract_state, abstract, *self.teacher_weights
 

@@ -33,7 +33,7 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Sums]]:
     """The update: (state, {image uint8 [N, H, W, C], label int32 [N]}) → (new state, sums over the batch).
 
-    With a `teacher` its weights are a third argument. `mix_stop` is the step from which images are not mixed (None:
+    With data.flip_alternate the batch also has mirrored, bool [N]. With a `teacher` its weights are a third argument. `mix_stop` is the step from which images are not mixed (None:
     they are to the end), `ema_start` the one until which the average is a copy, `parts` the sharding of arrays
     [config.accumulate, N / config.accumulate, …].
 
@@ -52,7 +52,7 @@ def make_train_step(
             model = _training(graph, params, state.batch_stats, c.freeze)
             logits = model(images, rngs=nnx.Rngs(dropout=key))
             labels = right = rows["label"]
-            if c.data.mixup or c.data.cutmix:
+            if "kept" in whole:
                 labels = device.mix_labels(right, whole["kept"], logits.shape[-1])
                 right = labels.argmax(-1)
             losses = loss_of(logits, labels)
