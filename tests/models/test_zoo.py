@@ -467,21 +467,21 @@ def test_drop_path_leaves_whole_residuals_out(block, preactivation):
     assert_allclose(last, run(residual_times(0, whole, 2, 0).stage2, first), rtol=1e-4, atol=1e-5)
 
 
-def test_drop_path_needs_keys_in_training_and_is_off_in_evaluation():
-    whole, dropping = filled("wrn_10_1", **TINY), filled("wrn_10_1", **TINY, drop_path=0.9)
+@pytest.mark.parametrize("option", ["drop_path", "drop_block"])
+def test_dropping_needs_keys_in_training_and_is_off_in_evaluation(option):
+    whole, dropping = filled("wrn_10_1", **TINY), filled("wrn_10_1", **TINY, **{option: 0.9})
     assert_array_equal(run(dropping, images()), run(whole, images()))
     dropping.train()
-    with pytest.raises(ValueError, match="rngs"):
+    with pytest.raises(ValueError, match=f"{option} in training needs keys: .*rngs"):
         run(dropping, images())
 
 
 @pytest.mark.parametrize(("block", "drop_path"), [("basic", 0.0), ("bottleneck", 0.5)])
-def test_drop_block_leaves_squares_of_the_last_two_stages_out(block, drop_path):
+def test_drop_block_scales_the_residuals_of_the_last_two_stages(block, drop_path):
     options = TINY | {"depths": (1, 1, 1), "widths": (4, 4, 8), "block": block, "norm": "group"}
     whole = filled("wrn_10_1", **options)
     dropping = filled("wrn_10_1", **options, drop_block=0.3, drop_path=drop_path)
     x = images(16, 20)
-    assert_array_equal(run(dropping, x), run(whole, x))
     dropping.train()
     maps = pyramid(dropping, x)
     assert_array_equal(maps[0], run(whole.stage1, run(whole.stem, x)))
@@ -532,13 +532,12 @@ def test_what_is_dropped_has_the_shape_of_the_residual(name, size):
 
 @pytest.mark.parametrize("std", [0.0, 0.3])
 def test_how_the_head_and_the_convolutions_start(std):
-    model = create_model(
-        "cifar_resnet8", num_classes=50, rngs=nnx.Rngs(0), head_std=std, head_prior=True, init="fan_in"
-    )
+    options = {"depths": (1,), "widths": (64,), "stem": "cifar", "stem_width": 32, "head_std": std}
+    model = create_model("resnet18", num_classes=50, rngs=nnx.Rngs(0), **options, head_prior=True, init="fan_in")
     kernel = np.asarray(model.head.kernel[...])
     assert kernel.std() == pytest.approx(std, rel=0.05)  # of 64 · 50
     assert_allclose(model.head.bias[...], np.full(50, -np.log(50)), rtol=1e-6)
-    assert np.std(model.stage3.block0.conv1.kernel[...]) == pytest.approx((2 / (9 * 32)) ** 0.5, rel=0.05)
+    assert np.std(model.stage1.block0.conv1.kernel[...]) == pytest.approx((2 / (9 * 32)) ** 0.5, rel=0.05)
 
 
 def test_training_moves_every_statistic():
@@ -611,9 +610,9 @@ ONE_STAGE = {"depths": (1,), "widths": (8,)}
         ("resnet18", {"stride_in_1x1": True}, "stride_in_1x1: only post-activation bottlenecks"),
         ("resnetv2_50", {"stride_in_1x1": True}, "stride_in_1x1: only post-activation bottlenecks"),
         ("resnetaa50", {"stride_in_1x1": True}, "stride_in_1x1: only post-activation bottlenecks, not anti-aliased"),
-        ("resnetv2_50", {"attention": "se"}, "attention, antialias and stem_pool=conv: only for post-activation"),
-        ("resnetv2_50", {"antialias": "blur"}, "attention, antialias and stem_pool=conv: only for post-activation"),
-        ("resnetv2_50", {"stem_pool": "conv"}, "attention, antialias and stem_pool=conv: only for post-activation"),
+        ("resnetv2_50", {"attention": "se"}, "attention, antialias=avg or blur, and stem_pool=conv: only for"),
+        ("resnetv2_50", {"antialias": "blur"}, "attention, antialias=avg or blur, and stem_pool=conv: only for"),
+        ("resnetv2_50", {"stem_pool": "conv"}, "attention, antialias=avg or blur, and stem_pool=conv: only for"),
         ("resnetaa50", {"stem_pool": "blur_max"}, "stem_pool=blur_max: antialias=avg has a pool of its own"),
         ("cifar_resnet8", {"stem_pool": "blur_max"}, "stem_pool=blur_max: the cifar stem does not pool"),
         ("cifar_resnet8", {"stem_pool": "conv"}, "stem_pool=conv: the cifar stem does not pool"),
