@@ -585,7 +585,8 @@ def test_scaled_and_stretched_crops_are_boxes_of_the_image_and_evaluation_sees_i
     # Of the side 8·f, f from 2 to 4, a square of 8: 1/f of the short side, or of both.
     extents = {"scaled": (160, 160), "stretched": (160, 240)}
     for crop, (height, width) in extents.items():
-        dataset = open_dataset(folder_config(tmp_path, image_size=8, crop=crop, crop_resize=(16, 32)))
+        how = {"image_size": 8, "crop_resize": (16, 32), "antialias": True}
+        dataset = open_dataset(folder_config(tmp_path, crop=crop, **how))
         shares = {}
         for size in (None, 8, 12, 4):  # with progressive sizes the box is the same
             drawn = [
@@ -599,7 +600,9 @@ def test_scaled_and_stretched_crops_are_boxes_of_the_image_and_evaluation_sees_i
             assert 0.22 < shares[size].min() < 0.3
             assert 0.44 < shares[size].max() < 0.53
         for size in (12, 4):
-            np.testing.assert_allclose(shares[size], shares[8], atol=0.05)  # a new pixel is up to 8 old ones
+            np.testing.assert_allclose(
+                shares[size], shares[8], atol=0.06
+            )  # the outermost pixels weigh what is inside more
         assert (shares[None] == shares[8]).all()
     how = {"image_size": 80, "crop_resize": (90, 99), "eval_crop": 1.0}
     scaled, stretched = (
