@@ -9,9 +9,9 @@ Accuracy:  published top-1: 78.8 % at depth 50, then 81.2, 83.0, 83.4, 83.8, 84.
 Data:      tfds build imagenet2012 --file_format=array_record   (the README says what that needs)
 Source:    the YAML files of tensorflow/tpu, models/official/resnet/resnet_rs; warmup and decay's exceptions recalled.
            The running average takes the batch statistics as they come (momentum 0) and smooths them with the weights.
-Differs:   RandAugment has timm's operations, whose magnitudes are also 0 … 10, each always done. Batch statistics are
-           over the whole batch; the files do not say how many chips shared it. Evaluation keeps 0.91 of the short side,
-           which is timm's for these weights.
+Differs:   RandAugment has timm's operations, each always done. Their magnitudes end at 10, TensorFlow's go on to the
+           15 that the files have from depth 101 on. Batch statistics are over the whole batch; the files do not say how
+           many chips shared it. Evaluation keeps 0.91 of the short side, which is timm's for these weights.
 """
 
 from typing import NamedTuple
@@ -27,17 +27,16 @@ class Scale(NamedTuple):
     size: int
     dropout: float
     drop_path: float
-    magnitude: float
 
 
 SCALES = {
-    "50": Scale(160, 0.25, 0.0, 10.0),
-    "101": Scale(192, 0.25, 0.0, 15.0),
-    "152": Scale(256, 0.25, 0.0, 15.0),
-    "200": Scale(256, 0.25, 0.1, 15.0),
-    "270": Scale(256, 0.25, 0.1, 15.0),
-    "350": Scale(320, 0.4, 0.1, 15.0),
-    "420": Scale(320, 0.4, 0.1, 15.0),
+    "50": Scale(160, 0.25, 0.0),
+    "101": Scale(192, 0.25, 0.0),
+    "152": Scale(256, 0.25, 0.0),
+    "200": Scale(256, 0.25, 0.1),
+    "270": Scale(256, 0.25, 0.1),
+    "350": Scale(320, 0.4, 0.1),
+    "420": Scale(320, 0.4, 0.1),
 }
 
 
@@ -49,7 +48,7 @@ def get_config(depth: str = "50") -> ConfigDict:
     c.model.bn_momentum = 0.0
 
     c.data.image_size = scale.size
-    c.data.randaugment_timm = (2, scale.magnitude, 0.0, 1.0)
+    c.data.randaugment_timm = (2, 10.0, 0.0, 1.0)
     c.data.eval_crop = 0.91
 
     c.loss.label_smoothing = 0.1

@@ -210,11 +210,12 @@ def default() -> ConfigDict:
     c.optimizer.reference_batch = 256  # the rate is scaled by batch_size / reference_batch; 0: not scaled
     c.optimizer.batch_scaling = "linear"  # or sqrt: by the root of that
     c.optimizer.momentum = 0.9  # sgd, rmsprop, lars, muon: v ← m·v + g, w ← w − rate·v
-    c.optimizer.rate_in_momentum = False  # v ← m·v + rate·g, w ← w − v: a new rate works on what comes, not on v
+    c.optimizer.rate_in_momentum = False  # sgd, rmsprop, lars: v ← m·v + rate·g, w ← w − v: a new rate works on what
+    # comes, not on v
     c.optimizer.nesterov = True  # sgd, lars, muon: w ← w − rate·(g + m·v)
     c.optimizer.beta1 = 0.9  # adam, adamw, lamb, lion
     c.optimizer.beta2 = 0.999  # adam, adamw, lamb, lion; the decay of rmsprop's mean square
-    c.optimizer.epsilon = 1e-8  # adam, adamw, lamb, rmsprop, adagrad, lars
+    c.optimizer.epsilon = 1e-8  # of all but sgd, lion and adafactor
     c.optimizer.trust_coefficient = 1e-3  # lars
     c.optimizer.newton_schulz_steps = 5  # muon
     c.optimizer.rest = ConfigDict()
@@ -224,7 +225,7 @@ def default() -> ConfigDict:
     c.optimizer.weight_decay = 1e-4
     c.optimizer.decoupled = placeholder(bool)  # decay works on the weights, times the rate, not through the gradient.
     # None: as published, for adamw, lamb, lion, adafactor and muon
-    c.optimizer.l1 = 0.0  # times the sign of a weight, added to the gradient where there is decay
+    c.optimizer.l1 = 0.0  # times the sign of a weight, added to the gradient of what no_decay does not cover
     c.optimizer.no_decay = ("norm", "bias")  # parameters without decay: kernel, norm, bias, or a pattern of whole names
     c.optimizer.rate_factors = ()  # (("head/.*", 10.0), …): kinds or patterns, and by what their rate is multiplied
     c.optimizer.layer_decay = 1.0  # rate of each block over that of the next; the head has all of it
@@ -326,25 +327,26 @@ def _check_batches(c: ConfigDict) -> None:
 
 
 def _check_optimizer(c: ConfigDict) -> None:
-    if not c.epsilon and c.name != "lars":
+    if not c.epsilon and c.name not in ("sgd", "lars", "lion", "adafactor"):
         raise UserError(f"config.optimizer.epsilon={c.epsilon}: must be more than 0 for {c.name}")
-    for rule, *factor in (*((rule,) for rule in c.no_decay), *c.rate_factors):
-        key = "rate_factors" if factor else "no_decay"
-        if not isinstance(rule, str) or (key == "rate_factors" and not _is_factor(factor)):
-            raise UserError(
-                f"config.optimizer.{key}={c[key]}: must be "
-                + ("names, such as ('norm', 'bias')" if key == "no_decay" else "pairs, such as (('head/.*', 10.0),)")
-            )
-        if rule.isidentifier() and rule not in PARAMETER_KINDS:
-            choose(f"config.optimizer.{key}", rule, PARAMETER_KINDS)
-        try:
-            re.compile(rule)
-        except re.error as e:
-            raise UserError(f"config.optimizer.{key}: {rule!r} is no pattern ({e})") from None
-
-
-def _is_factor(factor: list[Any]) -> bool:
-    return len(factor) == 1 and isinstance(factor[0], int | float) and 0 <= factor[0] < math.inf
+    if c.rate_in_momentum and c.name not in ("sgd", "rmsprop", "rmsprop_tf", "lars"):
+        raise UserError(f"config.optimizer.rate_in_momentum: {c.name} has no momentum to have the rate in")
+    pairs = all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in c.rate_factors)
+    if not pairs or not all(isinstance(f, int | float) and 0 <= f < math.inf for _, f in c.rate_factors):
+        raise UserError(
+            f"config.optimizer.rate_factors={c.rate_factors}: must be pairs of a kind or pattern and a number, not "
+            "negative, such as (('head/.*', 10.0),)"
+        )
+    for key, rules in (("no_decay", c.no_decay), ("rate_factors", [rule for rule, _ in c.rate_factors])):
+        for rule in rules:
+            if not isinstance(rule, str):
+                raise UserError(f"config.optimizer.{key}={c[key]}: {rule!r} is no name, such as 'norm'")
+            if rule.isidentifier():
+                choose(f"config.optimizer.{key}", rule, PARAMETER_KINDS)
+            try:
+                re.compile(rule)
+            except re.error as e:
+                raise UserError(f"config.optimizer.{key}: {rule!r} is no pattern ({e})") from None
 
 
 def _check_schedule(c: ConfigDict) -> None:
@@ -357,7 +359,7 @@ def _check_schedule(c: ConfigDict) -> None:
             "between 0 and 1, such as 30/90, 60/90, 80/90"
         )
     pairs = all(isinstance(knot, tuple | list) and len(knot) == 2 for knot in c.knots)
-    whole = pairs and all(isinstance(v, int | float) and v >= 0 for knot in c.knots for v in knot)
+    whole = pairs and all(isinstance(v, int | float) and 0 <= v < math.inf for knot in c.knots for v in knot)
     if not whole or len(c.knots) < 2 or not all(a[0] < b[0] for a, b in pairwise(c.knots)) or c.knots[-1][0] > 1:
         raise UserError(
             f"config.schedule.knots={c.knots}: must be pairs, rising shares of the training from 0 to 1 and shares of "
@@ -380,18 +382,40 @@ def _check_data(c: ConfigDict) -> None:
                 f"config.data.{key}={pair}: must be two rising numbers more than 0"
                 + (", at most 1" if key == "crop_area" else "")
             )
+    if c.image_size:
+        check_crop_resize(c, c.image_size)
     operations = c.randaugment
     if len(operations) != 2 or any(type(v) is not int or v < 0 for v in operations) or operations[1] > 30:
         raise UserError(
             f"config.data.randaugment={operations}: must be two whole numbers, operations and magnitude (0 … 30)"
         )
-    if operations[0] and c.trivial_augment:
-        raise UserError("config.data.randaugment and trivial_augment: choose one of them")
+    timm = c.randaugment_timm
+    if len(timm) != 4 or type(timm[0]) is not int or min(timm) < 0 or timm[1] > 10 or timm[3] > 1:
+        raise UserError(
+            f"config.data.randaugment_timm={timm}: must be a whole number of operations, their magnitude (0 … 10), its "
+            "deviation and their probability"
+        )
+    policies = {"randaugment": operations[0], "randaugment_timm": timm[0], "trivial_augment": c.trivial_augment}
+    if len(chosen := [name for name, on in policies.items() if on]) > 1:
+        raise UserError(f"config.data.{' and '.join(chosen)}: choose one of them")
+    if c.flip_alternate and not c.flip:
+        raise UserError("config.data.flip_alternate=True: which images are mirrored? None, with config.data.flip=False")
+    if c.pca_noise and c.channels != 3:
+        raise UserError(f"config.data.pca_noise={c.pca_noise}: is along colours, and config.data.channels={c.channels}")
     jitter = c.color_jitter
     if len(jitter) != 4 or min(jitter) < 0 or jitter[3] > 0.5:
         raise UserError(
             f"config.data.color_jitter={jitter}: must be four numbers, not negative: brightness, contrast, saturation "
             "and hue, this at most 0.5"
+        )
+
+
+def check_crop_resize(c: ConfigDict, size: int) -> None:
+    """Raises UserError where scaled or stretched crops, `size` pixels a side, are to be of images smaller than that."""
+    if c.crop in ("scaled", "stretched") and c.crop_resize[0] < size:
+        raise UserError(
+            f"config.data.crop_resize={c.crop_resize}: is less than the {size} pixels of a crop; images are resized to "
+            f"at least those for config.data.crop={c.crop}"
         )
 
 
