@@ -3,7 +3,8 @@
 Commands:  python -m jax_resnet.main --config configs/ffcv.py:16
            python -m jax_resnet.main --config configs/ffcv.py:88,18
 Argument:  the epochs, 16, 24, 32, 40, 56 or 88 (if left out); then, after a comma, the depth, 50 (if left out) or 18.
-Hardware:  published on 8 GPUs of 512 images each; depth 18 on one, of 1,024. Fewer chips: --config.accumulate=8.
+Hardware:  published on 8 GPUs of 512 images each; depth 18 on one, of 1,024. Depth 50 on fewer chips:
+           --config.accumulate=8.
 Time:      not measured here; published: 15 to 77 minutes on 8 A100, depth 18 35 to 187 on one.
 Accuracy:  published top-1: 73.8, 75.6, 76.6, 77.2, 78.0, 78.4 %; depth 18: 66.9, 68.8, 70.0, 70.6, 71.3, 72.4; not run
            here.

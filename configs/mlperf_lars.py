@@ -28,29 +28,30 @@ class Entry(NamedTuple):
     """A row of the table of submissions."""
 
     rate: float
-    warmup: float  # epochs
-    end: int  # of the schedule: updates after the warmup, or, if not more than 100, epochs
-    decay: float
+    warmup: int  # epochs
+    decay: float  # of weights
     momentum: float
     group: int  # consecutive examples that share batch statistics
+    updates: int | None = None  # after the warmup, or
+    epochs: int | None = None  # in all
 
 
 ENTRIES = {
-    "1536": Entry(7.2, 2, 37, 2e-4, 0.9, 192),
-    "2048": Entry(8.5, 5, 22_530, 2e-4, 0.9, 128),
-    "3200": Entry(11.0, 2, 37, 5e-5, 0.9, 400),
-    "3264": Entry(10.5, 2, 37, 5e-5, 0.9, 408),
-    "4096": Entry(13.0, 2, 12_169, 2e-4, 0.9, 128),
-    "8192": Entry(17.0, 5, 6_095, 2e-4, 0.9, 128),
-    "32768": Entry(28.25, 17, 1_731, 1e-4, 0.93, 64),
-    "57344": Entry(23.0, 32, 78, 2.5e-5, 0.95, 32),
-    "65536": Entry(23.08, 33, 1_166, 1e-4, 0.95372, 64),
+    "1536": Entry(7.2, 2, 2e-4, 0.9, 192, epochs=37),
+    "2048": Entry(8.5, 5, 2e-4, 0.9, 128, updates=22_530),
+    "3200": Entry(11.0, 2, 5e-5, 0.9, 400, epochs=37),
+    "3264": Entry(10.5, 2, 5e-5, 0.9, 408, epochs=37),
+    "4096": Entry(13.0, 2, 2e-4, 0.9, 128, updates=12_169),
+    "8192": Entry(17.0, 5, 2e-4, 0.9, 128, updates=6_095),
+    "32768": Entry(28.25, 17, 1e-4, 0.93, 64, updates=1_731),
+    "57344": Entry(23.0, 32, 2.5e-5, 0.95, 32, epochs=78),
+    "65536": Entry(23.08, 33, 1e-4, 0.95372, 64, updates=1_166),
 }
 
 
 def get_config(batch_size: str = "4096") -> ConfigDict:
     entry, batch = variant("batch size", batch_size, ENTRIES), int(batch_size)
-    epochs = entry.end if entry.end <= 100 else entry.warmup + entry.end * batch / IMAGENET_TRAIN
+    epochs = entry.epochs or entry.warmup + (entry.updates or 0) * batch / IMAGENET_TRAIN
     c = imagenet("resnet50", batch_size=batch, epochs=epochs)
     c.model.bn_group_size = entry.group
     c.data.crop_area = (0.05, 1.0)

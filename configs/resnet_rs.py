@@ -10,8 +10,9 @@ Data:      tfds build imagenet2012 --file_format=array_record   (the README says
 Source:    the YAML files of tensorflow/tpu, models/official/resnet/resnet_rs; warmup and decay's exceptions recalled.
            The running average takes the batch statistics as they come (momentum 0) and smooths them with the weights.
 Differs:   RandAugment has timm's operations, each always done. Their magnitudes end at 10, TensorFlow's go on to the
-           15 that the files have from depth 101 on. Batch statistics are over the whole batch; the files do not say how
-           many chips shared it. Evaluation keeps 0.91 of the short side, which is timm's for these weights.
+           15 that the files have from depth 101 on. Batch statistics are over 64 images: chips did not share them, but
+           the files do not say how many there were. Evaluation keeps 0.91 of the short side, which is timm's for these
+           weights.
 """
 
 from typing import NamedTuple
@@ -45,6 +46,7 @@ def get_config(depth: str = "50") -> ConfigDict:
     c = imagenet(f"resnetrs{depth}", batch_size=4096, epochs=350)
     c.model.dropout = scale.dropout
     c.model.drop_path = scale.drop_path
+    c.model.bn_group_size = 64
     c.model.bn_momentum = 0.0
 
     c.data.image_size = scale.size

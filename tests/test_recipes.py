@@ -189,7 +189,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shrunk(config: ConfigDict, images: Path) -> ConfigDict:
-    """`config` for two updates of a net of two small blocks on `images`: sizes and lengths change, no procedure.
+    """`config` for two updates of a net of a small block or two on `images`: sizes and lengths change, no procedure.
 
     The weights to begin with are left out.
     """
@@ -201,10 +201,9 @@ def shrunk(config: ConfigDict, images: Path) -> ConfigDict:
     c.data.name, c.data.data_dir, c.data.holdout = f"npz:{images}", None, 0.0
     c.data.image_size = SIDE
     c.data.crop_resize = tuple(max(SIDE, size(pixels)) for pixels in c.data.crop_resize)
-    basic = "cifar" in c.model.name or c.model.name in ("resnet18", "resnet34")
-    c.model.depths, c.model.widths, c.model.stem_width = (1, 1), (8, 16) if basic else (8, 8), 8
-    if "_bit" in c.model.name:
-        c.model.widths, c.model.stem_width = (32, 32), 32  # its norm has 32 groups
+    stages = 2 if c.model.antialias else 1  # only from the second on have blocks a stride
+    width = 32 if "_bit" in c.model.name else 8  # its norm has 32 groups
+    c.model.depths, c.model.widths, c.model.stem_width = (1,) * stages, (width,) * stages, width
     batch = 4 * max(2, c.data.repeats)
     c.batch_size, c.accumulate = batch, 1
     c.model.bn_group_size = c.model.bn_group_size and batch // 2
