@@ -212,11 +212,12 @@ def default() -> ConfigDict:
     c.optimizer.reference_batch = 256  # the rate is scaled by batch_size / reference_batch; 0: not scaled
     c.optimizer.batch_scaling = "linear"  # or sqrt: by the root of that
     c.optimizer.momentum = 0.9  # sgd, rmsprop, lars, muon: v ← m·v + g, w ← w − rate·v
-    c.optimizer.rate_in_momentum = False  # v ← m·v + rate·g, w ← w − v: a new rate works on what comes, not on v
+    c.optimizer.rate_in_momentum = False  # sgd, rmsprop, lars: v ← m·v + rate·g, w ← w − v: a new rate works on what
+    # comes, not on v
     c.optimizer.nesterov = True  # sgd, lars, muon: w ← w − rate·(g + m·v)
     c.optimizer.beta1 = 0.9  # adam, adamw, lamb, lion
     c.optimizer.beta2 = 0.999  # adam, adamw, lamb, lion; the decay of rmsprop's mean square
-    c.optimizer.epsilon = 1e-8  # adam, adamw, lamb, rmsprop, adagrad, lars
+    c.optimizer.epsilon = 1e-8  # of all but sgd, lion and adafactor
     c.optimizer.trust_coefficient = 1e-3  # lars
     c.optimizer.newton_schulz_steps = 5  # muon
     c.optimizer.rest = ConfigDict()
@@ -226,7 +227,7 @@ def default() -> ConfigDict:
     c.optimizer.weight_decay = 1e-4
     c.optimizer.decoupled = placeholder(bool)  # decay works on the weights, times the rate, not through the gradient.
     # None: as published, for adamw, lamb, lion, adafactor and muon
-    c.optimizer.l1 = 0.0  # times the sign of a weight, added to the gradient where there is decay
+    c.optimizer.l1 = 0.0  # times the sign of a weight, added to the gradient of what no_decay does not cover
     c.optimizer.no_decay = ("norm", "bias")  # parameters without decay: kernel, norm, bias, or a pattern of whole names
     c.optimizer.rate_factors = ()  # (("head/.*", 10.0), …): kinds or patterns, and by what their rate is multiplied
     c.optimizer.layer_decay = 1.0  # rate of each block over that of the next; the head has all of it
@@ -328,25 +329,29 @@ def _check_batches(c: ConfigDict) -> None:
 
 
 def _check_optimizer(c: ConfigDict) -> None:
-    if not c.epsilon and c.name != "lars":
+    if not c.epsilon and c.name not in ("sgd", "lars", "lion", "adafactor"):
         raise UserError(f"config.optimizer.epsilon={c.epsilon}: must be more than 0 for {c.name}")
-    for rule, *factor in (*((rule,) for rule in c.no_decay), *c.rate_factors):
-        key = "rate_factors" if factor else "no_decay"
-        if not isinstance(rule, str) or (key == "rate_factors" and not _is_factor(factor)):
-            raise UserError(
-                f"config.optimizer.{key}={c[key]}: must be "
-                + ("names, such as ('norm', 'bias')" if key == "no_decay" else "pairs, such as (('head/.*', 10.0),)")
-            )
-        if rule.isidentifier() and rule not in PARAMETER_KINDS:
-            choose(f"config.optimizer.{key}", rule, PARAMETER_KINDS)
-        try:
-            re.compile(rule)
-        except re.error as e:
-            raise UserError(f"config.optimizer.{key}: {rule!r} is no pattern ({e})") from None
+    if c.rate_in_momentum and c.name not in ("sgd", "rmsprop", "rmsprop_tf", "lars"):
+        raise UserError(f"config.optimizer.rate_in_momentum: {c.name} has no momentum to have the rate in")
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 and _is_factor(pair[1]) for pair in c.rate_factors):
+        raise UserError(
+            f"config.optimizer.rate_factors={c.rate_factors}: must be pairs of a kind or pattern and a number, not "
+            "negative, such as (('head/.*', 10.0),)"
+        )
+    for key, rules in (("no_decay", c.no_decay), ("rate_factors", [rule for rule, _ in c.rate_factors])):
+        for rule in rules:
+            if not isinstance(rule, str):
+                raise UserError(f"config.optimizer.{key}={c[key]}: {rule!r} is no name, such as 'norm'")
+            if rule.isidentifier():
+                choose(f"config.optimizer.{key}", rule, PARAMETER_KINDS)
+            try:
+                re.compile(rule)
+            except re.error as e:
+                raise UserError(f"config.optimizer.{key}: {rule!r} is no pattern ({e})") from None
 
 
-def _is_factor(factor: list[Any]) -> bool:
-    return len(factor) == 1 and isinstance(factor[0], int | float) and 0 <= factor[0] < math.inf
+def _is_factor(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value < math.inf
 
 
 def _check_schedule(c: ConfigDict) -> None:
@@ -359,7 +364,7 @@ def _check_schedule(c: ConfigDict) -> None:
             "between 0 and 1, such as 30/90, 60/90, 80/90"
         )
     pairs = all(isinstance(knot, tuple | list) and len(knot) == 2 for knot in c.knots)
-    whole = pairs and all(isinstance(v, int | float) and v >= 0 for knot in c.knots for v in knot)
+    whole = pairs and all(isinstance(v, int | float) and 0 <= v < math.inf for knot in c.knots for v in knot)
     if not whole or len(c.knots) < 2 or not all(a[0] < b[0] for a, b in pairwise(c.knots)) or c.knots[-1][0] > 1:
         raise UserError(
             f"config.schedule.knots={c.knots}: must be pairs, rising shares of the training from 0 to 1 and shares of "

@@ -20,9 +20,10 @@ from jax_resnet.errors import UserError, choose
 from jax_resnet.models.cost import multiply_adds
 from jax_resnet.models.torch_weights import Arrays
 from jax_resnet.models.zoo import create_model, model_spec
-from jax_resnet.optim import make_optimizer, make_schedule, over_phases, peak_learning_rate
+from jax_resnet.optim import make_optimizer
 from jax_resnet.plan import Plan, describe
 from jax_resnet.pretrained import fitting
+from jax_resnet.schedule import make_schedule, over_phases, peak_learning_rate
 from jax_resnet.state import TrainState, make_state
 from jax_resnet.step import make_eval_step, make_train_step
 
@@ -79,8 +80,9 @@ class Job:
             peak=peak_learning_rate(c.optimizer, c.batch_size),
             steps=plan.position(plan.steps),
             warmup_steps=plan.warmup_steps,
+            cooldown_steps=plan.cooldown_steps,
         )
-        schedule = over_phases(schedule, plan.phases, batch_size=c.batch_size, scaled=bool(c.optimizer.reference_batch))
+        schedule = over_phases(schedule, plan.phases, c.optimizer, batch_size=c.batch_size)
         self.learning_rate = jax.jit(schedule)
         self.all_finite = jax.jit(_all_finite)
         optimizer = make_optimizer(c.optimizer, schedule, c.freeze)

@@ -1,5 +1,6 @@
 """A config's durations, and its phases of image and batch size, as steps."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,18 +21,25 @@ class Plan:
     phases: tuple[Phase, ...]
     batch_size: int
     warmup_steps: int
+    cooldown_steps: int
+    ema_warmup_steps: int
     eval_every: float
     save_every: float
     steps_per_epoch: float
 
     @classmethod
     def of(cls, c: ConfigDict, num_examples: int) -> "Plan":
-        """Raises UserError naming the duration that is at fault."""
+        """The train, warmup and cooldown durations are `config.stretch` times what they say.
+
+        Raises UserError naming the duration that is at fault.
+        """
         length = partial(in_steps, batch_size=c.batch_size, num_examples=num_examples)
         return cls(
-            phases=_phases(phase_rows(c), length(c.train, "train"), c.batch_size),
+            phases=_phases(phase_rows(c), c.stretch * length(c.train, "train"), c.batch_size),
             batch_size=c.batch_size,
-            warmup_steps=round(length(c.schedule.warmup, "schedule.warmup")),
+            warmup_steps=round(c.stretch * length(c.schedule.warmup, "schedule.warmup")),
+            cooldown_steps=round(c.stretch * length(c.schedule.cooldown, "schedule.cooldown")),
+            ema_warmup_steps=round(c.stretch * length(c.ema.warmup, "ema.warmup")),
             eval_every=length(c.eval.every, "eval.every"),
             save_every=length(c.checkpoint.every, "checkpoint.every"),
             steps_per_epoch=num_examples / c.batch_size,
@@ -54,6 +62,14 @@ class Plan:
     def position(self, step: int) -> float:
         """How far `step` updates come, in steps of `batch_size` examples: `step` itself where all batches have that."""
         return phase_at(self.phases, step).examples(step) / self.batch_size
+
+    def step_at(self, share: float) -> int:
+        """The first update, counted from 0, that begins at or after that share of the training; `steps` if none does.
+
+        Shares are of the examples, so that phases of other batches count for what they are.
+        """
+        part = share * (1 - 1e-12) * self.position(self.steps)  # a product that is a whole number may be just above it
+        return bisect_left(range(self.steps), part, key=self.position)
 
     def evaluates(self, step: int) -> bool:
         """Whether the state after `step` updates is evaluated."""

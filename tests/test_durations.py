@@ -85,7 +85,46 @@ def test_warmup_is_rounded_to_whole_steps():
     assert Plan.of(plan_config(schedule_warmup={"steps": 0}), 1437).warmup_steps == 0
 
 
-@pytest.mark.parametrize("key", ["train", "schedule_warmup", "eval_every", "checkpoint_every"])
+def test_cooldown_and_the_warmup_of_the_average_are_rounded_to_whole_steps():
+    plan = Plan.of(plan_config(schedule_cooldown={"epochs": 2}, ema_warmup={"examples": 100}), 1437)
+    assert (plan.cooldown_steps, plan.ema_warmup_steps) == (45, 2)  # 44.9, 1.56
+
+
+def test_stretch_makes_the_recipe_longer_and_leaves_what_looks_at_it():
+    durations = {"train": {"epochs": 4}, "schedule_warmup": {"epochs": 1}, "schedule_cooldown": {"examples": 100}}
+    c = plan_config(100, **durations, ema_warmup={"steps": 3}, eval_every={"epochs": 1})
+    c.stretch = 2.5
+    plan = Plan.of(c, 1000)
+    assert plan.steps == 100
+    assert (plan.warmup_steps, plan.cooldown_steps, plan.ema_warmup_steps) == (25, 2, 8)  # of 25, 2.5, 7.5
+    assert (plan.eval_every, plan.save_every) == (10, 10)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 49, 50, 90, 100, 449])
+def test_the_update_at_a_share_of_the_training(steps):
+    plan = Plan.of(plan_config(train={"steps": steps}), 1437)
+    for k in range(steps + 1):
+        assert plan.step_at(k / steps) == k
+    for share in (Fraction(1, 3), Fraction(1, 10), Fraction(35, 50), Fraction(99, 100)):
+        assert plan.step_at(float(share)) == ceil(share * steps)
+
+
+def test_the_update_at_a_share_of_the_training_counts_examples():
+    c = plan_config(16, train={"examples": 300})
+    c.progressive = ((0.0, 6, 32), (0.4, 10), (0.75, 12, 8))
+    plan = Plan.of(c, 100)
+    seen = [phase.examples(step) for phase in plan.phases for step in range(phase.first_step, phase.end)]
+    shares = [0.0, 0.1, 32 / 304, 0.33, 128 / 304, 0.5, 0.73, 224 / 304, 0.9, 0.99, 1.0]
+    whole = plan.phases[-1].examples(plan.steps)
+    assert whole == 304
+    assert [plan.step_at(share) for share in shares] == [
+        next((i for i, n in enumerate(seen) if n >= share * whole - 1e-9), plan.steps) for share in shares
+    ]
+
+
+@pytest.mark.parametrize(
+    "key", ["train", "schedule_warmup", "schedule_cooldown", "ema_warmup", "eval_every", "checkpoint_every"]
+)
 def test_a_plan_names_the_duration_at_fault(key):
     with pytest.raises(UserError, match=rf"config\.{key.replace('_', '.')}: give exactly one"):
         Plan.of(plan_config(**{key: {"epochs": 1, "steps": 1}}), 1437)

@@ -1,4 +1,4 @@
-"""Schedules against closed forms, optimizers against torch's update rules written out in float64."""
+"""Optimizers against torch's and timm's, or their papers' formulas in float64; which parameters each rule is about."""
 
 import math
 from typing import Any
@@ -10,191 +10,129 @@ import optax
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
+from optimizer_goldens import (
+    CASES,
+    GOLDENS,
+    SHAPES,
+    UPDATES,
+    config_of,
+    import_timm,
+    named,
+    random_trees,
+    rate_at,
+    reference,
+    sample,
+    start_and_gradients,
+)
 
 from jax_resnet import optim
-from jax_resnet.config import OPTIMIZERS, SCHEDULES, default
+from jax_resnet.config import OPTIMIZERS, default, validate
 from jax_resnet.errors import UserError
+from jax_resnet.job import Job
 from jax_resnet.models.layers import BatchNorm
 from jax_resnet.models.zoo import create_model
 
-# ---- schedules -------------------------------------------------------------------------------------------------------
-
-PEAK, STEPS, WARMUP, FROM, FINAL, POWER, FACTOR = 0.4, 100, 10, 0.25, 0.05, 3.0, 0.2
-
-CLOSED_FORMS = {  # of the step, once warmup is over
-    "constant": lambda step: PEAK,
-    "cosine": lambda step: PEAK * (FINAL + (1 - FINAL) * math.cos((step - 10) / 90 * math.pi / 2) ** 2),
-    "linear": lambda step: PEAK - (PEAK - PEAK * FINAL) * (step - 10) / 90,
-    "polynomial": lambda step: PEAK * FINAL + PEAK * (1 - FINAL) * ((100 - step) / 90) ** 3,
-    "exponential": lambda step: PEAK * math.exp(math.log(FINAL) * (step - 10) / 90),
-    "step": lambda step: PEAK * (1 if step < 30 else 0.2 if step < 60 else 0.04 if step < 80 else 0.008),
-}
+NAMES = set(named(random_trees(SHAPES, 1)[0]))
 
 
-def schedule_config(name: str, **changes: Any) -> ConfigDict:
-    c = default().schedule
-    c.update(name=name, warmup_from=FROM, final=FINAL, power=POWER, factor=FACTOR, boundaries=(0.3, 0.6, 0.8))
-    c.update(changes)
+def config(**changes: Any) -> ConfigDict:
+    """config.optimizer: plain gradient descent, changed."""
+    c = default().optimizer
+    c.update({"momentum": 0.0, "weight_decay": 0.0} | changes)
     return c
 
 
-def rates(c: ConfigDict, at: Any, *, steps: int = STEPS, warmup_steps: int = WARMUP) -> np.ndarray:
-    schedule = optim.make_schedule(c, peak=PEAK, steps=steps, warmup_steps=warmup_steps)
-    return np.array([float(schedule(step)) for step in at])
-
-
-def test_every_schedule_has_a_closed_form_here():
-    assert set(CLOSED_FORMS) == set(SCHEDULES)
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_schedule_equals_its_closed_form_at_every_step(name):
-    expected = [PEAK * (FROM + (1 - FROM) * s / 10) if s < 10 else CLOSED_FORMS[name](s) for s in range(STEPS)]
-    np.testing.assert_allclose(rates(schedule_config(name), range(STEPS)), expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_schedule_is_the_same_traced_over_an_int32_step(name):
-    c = schedule_config(name)
-    traced = jax.jit(jax.vmap(optim.make_schedule(c, peak=PEAK, steps=STEPS, warmup_steps=WARMUP)))(jnp.arange(STEPS))
-    np.testing.assert_allclose(traced, rates(c, range(STEPS)), rtol=1e-5)
-
-
-@pytest.mark.parametrize("warmup_from", [0.0, 0.1, 1.0])
-def test_warmup_starts_at_its_share_and_rises_evenly_to_the_peak(warmup_from):
-    ramp = rates(schedule_config("cosine", warmup_from=warmup_from), range(WARMUP + 1))
-    assert ramp[0] == pytest.approx(warmup_from * PEAK)
-    assert ramp[-1] == pytest.approx(PEAK)
-    np.testing.assert_allclose(np.diff(ramp), (1 - warmup_from) * PEAK / WARMUP, atol=1e-7)
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_without_warmup_the_first_step_has_the_peak(name):
-    assert rates(schedule_config(name), [0], warmup_steps=0) == pytest.approx(PEAK)
-
-
-def test_step_schedule_drops_on_the_exact_step():
-    c = schedule_config("step", boundaries=(30 / 90, 60 / 90, 80 / 90), factor=0.1)
-    found = rates(c, [149, 150, 299, 300, 399, 400, 449], steps=450)
-    np.testing.assert_allclose(found / PEAK, [1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001], rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["cosine", "linear", "polynomial", "exponential"])
-def test_decay_ends_at_the_final_share_and_stays_there(name):
-    np.testing.assert_allclose(rates(schedule_config(name), [STEPS, STEPS + 7]), FINAL * PEAK, rtol=1e-5)
-
-
-@pytest.mark.parametrize("warmup_steps", [100, 101, 5000])
-def test_warmup_that_leaves_no_training_is_refused(warmup_steps):
-    with pytest.raises(UserError, match=r"config\.schedule\.warmup is \d+ steps, the whole training 100") as e:
-        optim.make_schedule(schedule_config("cosine"), peak=PEAK, steps=STEPS, warmup_steps=warmup_steps)
-    assert "\n" not in str(e.value)
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "reference", "expected"), [(256, 256, 0.1), (1024, 256, 0.4), (64, 256, 0.025), (1024, 0, 0.1)]
-)
-def test_peak_follows_the_batch_unless_the_reference_is_0(batch_size, reference, expected):
-    c = default().optimizer
-    c.learning_rate, c.reference_batch = 0.1, reference
-    assert optim.peak_learning_rate(c, batch_size) == pytest.approx(expected)
-
-
-# ---- optimizers ------------------------------------------------------------------------------------------------------
-
-SHAPES = {  # one parameter or more of each kind, under the names the networks use
-    "stem": {"conv1": {"kernel": (3, 3, 2, 4)}, "norm1": {"scale": (4,), "bias": (4,)}},
-    "norm": {"scale": (4,), "bias": (4,)},
-    "head": {"kernel": (4, 3), "bias": (3,)},
-}
-KINDS = {
-    "stem": {"conv1": {"kernel": "kernel"}, "norm1": {"scale": "norm", "bias": "norm"}},
-    "norm": {"scale": "norm", "bias": "norm"},
-    "head": {"kernel": "kernel", "bias": "bias"},
-}
-UPDATES = 20
-
-
-def rate_at(step: Any) -> Any:
-    return 0.05 / (1 + step)
-
-
-def random_trees(count: int) -> list[Any]:
-    """Values between 0.5 and 1.5 of either sign: far from 0, where the place of epsilon would show."""
-    rng = np.random.default_rng(count)
-
-    def values(shape):
-        return rng.uniform(0.5, 1.5, shape) * rng.choice([-1, 1], shape)
-
-    return [jax.tree.map(values, SHAPES, is_leaf=lambda s: isinstance(s, tuple)) for _ in range(count)]
-
-
-def as_torch(c: ConfigDict, w: np.ndarray, grads: list[np.ndarray], decay: float) -> np.ndarray:
-    """One tensor after torch.optim's documented algorithm, in float64. torch's RMSprop knows no Nesterov momentum."""
-    momentum, first, second = 0.0, 0.0, 0.0
-    for step, g in enumerate(grads):
-        if c.name == "adamw":
-            w = w * (1 - rate_at(step) * decay)
-        else:
-            g = g + decay * w
-        if c.name in ("adam", "adamw"):
-            first = c.beta1 * first + (1 - c.beta1) * g
-            second = c.beta2 * second + (1 - c.beta2) * g**2
-            corrected = second / (1 - c.beta2 ** (step + 1))
-            g = first / (1 - c.beta1 ** (step + 1)) / (np.sqrt(corrected) + c.epsilon)
-        elif c.name == "rmsprop":
-            second = c.beta2 * second + (1 - c.beta2) * g**2
-            g = g / (np.sqrt(second) + c.epsilon)
-        elif c.name == "adagrad":
-            second = second + g**2
-            g = g / (np.sqrt(second) + c.epsilon)
-        if c.name in ("sgd", "rmsprop"):
-            momentum = c.momentum * momentum + g
-            g = g + c.momentum * momentum if c.nesterov and c.name == "sgd" else momentum
-        w = w - rate_at(step) * g
-    return w
-
-
-def as_library(c: ConfigDict, params: Any, grads: list[Any]) -> Any:
-    optimizer = optim.make_optimizer(c, rate_at)
+def trained(c: ConfigDict, params: Any, grads: list[Any], rate: Any = rate_at, freeze: Any = ()) -> Any:
+    optimizer = optim.make_optimizer(c, rate, freeze)
     params = jax.tree.map(jnp.float32, params)
-    state = optimizer.init(params)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
     for g in grads:
-        updates, state = optimizer.update(jax.tree.map(jnp.float32, g), state, params)
+        updates, state = update(jax.tree.map(jnp.float32, g), state, params)
         params = optax.apply_updates(params, updates)
     return params
 
 
-@pytest.mark.parametrize("no_decay", [(), ("norm", "bias"), ("kernel",), ("kernel", "norm", "bias")])
-@pytest.mark.parametrize(
-    ("name", "momentum", "nesterov"),
-    [
-        ("sgd", 0.0, False),
-        ("sgd", 0.0, True),
-        ("sgd", 0.9, False),
-        ("sgd", 0.9, True),
-        ("adam", 0.9, True),
-        ("adamw", 0.9, True),
-        ("rmsprop", 0.0, False),
-        ("rmsprop", 0.9, False),
-        ("rmsprop", 0.9, True),  # which is for sgd only
-        ("adagrad", 0.9, True),
-    ],
-)
-def test_20_updates_equal_torch_rules_with_decay_on_exactly_the_stated_kinds(name, momentum, nesterov, no_decay):
+def change(c: ConfigDict, params: Any, grads: Any, freeze: Any = ()) -> dict[str, Any]:
+    """What one update at a rate of 1 adds to each parameter, by name."""
+    found = trained(c, params, [grads], lambda step: 1.0, freeze)
+    return named(jax.tree.map(lambda a, b: np.asarray(a - b), found, params))
+
+
+def close(found: Any, expected: Any, rtol: float = 2e-6) -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol), found, expected)
+
+
+# ---- the rules -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_20_updates_equal_torch_or_timm(case):
     c = default().optimizer
-    c.update(name=name, momentum=momentum, nesterov=nesterov, beta1=0.8, beta2=0.95, weight_decay=0.1)
-    c.no_decay = no_decay
-    params, *grads = random_trees(1 + UPDATES)
-    expected = jax.tree.map(
-        lambda kind, w, *g: as_torch(c, w, list(g), 0.0 if kind in no_decay else 0.1), KINDS, params, *grads
-    )
-    found = as_library(c, params, grads)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected)
+    c.update(config_of(case))
+    start, *grads = start_and_gradients(case)
+    np.testing.assert_allclose(sample(trained(c, start, grads)), np.load(GOLDENS)[case], rtol=3e-6, atol=3e-6)
 
 
 def test_every_optimizer_is_among_those_compared():
-    assert set(OPTIMIZERS) == {"sgd", "adam", "adamw", "rmsprop", "adagrad"}
+    assert {changes["name"] for changes, _ in CASES.values()} == set(OPTIMIZERS)
+
+
+@pytest.mark.slow
+def test_the_goldens_are_what_torch_and_timm_say_today():
+    pytest.importorskip("torch", minversion="2.9", reason="needs its Muon")
+    try:
+        import_timm()
+    except ImportError:
+        pytest.skip("needs timm, and a torchvision that torch can load")
+    goldens = np.load(GOLDENS)
+    assert set(goldens) == set(CASES)
+    for case in CASES:
+        np.testing.assert_allclose(reference(case), goldens[case], rtol=1e-9, atol=1e-12, err_msg=case)
+
+
+@pytest.mark.parametrize(("nesterov", "decoupled"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("name", ["sgd", "rmsprop", "lars"])
+def test_with_the_rate_in_momentum_20_updates_equal_the_formula(name, nesterov, decoupled):
+    """The paper of LARS, algorithm 1, and without its local rate for the others and what does not decay."""
+    c = config(name=name, nesterov=nesterov, momentum=0.9, rate_in_momentum=True, weight_decay=0.1, decoupled=decoupled)
+    c.update(trust_coefficient=0.1, epsilon=0.01, beta2=0.95)
+    start, *grads = random_trees(SHAPES, 1 + UPDATES)
+
+    def formula(kind: str, w: np.ndarray, *grads: np.ndarray) -> np.ndarray:
+        decays, v, square = kind == "kernel", 0.0, 0.0
+        coupled, apart = (0.0, 0.1 * decays) if decoupled else (0.1 * decays, 0.0)
+        for step, g in enumerate(grads):
+            of_w, of_g = np.linalg.norm(w), np.linalg.norm(g)
+            g = g + coupled * w
+            if name == "lars" and decays:
+                g = 0.1 * of_w / (of_g + coupled * of_w + 0.01) * g
+            elif name == "rmsprop":
+                square = 0.95 * square + 0.05 * g**2
+                g = g / (np.sqrt(square) + 0.01)
+            v = 0.9 * v + rate_at(step) * g
+            w = w - (0.9 * v + rate_at(step) * g if nesterov and name != "rmsprop" else v) - rate_at(step) * apart * w
+        return w
+
+    expected = jax.tree.map(formula, optim.parameter_kinds(start), start, *grads)
+    close(trained(c, start, grads), expected, 4e-6)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_two_momentums_part_where_the_rate_changes_by_what_is_documented(nesterov):
+    """Alike before. Then torch's moves rate'/rate times as far by what is in v (Goyal et al. 2017, remark 2)."""
+    before, after, m, changed_at = 0.1, 0.7, 0.9, 5
+    c = config(name="sgd", momentum=m, nesterov=nesterov)
+    start, *grads = random_trees({"head": {"kernel": (3,)}}, 1 + changed_at + 1)
+
+    def run(updates: int, in_momentum: bool) -> np.ndarray:
+        c.rate_in_momentum = in_momentum
+        rate = lambda step: jnp.where(step < changed_at, before, after)  # noqa: E731
+        return np.asarray(trained(c, start, grads[:updates], rate)["head"]["kernel"])
+
+    np.testing.assert_allclose(run(changed_at, True), run(changed_at, False), rtol=1e-6)
+    v = sum(m ** (changed_at - 1 - i) * g["head"]["kernel"] for i, g in enumerate(grads[:changed_at]))
+    farther = (after - before) * m * v * (m if nesterov else 1)
+    np.testing.assert_allclose(run(changed_at + 1, True) - run(changed_at + 1, False), farther, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -202,19 +140,109 @@ def test_every_optimizer_is_among_those_compared():
     [
         ("adam", lambda g, eps: g / (g + eps)),
         ("adamw", lambda g, eps: g / (g + eps)),
+        ("lamb", lambda g, eps: g / (g + eps)),
         ("rmsprop", lambda g, eps: g / (math.sqrt((1 - 0.95) * g**2) + eps)),
+        ("rmsprop_tf", lambda g, eps: g / math.sqrt(0.95 + (1 - 0.95) * g**2 + eps)),
         ("adagrad", lambda g, eps: g / math.sqrt(g**2 + eps)),  # optax; torch has √(…) + eps
     ],
 )
 def test_where_epsilon_stands(name, first_step):
-    c = default().optimizer
-    c.update(name=name, momentum=0.0, beta2=0.95, weight_decay=0.0, epsilon=1e-3)
+    c = config(name=name, beta2=0.95, epsilon=1e-3)
     g = 1e-3  # as small as epsilon, so that its place shows
-    found = as_library(c, {"head": {"kernel": np.zeros(1)}}, [{"head": {"kernel": np.full(1, g)}}])
+    found = trained(c, {"head": {"kernel": np.zeros(1)}}, [{"head": {"kernel": np.full(1, g)}}])
     np.testing.assert_allclose(found["head"]["kernel"], -rate_at(0) * first_step(g, c.epsilon), rtol=1e-4)
 
 
-# ---- kinds of parameters ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["lamb", "lars"])
+def test_a_trust_ratio_is_1_where_the_weights_or_the_gradient_are_0(name):
+    c = config(name=name, weight_decay=0.1, epsilon=1e-6)
+    one, nothing = np.ones(4), np.zeros(4)
+    params = {"stem": {"conv1": {"kernel": nothing}}, "head": {"kernel": one}}
+    found = change(c, params, {"stem": {"conv1": {"kernel": one}}, "head": {"kernel": nothing}})
+    close(found["stem/conv1/kernel"], -one, 1e-5)  # lars: the gradient; lamb: adam's first update
+    close(found["head/kernel"], -0.1 * one if name == "lars" else -one)
+
+
+# ---- what works on the gradient --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trees() -> tuple[Any, Any]:
+    return tuple(random_trees(SHAPES, 2))
+
+
+def test_clipping_by_value_then_by_norm(trees):
+    params, grads = trees
+    clipped = jax.tree.map(lambda g: np.clip(g, -0.7, 0.7), grads)
+    norm = math.sqrt(sum((g**2).sum() for g in jax.tree.leaves(clipped)))
+    found = change(config(clip_value=0.7, clip_norm=2.0), params, grads)
+    close(found, named(jax.tree.map(lambda g: -g * 2.0 / norm, clipped)))
+    found = change(config(clip_norm=2 * norm), params, grads)
+    close(found, named(jax.tree.map(np.negative, grads)))
+
+
+def test_the_norm_is_that_of_what_is_trained(trees):
+    params, grads = trees
+    norm = math.sqrt(sum((g**2).sum() for part, tree in grads.items() if part != "stem" for g in jax.tree.leaves(tree)))
+    found = change(config(clip_norm=2.0), params, grads, freeze=("stem",))
+    assert not np.any(found["stem/conv1/kernel"])
+    close(found["head/bias"], -grads["head"]["bias"] * 2.0 / norm)
+
+
+def test_adaptive_clipping_of_each_unit_but_not_of_the_head(trees):
+    """Brock et al. 2021, equation 3: for output channel i at most λ · max(‖W_i‖, 1e-3) / ‖G_i‖ of the gradient."""
+    params, grads = trees
+    params = params | {"norm": {"scale": params["norm"]["scale"], "bias": np.zeros(6)}}
+    largest = 1.0  # among these some are clipped, some are not
+
+    def clipped(w: np.ndarray, g: np.ndarray) -> np.ndarray:
+        axes = tuple(range(w.ndim - 1)) if w.ndim > 1 else (0,)
+        of_w, of_g = (np.sqrt((x**2).sum(axes, keepdims=True)) for x in (w, g))
+        return -g * np.minimum(1, largest * np.maximum(of_w, 1e-3) / of_g)
+
+    expected = named(jax.tree.map(clipped, params, grads)) | named({"head": jax.tree.map(np.negative, grads["head"])})
+    found = change(config(clip_adaptive=largest), params, grads)
+    close(found, expected)
+    units = np.abs(found["stem/conv1/kernel"]) < np.abs(grads["stem"]["conv1"]["kernel"]) - 1e-6
+    assert 0 < units.all((0, 1, 2)).sum() < 4
+
+
+def test_the_gradient_is_clipped_before_decay_is_added(trees):
+    params, grads = trees
+    c = config(clip_value=0.1, weight_decay=0.5, l1=0.25, no_decay=("norm", "bias"))
+    expected = -0.1 * np.sign(grads["head"]["kernel"]) - 0.5 * params["head"]["kernel"]
+    close(change(c, params, grads)["head/kernel"], expected - 0.25 * np.sign(params["head"]["kernel"]))
+    close(change(c, params, grads)["head/bias"], -0.1 * np.sign(grads["head"]["bias"]))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_is_not_asked_for_takes_no_memory(name):
+    """A buffer for each parameter where the optimizer has one, and counters; nothing for what is off."""
+    params = jax.tree.map(jnp.float32, random_trees(SHAPES, 1)[0])
+    state = optim.make_optimizer(config(name=name, momentum=0.9, weight_decay=0.1), rate_at).init(params)
+    arrays = [x for x in jax.tree.leaves(state) if x.ndim or x.shape]
+    size, hidden = sum(p.size for p in jax.tree.leaves(params)), 3 * 3 * 4 * 3 + 3 * 6
+    buffers = {"adam": 2, "adamw": 2, "lamb": 2, "rmsprop": 2, "rmsprop_tf": 2}.get(name, 1)
+    unfactored = 2 * len(jax.tree.leaves(params)) if name == "adafactor" else 0  # optax's place holders
+    rest = size - hidden if name == "muon" else 0  # adam's second
+    assert sum(x.size for x in arrays) == buffers * size + unfactored + rest
+
+
+def test_the_program_of_the_defaults_is_that_of_three_parts():
+    params = jax.tree.map(jnp.float32, random_trees(SHAPES, 1)[0])
+    c = default().optimizer
+    mask = jax.tree.map(lambda kind: kind == "kernel", optim.parameter_kinds(params))
+    by_hand = optax.chain(
+        optax.add_decayed_weights(1e-4, mask), optax.trace(0.9, nesterov=True), optax.scale_by_learning_rate(rate_at)
+    )
+    optimizer = optim.make_optimizer(c, rate_at)
+    state = optimizer.init(params)
+    assert jax.tree.structure(state) == jax.tree.structure(by_hand.init(params))
+    programs = [str(jax.make_jaxpr(o.update)(params, state, params)) for o in (optimizer, by_hand)]
+    assert programs[0] == programs[1]
+
+
+# ---- which parameters ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["cifar_resnet8", "resnet18", "resnetv2_50"])
@@ -249,6 +277,114 @@ def test_parameter_that_two_rules_cover_is_an_error_that_names_it(monkeypatch):
 
 
 def test_an_uncovered_parameter_stops_the_optimizer_before_the_first_update():
-    optimizer = optim.make_optimizer(default().optimizer, rate_at)
+    optimizer = optim.make_optimizer(config(no_decay=()), rate_at)
     with pytest.raises(ValueError, match="parameter stem/gamma"):
         optimizer.init({"stem": {"gamma": jnp.zeros(1)}})
+
+
+@pytest.mark.parametrize(
+    ("no_decay", "expected"),
+    [
+        ((), NAMES),
+        (("norm", "bias"), {name for name in NAMES if name.endswith("kernel")}),
+        (("kernel",), {name for name in NAMES if not name.endswith("kernel")}),
+        (("kernel", "norm", "bias"), set()),
+        ((r"stem/.*", r".*/conv2/kernel", "norm"), {"stage1/block0/conv1/kernel", "head/kernel", "head/bias"}),
+        ((r"(?!head/).*",), {"head/kernel", "head/bias"}),
+    ],
+)
+def test_decay_reaches_exactly_what_no_decay_does_not_cover(trees, no_decay, expected):
+    params, _ = trees
+    found = change(config(weight_decay=0.5, no_decay=no_decay), params, jax.tree.map(np.zeros_like, params))
+    assert {name for name, moved in found.items() if moved.any()} == expected
+    close({n: found[n] for n in expected}, {n: -0.5 * named(params)[n] for n in expected})
+
+
+def test_factors_of_the_rate(trees):
+    params, grads = trees
+    c = config(rate_factors=(("norm", 64.0), ("head/.*", 10.0), (r"stem/.*kernel", 0.0)))
+    found = change(c, params, grads)
+    factor = {"stem/conv1/kernel": 0.0, "head/kernel": 10.0, "head/bias": 10.0}
+    for name, g in named(grads).items():
+        close(found[name], -g * (64.0 if "norm" in name else factor.get(name, 1.0)))
+
+
+def test_factors_and_layer_decay_with_parts_frozen(trees):
+    params, grads = trees
+    c = config(rate_factors=(("bias", 3.0),), layer_decay=0.5)
+    found = change(c, params, grads, freeze=("stage1",))
+    of_layer = {"stem": 0.25, "stage1": 0.0, "norm": 1.0, "head": 1.0}
+    for name, g in named(grads).items():
+        close(found[name], -g * of_layer[name.split("/")[0]] * (3.0 if name == "head/bias" else 1.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"no_decay": ("norm", "haed/.*")}, r"no_decay: the pattern 'haed/\.\*' matches no parameter"),
+        ({"no_decay": ("conv1/kernel",)}, "no_decay: the pattern 'conv1/kernel' matches no parameter"),
+        ({"rate_factors": (("fc/.*", 2.0),)}, r"rate_factors: the pattern 'fc/\.\*' matches no parameter"),
+        (
+            {"rate_factors": (("kernel", 2.0), ("head/.*", 10.0))},
+            r"rate_factors: 'kernel' and 'head/\.\*' both cover head/kernel",
+        ),
+    ],
+)
+def test_rules_that_do_not_fit_the_parameters_are_refused_in_a_line(trees, changes, words):
+    optimizer = optim.make_optimizer(config(**changes), rate_at)
+    with pytest.raises(UserError, match=rf"^config\.optimizer\.{words}") as e:
+        jax.eval_shape(optimizer.init, trees[0])
+    assert "\n" not in str(e.value)
+
+
+def test_a_job_refuses_them_before_anything_is_compiled(tiny_config):
+    tiny_config.optimizer.no_decay = ("haed/.*",)
+    with pytest.raises(UserError, match=r"^config\.optimizer\.no_decay: the pattern 'haed/\.\*' matches no parameter"):
+        Job(tiny_config)
+
+
+def test_muon_is_for_hidden_convolutions():
+    model = nnx.eval_shape(lambda: create_model("ecaresnet50d", depths=(1, 1, 1, 1), num_classes=10, rngs=nnx.Rngs(0)))
+    labels = named(optim.hidden_convolutions(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
+    convolutions = {
+        "/".join((*map(str, path), "kernel")) for path, m in nnx.iter_modules(model) if isinstance(m, nnx.Conv)
+    }
+    hidden = {name for name, label in labels.items() if label == "hidden"}
+    rest = convolutions - hidden
+    assert hidden < convolutions
+    assert rest == {"stem/conv1/kernel", *(name for name in convolutions if "attention" in name)}
+    assert {"stem/conv2/kernel", "stage1/block0/shortcut/conv/kernel"} <= hidden
+
+
+# ---- the config ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"name": "adam", "epsilon": 0.0}, "epsilon=0.0: must be more than 0 for adam"),
+        ({"name": "muon", "epsilon": 0.0}, "epsilon=0.0: must be more than 0 for muon"),
+        ({"name": "adam", "rate_in_momentum": True}, "rate_in_momentum: adam has no momentum to have the rate in"),
+        ({"no_decay": ("nrom",)}, "no_decay: unknown name 'nrom'; did you mean norm"),
+        ({"no_decay": ("head/(",)}, r"no_decay: 'head/\(' is no pattern"),
+        ({"no_decay": (3,)}, r"no_decay=\(3,\): 3 is no name"),
+        ({"rate_factors": ((3, 1.0),)}, "rate_factors=.*: 3 is no name"),
+        ({"rate_factors": ("norm", 3.0)}, "rate_factors=.*: must be pairs"),
+        ({"rate_factors": (("head/.*",),)}, "rate_factors=.*: must be pairs"),
+        ({"rate_factors": (("head/.*", -1.0),)}, "rate_factors=.*: must be pairs"),
+        ({"batch_scaling": "cubic"}, "batch_scaling: unknown name 'cubic'"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(changes, words):
+    c = default()
+    c.optimizer.update(changes)
+    with pytest.raises(UserError, match=rf"^config\.optimizer\.{words}") as e:
+        validate(c)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars", "lion", "adafactor"])
+def test_epsilon_may_be_0_where_none_is_needed(name):
+    c = default()
+    c.optimizer.update(name=name, epsilon=0.0)
+    validate(c)
