@@ -119,9 +119,10 @@ class Checkpoints:
         except Exception as e:
             raise self._damaged(step, e) from None
 
-    def weights(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    def weights(self, step: int, *, averaged: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
         """The parameters and batch statistics at `step`, numpy arrays in nested dicts, of whatever network.
 
+        Where a running average was kept, they are that, unless `averaged` is False.
         Raises UserError if the files are damaged.
         """
         try:
@@ -130,8 +131,10 @@ class Checkpoints:
             device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
             with jax.transfer_guard("allow"):
-                state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
-                return jax.device_get((state["state"]["params"], state["state"]["batch_stats"]))
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+                state = self._manager.restore(step, args=args)["state"]
+                found = (averaged and state.get("ema")) or state
+                return jax.device_get((found["params"], found["batch_stats"]))
         except Exception as e:
             raise self._damaged(step, e) from None
 

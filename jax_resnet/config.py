@@ -387,18 +387,40 @@ def _check_data(c: ConfigDict) -> None:
                 f"config.data.{key}={pair}: must be two rising numbers more than 0"
                 + (", at most 1" if key == "crop_area" else "")
             )
+    if c.image_size:
+        check_crop_resize(c, c.image_size)
     operations = c.randaugment
     if len(operations) != 2 or any(type(v) is not int or v < 0 for v in operations) or operations[1] > 30:
         raise UserError(
             f"config.data.randaugment={operations}: must be two whole numbers, operations and magnitude (0 … 30)"
         )
-    if operations[0] and c.trivial_augment:
-        raise UserError("config.data.randaugment and trivial_augment: choose one of them")
+    timm = c.randaugment_timm
+    if len(timm) != 4 or type(timm[0]) is not int or min(timm) < 0 or timm[1] > 10 or timm[3] > 1:
+        raise UserError(
+            f"config.data.randaugment_timm={timm}: must be a whole number of operations, their magnitude (0 … 10), its "
+            "deviation and their probability"
+        )
+    policies = {"randaugment": operations[0], "randaugment_timm": timm[0], "trivial_augment": c.trivial_augment}
+    if len(chosen := [name for name, on in policies.items() if on]) > 1:
+        raise UserError(f"config.data.{' and '.join(chosen)}: choose one of them")
+    if c.flip_alternate and not c.flip:
+        raise UserError("config.data.flip_alternate=True: which images are mirrored? None, with config.data.flip=False")
+    if c.pca_noise and c.channels != 3:
+        raise UserError(f"config.data.pca_noise={c.pca_noise}: is along colours, and config.data.channels={c.channels}")
     jitter = c.color_jitter
     if len(jitter) != 4 or min(jitter) < 0 or jitter[3] > 0.5:
         raise UserError(
             f"config.data.color_jitter={jitter}: must be four numbers, not negative: brightness, contrast, saturation "
             "and hue, this at most 0.5"
+        )
+
+
+def check_crop_resize(c: ConfigDict, size: int) -> None:
+    """Raises UserError where scaled or stretched crops, `size` pixels a side, are to be of images smaller than that."""
+    if c.crop in ("scaled", "stretched") and c.crop_resize[0] < size:
+        raise UserError(
+            f"config.data.crop_resize={c.crop_resize}: is less than the {size} pixels of a crop; images are resized to "
+            f"at least those for config.data.crop={c.crop}"
         )
 
 

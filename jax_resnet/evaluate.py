@@ -65,6 +65,13 @@ def evaluate(job: Job, state: TrainState, report: Report = to_stderr) -> dict[st
     return summary(totals) | ({"undecodable": undecodable} if undecodable else {})
 
 
+def evaluate_all(job: Job, state: TrainState, report: Report = to_stderr) -> dict[str, dict[str, Any]]:
+    """{split: metrics} as `evaluate` gives them, and where there is a running average {split_ema: its metrics}."""
+    split = job.data.eval.name
+    found = {split: evaluate(job, state, report)}
+    return found | ({f"{split}_ema": evaluate(job, state.averaged(), report)} if state.ema else {})
+
+
 def evaluate_checkpoint(
     workdir: str | os.PathLike[str], *, config: ConfigDict | None = None, which: str = "best"
 ) -> dict[str, Any]:
@@ -98,20 +105,19 @@ def evaluate_checkpoint(
         with Checkpoints(workdir) as checkpoints:
             step = checkpoints.find(which)
             state = checkpoints.restore(step, job.abstract_state)
-    metrics = evaluate(job, state)
+    splits = evaluate_all(job, state)
     result = {
         "step": step,
-        "splits": {job.data.eval.name: metrics},
+        "splits": splits,
         "wall_seconds": round(time.monotonic() - began, 1),
         "config": to_json(job.config),
     }
     if jax.process_index() == 0:
-        name = job.data.eval.name
-        print(f"step {step:,}: {name} accuracy {accuracy_text(metrics)}, loss {metrics['loss']:.4f}", end="")
+        for name, metrics in splits.items():
+            print(f"step {step:,}: {name} accuracy {accuracy_text(metrics)}, loss {metrics['loss']:.4f}")
         try:
             write_json(workdir / "eval.json", result)
-            print(f", in {workdir / 'eval.json'}")
+            print(f"in {workdir / 'eval.json'}")
         except OSError as e:
-            print()
             raise UserError(f"{workdir / 'eval.json'}: cannot be written ({e.strerror})") from None
     return result

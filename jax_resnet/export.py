@@ -24,13 +24,19 @@ from jax_resnet.models.zoo import ZOO, model_spec
 from jax_resnet.workdir import has_checkpoints, local_path, read_config, write_json
 
 NOT_IN_TIMM = re.compile(r"cifar_|wrn_|.*_v1$|resnetv2_200$")
-WITHOUT_EFFECT = ("dropout", "drop_path", "zero_init_last", "bn_group_size", "bn_momentum")  # on trained weights
+WITHOUT_EFFECT = (  # on trained weights
+    *("dropout", "drop_path", "drop_block", "init", "head_std", "head_prior", "zero_init_last"),
+    *("bn_group_size", "bn_momentum"),
+)
 
 
-def export(workdir: str | os.PathLike[str], *, checkpoint: str = "best", out: str | None = None) -> list[Path]:
+def export(
+    workdir: str | os.PathLike[str], *, checkpoint: str = "best", averaged: bool = True, out: str | None = None
+) -> list[Path]:
     """Writes the weights of a checkpoint ("best", "latest" or a step) of `workdir`; returns the files.
 
-    `out` is the folder, by default WORKDIR/export. config.json is written if timm has the network.
+    They are the running average where the run kept one, unless `averaged` is False. `out` is the folder, by default
+    WORKDIR/export. config.json is written if timm has the network.
     Raises UserError for a workdir without that checkpoint, a folder that cannot be written, or one given as `out` in
     which there is a model already.
     """
@@ -39,13 +45,20 @@ def export(workdir: str | os.PathLike[str], *, checkpoint: str = "best", out: st
         raise UserError(f"{workdir}: no checkpoint has been saved here")
     with Checkpoints(workdir) as checkpoints:
         step = checkpoints.find(checkpoint)
-        config, trees = from_json(checkpoints.config(step)), checkpoints.weights(step)
+        config, trees = from_json(checkpoints.config(step)), checkpoints.weights(step, averaged=averaged)
+    return write_model(trees, config, workdir, Path(out).expanduser() if out else workdir / "export", new=bool(out))
+
+
+def write_model(trees: tuple[Any, Any], config: ConfigDict, workdir: Path, folder: Path, *, new: bool) -> list[Path]:
+    """Writes `trees`, parameters and batch statistics of a run in `workdir`, to `folder`; returns the files.
+
+    Raises UserError if it cannot be written, or is to be `new` and has a model in it already.
+    """
     spec = model_spec(config.model.name, **model_overrides(config))
     tensors = to_torch(flatten(*trees), spec)
-    folder = Path(out).expanduser() if out else workdir / "export"
     weights, description = folder / "model.safetensors", folder / "config.json"
     for file in (weights, description):
-        if out and file.exists():
+        if new and file.exists():
             raise UserError(f"{file}: is there already; choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,9 +127,14 @@ def main() -> None:
     parser.add_argument("--workdir", required=True, help="the run, as it was given to jax_resnet.main")
     parser.add_argument("--to", default="safetensors", choices=["safetensors"], help="the form of the file")
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
+    parser.add_argument("--weights", default="ema", choices=["ema", "raw"], help="ema: their running average, if any")
     parser.add_argument("--out", help="the folder to write; default: WORKDIR/export")
     args = parser.parse_args()
-    files = export(args.workdir, checkpoint=args.checkpoint, out=args.out)
+    print_files(export(args.workdir, checkpoint=args.checkpoint, averaged=args.weights == "ema", out=args.out))
+
+
+def print_files(files: list[Path]) -> None:
+    """Says what `write_model` has written."""
     print("\n".join(map(str, files)))
     if len(files) == 1:
         print("timm has no network of this shape, so no config.json; names and layouts are those it would have")

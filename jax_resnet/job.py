@@ -24,8 +24,9 @@ from jax_resnet.optim import make_optimizer
 from jax_resnet.plan import Plan, describe
 from jax_resnet.pretrained import fitting
 from jax_resnet.schedule import make_schedule, over_phases, peak_learning_rate
-from jax_resnet.state import TrainState, make_state
+from jax_resnet.state import make_state
 from jax_resnet.step import make_eval_step, make_train_step
+from jax_resnet.teacher import Teacher
 
 
 class Job:
@@ -50,7 +51,12 @@ class Job:
         rows, key = phase_rows(c), "config.progressive: batch_size" if c.progressive else "config.batch_size"
         batch_sizes = [batch_size for _, _, batch_size in rows] if training else []
         for batch_size in batch_sizes:
-            parallel.check_divides(batch_size, self.mesh, key)
+            parallel.check_divides(batch_size, self.mesh, key, c.accumulate)
+        if c.accumulate > 1 and spec.norm == "batch" and not c.model.bn_group_size:
+            raise UserError(
+                f"config.accumulate={c.accumulate}: the statistics of batch norm cannot be over all of a batch that is "
+                f"computed in parts; give --config.model.bn_group_size={c.batch_size // c.accumulate}, or less"
+            )
         data = self.data = data or open_dataset(c.data)
         sides = [("data.image_size", min(data.train.image_shape[:2])), *(("progressive", size) for _, size, _ in rows)]
         for of, side in sides:
@@ -95,42 +101,42 @@ class Job:
             **overrides,
         )
         self.graph, self.abstract_state, self.fresh_state = make_state(
-            lambda rngs: make_model(rngs=rngs), optimizer, c.seed, whole
+            lambda rngs: make_model(rngs=rngs), optimizer, c.seed, whole, ema=bool(c.ema.decay)
         )
         for part in c.freeze:
             choose("config.freeze", part, self.abstract_state.params)
         if set(c.freeze) >= self.abstract_state.params.keys():
             raise UserError(f"config.freeze={c.freeze}: nothing is left to be trained")
-        pixels = {"mean": tuple(c.data.mean), "std": tuple(c.data.std)}
+        teacher = None
+        if training and c.distill.teacher:
+            teacher = Teacher.of(c.distill, c.data, data.num_classes, jnp.dtype(c.dtype), whole)
+        self.teacher_weights = (teacher.weights,) if teacher else ()
+        train_step = make_train_step(
+            self.graph,
+            optimizer,
+            c,
+            mix_stop=plan.step_at(c.data.mix_until) if c.data.mix_until < 1 else None,
+            ema_start=plan.ema_warmup_steps,
+            teacher=teacher,
+            parts=parallel.parts_sharding(self.mesh),
+        )
+        constant = [whole] * len(self.teacher_weights)
         self.train_step = jax.jit(
-            make_train_step(
-                self.graph,
-                optimizer,
-                seed=c.seed,
-                pad=c.data.pad if c.data.crop == "pad" else 0,
-                flip=c.data.flip,
-                label_smoothing=c.loss.label_smoothing,
-                erase=c.data.erase,
-                mixup=c.data.mixup,
-                cutmix=c.data.cutmix,
-                freeze=c.freeze,
-                **pixels,
-            ),
-            in_shardings=(whole, self.sharding),
-            out_shardings=whole,
-            donate_argnums=0,
+            train_step, in_shardings=(whole, self.sharding, *constant), out_shardings=whole, donate_argnums=0
         )
         self.eval_step = jax.jit(
-            make_eval_step(self.graph, **pixels), in_shardings=(whole, whole, self.sharding), out_shardings=whole
+            make_eval_step(self.graph, c), in_shardings=(whole, whole, self.sharding), out_shardings=whole
         )
 
-    def shapes(self, phase: Phase) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
+    def shapes(self, phase: Phase) -> tuple[Any, ...]:
         """The abstract arguments of `train_step` in that phase."""
         height, width, channels = self.data.train.image_shape
         image = (phase.batch_size, phase.image_size or height, phase.image_size or width, channels)
         batch = {"image": (image, jnp.uint8), "label": (image[:1], jnp.int32)}
+        if self.config.data.flip_alternate:
+            batch["mirrored"] = (image[:1], jnp.bool_)
         abstract = {name: jax.ShapeDtypeStruct(*of, sharding=self.sharding) for name, of in batch.items()}
-        return self.abstract_state, abstract
+        return self.abstract_state, abstract, *self.teacher_weights
 
     def weights_to_begin_with(self) -> tuple[Arrays, dict[str, str]]:
         """The arrays of `config.init_from` by name, and a line for each heading about them; nothing if it is not given.

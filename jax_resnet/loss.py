@@ -1,14 +1,25 @@
-"""Losses, one value for each example."""
+"""Losses, one value for each example. Labels are int [N], or float [N, classes] whose rows sum to 1."""
+
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
+
+
+def make_loss(c: ConfigDict, *, training: bool) -> partial[jax.Array]:
+    """The loss that `config.loss` names: (logits, labels) → [N]. Evaluation takes labels as they are."""
+    if c.name == "cross_entropy":
+        return partial(cross_entropy, smoothing=c.label_smoothing if training else 0.0)
+    targets = {"smoothing": c.label_smoothing, "threshold": c.bce_threshold} if training else {}
+    return partial(binary_cross_entropy, sum_classes=c.bce_sum, **targets)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
     """Softmax cross-entropy with label smoothing: float32 logits [N, classes], labels → [N].
 
-    Labels are int [N], or float [N, classes] whose rows sum to 1. The target is (1 − smoothing) at the label and
-    smoothing / classes everywhere (Szegedy et al. 2015, section 7).
+    The target is (1 − smoothing) at the label and smoothing / classes everywhere (Szegedy et al. 2015, section 7).
     """
     if labels.ndim == 2:
         plain = optax.softmax_cross_entropy(logits, labels)
@@ -18,3 +29,33 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
         return plain
     uniform = -jax.nn.log_softmax(logits).mean(-1)
     return (1 - smoothing) * plain + smoothing * uniform
+
+
+def binary_cross_entropy(
+    logits: jax.Array,
+    labels: jax.Array,
+    smoothing: float = 0.0,
+    threshold: float = 0.0,
+    sum_classes: bool = False,
+) -> jax.Array:
+    """Every class by itself present or absent: float32 logits [N, classes], labels → [N] (Wightman et al. 2021, 2.1).
+
+    Targets are smoothed as in `cross_entropy`; with a `threshold` those above it then become 1 and the others 0. The
+    mean over classes, or with `sum_classes` their sum.
+    """
+    targets = labels if labels.ndim == 2 else jax.nn.one_hot(labels, logits.shape[-1])
+    if smoothing:
+        targets = (1 - smoothing) * targets + smoothing / logits.shape[-1]
+    if threshold:
+        targets = (targets > threshold).astype(jnp.float32)
+    losses = optax.sigmoid_binary_cross_entropy(logits, targets)
+    return losses.sum(-1) if sum_classes else losses.mean(-1)
+
+
+def distillation(logits: jax.Array, teacher_logits: jax.Array, temperature: float) -> jax.Array:
+    """T² · KL(teacher ‖ student), both softened by T (Hinton et al. 2015, section 2): two [N, classes] → [N].
+
+    T² keeps the gradient's size from falling with T.
+    """
+    softened = (jax.nn.log_softmax(each / temperature) for each in (logits, teacher_logits))
+    return temperature**2 * optax.losses.kl_divergence_with_log_targets(*softened)

@@ -18,16 +18,24 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
+def parts_sharding(mesh: Mesh) -> NamedSharding:
+    """Of arrays [parts, batch, …]: each device holds consecutive rows of every part."""
+    return NamedSharding(mesh, PartitionSpec(None, "data"))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_divides(batch_size: int, mesh: Mesh, what: str) -> None:
-    """Raises UserError unless every device gets the same number of the batch's examples."""
-    if batch_size % mesh.size:
-        nearest = max(1, round(batch_size / mesh.size)) * mesh.size
-        raise UserError(f"{what}={batch_size} is not divisible by the {mesh.size} devices; the nearest is {nearest}")
+def check_divides(batch_size: int, mesh: Mesh, what: str, accumulate: int = 1) -> None:
+    """Raises UserError unless every device gets the same number of the batch's examples, of each part of it."""
+    if batch_size % (share := mesh.size * accumulate):
+        nearest = max(1, round(batch_size / share)) * share
+        parts = f" in {accumulate} parts" if accumulate > 1 else ""
+        raise UserError(
+            f"{what}={batch_size} is not divisible by the {mesh.size} devices{parts}; the nearest is {nearest}"
+        )
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -32,6 +33,7 @@ class Weights:
 
     tensors: Mapping[str, Any]
     architecture: str | None = None
+    spec: ResNetSpec | None = None
     mean: tuple[float, ...] = ()  # of the pixels in [0, 1] they were trained on; empty: not said
     std: tuple[float, ...] = ()
 
@@ -56,13 +58,20 @@ def fitting(path: str, state: TrainState, spec: ResNetSpec) -> tuple[Arrays, Rep
 
 
 def placed(state: TrainState, arrays: Arrays) -> TrainState:
-    """`state` with `arrays`, by name, in the place of its parameters and batch statistics, sharded as they were."""
+    """`state` with `arrays`, by name, in the place of its parameters and batch statistics, sharded as they were.
 
-    def place(tree: Any) -> Any:
-        flat = {name: _like(x, arrays[name]) if name in arrays else x for name, x in flatten(tree).items()}
-        return nnx.traversals.unflatten_mapping({tuple(name.split("/")): x for name, x in flat.items()})
+    A running average begins as a copy of them.
+    """
+    if not arrays:
+        return state
+    state = replace(state, params=place(state.params, arrays), batch_stats=place(state.batch_stats, arrays))
+    return replace(state, ema=jax.tree.map(jnp.copy, state.weights)) if state.ema else state
 
-    return replace(state, params=place(state.params), batch_stats=place(state.batch_stats))
+
+def place(tree: Any, arrays: Arrays) -> Any:
+    """`tree`, of parameters or of statistics, maybe abstract, with those `arrays` that have the names of its leaves."""
+    flat = {name: _like(x, arrays[name]) if name in arrays else x for name, x in flatten(tree).items()}
+    return nnx.traversals.unflatten_mapping({tuple(name.split("/")): x for name, x in flat.items()})
 
 
 def _like(x: jax.Array, array: np.ndarray) -> jax.Array:
@@ -124,9 +133,18 @@ def _described(tensors: Mapping[str, Any], description: Path) -> Weights:
         content = json.loads(description.read_text())
         facts = content.get("pretrained_cfg", content)
         mean, std = (tuple(map(float, facts.get(key, ()))) for key in ("mean", "std"))
-        return Weights(tensors, content.get("architecture"), mean, std)
+        name = content.get("architecture")
+        return Weights(tensors, name, _spec(name, content.get("model_args", {})), mean, std)
     except (OSError, ValueError, TypeError, AttributeError):
         return Weights(tensors)
+
+
+def _spec(name: str | None, model_args: dict[str, Any]) -> ResNetSpec | None:
+    """The network that timm means, if the zoo has it."""
+    try:
+        return model_spec(name, pool=model_args.get("global_pool")) if name else None
+    except UserError:
+        return None
 
 
 def _from_run(path: Path) -> Weights:
@@ -136,7 +154,7 @@ def _from_run(path: Path) -> Weights:
         config, trees = from_json(checkpoints.config(chosen)), checkpoints.weights(chosen)
     spec = model_spec(config.model.name, **model_overrides(config))
     mean, std = tuple(config.data.mean), tuple(config.data.std)
-    return Weights(to_torch(flatten(*trees), spec), config.model.name, mean, std)
+    return Weights(to_torch(flatten(*trees), spec), config.model.name, spec, mean, std)
 
 
 def _from_hub(name: str) -> Weights:

@@ -1,7 +1,7 @@
 """What a step changes, made by shape first and then in place on the devices."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -20,6 +20,16 @@ class TrainState:
     params: Any  # {"stage1": {"block0": {"conv1": {"kernel": float32 …}}}}
     batch_stats: Any  # running mean and var, in the same places
     opt_state: Any
+    ema: Any = field(default_factory=dict)  # running average of `weights`, {} where none is kept
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """The parameters and the batch statistics."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+    def averaged(self) -> "TrainState":
+        """The same with the running average in the place of the weights."""
+        return replace(self, **self.ema)
 
 
 class _Keys:
@@ -35,11 +45,17 @@ class _Keys:
 
 
 def make_state(
-    make_model: Callable[[Any], nnx.Module], optimizer: optax.GradientTransformation, seed: int, sharding: Sharding
+    make_model: Callable[[Any], nnx.Module],
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    sharding: Sharding,
+    *,
+    ema: bool = False,
 ) -> tuple[nnx.GraphDef, TrainState, Callable[[], TrainState]]:
     """The model's graph, the abstract state (shapes with shardings), and what makes the state on the devices.
 
-    Nothing is computed here: a restored run never makes the parameters it would throw away.
+    With `ema` the state has a running average, at first a copy of the weights. Nothing is computed here: a restored run
+    never makes the parameters it would throw away.
     """
     graphs: list[nnx.GraphDef] = []
 
@@ -50,7 +66,8 @@ def make_state(
             raise ValueError("the model holds state that is neither a parameter nor a batch statistic")
         graphs.append(graph)
         pure = nnx.to_pure_dict(params)
-        return TrainState(jnp.zeros((), jnp.int32), pure, nnx.to_pure_dict(stats), optimizer.init(pure))
+        state = TrainState(jnp.zeros((), jnp.int32), pure, nnx.to_pure_dict(stats), optimizer.init(pure))
+        return replace(state, ema=state.weights) if ema else state
 
     def fresh() -> TrainState:
         return jax.jit(lambda: init(jax.random.key(seed)), out_shardings=sharding)()

@@ -5,13 +5,17 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Sharding
+from ml_collections import ConfigDict
 
 from jax_resnet.data import device
-from jax_resnet.loss import cross_entropy
+from jax_resnet.loss import distillation, make_loss
 from jax_resnet.metrics import Sums, classification_sums
 from jax_resnet.state import TrainState
+from jax_resnet.teacher import Teacher
 
 Batch = dict[str, jax.Array]
 STEPS = 2**32 - 1  # folded into the seed's key: the parameters are drawn from the same key, with counts from 0
@@ -20,74 +24,177 @@ STEPS = 2**32 - 1  # folded into the seed's key: the parameters are drawn from t
 def make_train_step(
     graph: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
+    config: ConfigDict,
     *,
-    seed: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    pad: int,
-    flip: bool,
-    label_smoothing: float,
-    erase: float = 0.0,
-    mixup: float = 0.0,
-    cutmix: float = 0.0,
-    freeze: Sequence[str] = (),
-) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
+    mix_stop: int | None = None,
+    ema_start: int = 0,
+    teacher: Teacher | None = None,
+    parts: Sharding | None = None,
+) -> Callable[..., tuple[TrainState, Sums]]:
     """The update: (state, {image uint8 [N, H, W, C], label int32 [N]}) → (new state, sums over the batch).
 
+    With data.flip_alternate the batch also has mirrored, bool [N]. With a `teacher` its weights are a third argument. `mix_stop` is the step from which images are not mixed (None:
+    they are to the end), `ema_start` the one until which the average is a copy, `parts` the sharding of arrays
+    [config.accumulate, N / config.accumulate, …].
+
     Of a mixed image the label with more weight is the right one (of equals the lower), as torchvision counts too.
-    The parts of the network in `freeze` normalise by their running statistics and leave them as they are.
+    The parts of the network in `config.freeze` normalise by their running statistics and leave them as they are.
     All randomness comes from (seed, state.step) and the row in the global batch.
     """
+    c, loss_of = config, make_loss(config.loss, training=True)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STEPS), state.step)
-        augment_key, dropout_key, erase_key, mix_key = jax.random.split(key, 4)
-        images = device.augment(batch["image"], augment_key, pad=pad, flip=flip)
-        images = device.normalise(images, mean, std)
-        if erase:
-            images = device.random_erase(images, erase_key, erase)
-        mixed = mixup or cutmix
-        if mixed:
-            images, kept = device.mix(images, mix_key, mixup=mixup, cutmix=cutmix)
+    def train_step(state: TrainState, batch: Batch, *teacher_weights: Any) -> tuple[TrainState, Sums]:
+        rows, whole, dropout_key = _drawn(batch, state.step, c, mix_stop)
 
-        def loss(params: Any) -> tuple[jax.Array, tuple[Any, Sums]]:
-            model: Any = nnx.merge(graph, params, state.batch_stats)
-            model.train()
-            for part in freeze:
-                getattr(model, part).eval()
-            logits = model(images, rngs=nnx.Rngs(dropout=dropout_key))
-            labels = right = batch["label"]
-            if mixed:
-                labels = device.mix_labels(right, kept, logits.shape[-1])
+        def loss(params: Any, rows: Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Sums]]:
+            images = device.augment(rows["image"], rows, whole, c.data)
+            params = {name: jax.lax.stop_gradient(p) if name in c.freeze else p for name, p in params.items()}
+            model = _training(graph, params, state.batch_stats, c.freeze)
+            logits = model(images, rngs=nnx.Rngs(dropout=key))
+            labels = right = rows["label"]
+            if "kept" in whole:
+                labels = device.mix_labels(right, whole["kept"], logits.shape[-1])
                 right = labels.argmax(-1)
-            losses = cross_entropy(logits, labels, label_smoothing)
+            losses = loss_of(logits, labels)
+            if teacher:
+                taught = distillation(logits, teacher.logits(teacher_weights[0], images), c.distill.temperature)
+                losses = (1 - c.distill.alpha) * losses + c.distill.alpha * taught
             stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
             return losses.mean(), (stats, classification_sums(logits, right, losses))
 
-        grads, (batch_stats, sums) = jax.grad(loss, has_aux=True)(state.params)
+        def gradients(params: Any) -> tuple[Any, tuple[Any, Sums]]:
+            grad = jax.grad(loss, has_aux=True)
+            if c.accumulate == 1:
+                return grad(params, rows, dropout_key)
+            return _accumulated(lambda part, key: grad(params, part, key), rows, dropout_key, c.accumulate, parts)
+
+        grads, (batch_stats, sums) = gradients(state.params)
+        if c.optimizer.sam_rho:
+            grads = _sharpness_aware(grads, gradients, state, c.optimizer.sam_rho, c.optimizer.sam_every)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return replace(state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state), sums
+        new = replace(state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
+        return (replace(new, ema=_averaged(new, c.ema, ema_start)) if c.ema.decay else new), sums
 
     return train_step
 
 
-def make_eval_step(
-    graph: nnx.GraphDef,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Callable[[Any, Any, Batch], Sums]:
+def make_statistics_step(
+    graph: nnx.GraphDef, config: ConfigDict, *, mix_stop: int | None = None, parts: Sharding | None = None
+) -> Callable[[Any, Any, jax.Array, Batch], Any]:
+    """(params, batch_stats, step, batch) → the batch statistics after the forward pass of that training step.
+
+    They are those of the batch alone if the model has `bn_momentum` 0.
+    """
+
+    def statistics_step(params: Any, batch_stats: Any, step: jax.Array, batch: Batch) -> Any:
+        rows, whole, key = _drawn(batch, step, config, mix_stop)
+
+        def forward(rows: Batch, key: jax.Array) -> Any:
+            model = _training(graph, params, batch_stats, config.freeze)
+            model(device.augment(rows["image"], rows, whole, config.data), rngs=nnx.Rngs(dropout=key))
+            return (), (nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)), {})
+
+        if config.accumulate == 1:
+            return forward(rows, key)[1][0]
+        return _accumulated(forward, rows, key, config.accumulate, parts)[1][0]
+
+    return statistics_step
+
+
+def _drawn(
+    batch: Batch, step: jax.Array, c: ConfigDict, mix_stop: int | None
+) -> tuple[Batch, dict[str, jax.Array], jax.Array]:
+    """The batch with what is random about each of its rows, what is random about all of them, and a key for dropout."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(c.seed), STEPS), step)
+    augment_key, dropout_key = jax.random.split(key)
+    mixing = None if mix_stop is None else step < mix_stop
+    rows, whole = device.draw(augment_key, batch["image"].shape, c.data, mixing)
+    return rows | batch, whole, dropout_key
+
+
+def _training(graph: nnx.GraphDef, params: Any, batch_stats: Any, freeze: Sequence[str]) -> Any:
+    model: Any = nnx.merge(graph, params, batch_stats)
+    model.train()
+    for name in freeze:
+        getattr(model, name).eval()
+    return model
+
+
+def _accumulated(
+    grad: Callable[[Batch, jax.Array], tuple[Any, tuple[Any, Sums]]],
+    rows: Batch,
+    key: jax.Array,
+    count: int,
+    sharding: Sharding | None,
+) -> tuple[Any, tuple[Any, Sums]]:
+    """What `grad` gives of the whole batch, from `count` parts of consecutive rows, one after another.
+
+    Each part begins with the same batch statistics: the mean of what they become is what the whole batch, whose groups
+    are as large or smaller, makes of them.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        x = x.reshape(count, -1, *x.shape[1:])
+        # Each part over all devices; consecutive rows lie on one device, so they are sent, as uint8.
+        return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+    def add(total: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        number, some = part
+        return jax.tree.map(jnp.add, total, grad(some, jax.random.fold_in(key, number))), None
+
+    pieces = jnp.arange(count), jax.tree.map(split, rows)
+    shapes = jax.eval_shape(grad, jax.tree.map(lambda x: x[0], pieces[1]), key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    # A convolution inside a loop misses the CPU's fast path.
+    (grads, (stats, sums)), _ = jax.lax.scan(add, zeros, pieces, unroll=jax.default_backend() == "cpu")
+    grads, stats = jax.tree.map(lambda x: x / count, (grads, stats))
+    return grads, (stats, sums)
+
+
+def _sharpness_aware(
+    grads: Any, gradients: Callable[[Any], tuple[Any, Any]], state: TrainState, rho: float, every: int
+) -> Any:
+    """The gradients at `rho` uphill of the parameters, each `every` steps (Foret et al. 2020, equation 2).
+
+    Batch statistics are not taken from there: they belong to the parameters that are kept.
+    """
+
+    def uphill(grads: Any) -> Any:
+        scale = rho / (optax.tree.norm(grads) + 1e-12)
+        return gradients(jax.tree.map(lambda p, g: p + scale * g, state.params, grads))[0]
+
+    return uphill(grads) if every == 1 else jax.lax.cond(state.step % every == 0, uphill, lambda same: same, grads)
+
+
+def _averaged(new: TrainState, c: ConfigDict, start: int) -> Any:
+    """The running average after an update: new.ema moved towards the new weights, as `config.ema` says."""
+    decay = jnp.float32(c.decay)
+    if c.ramp:
+        updates = (new.step - start) // c.every
+        decay = jnp.minimum(decay, (1 + updates) / (10 + updates))
+    if start:
+        decay = jnp.where(new.step <= start, 0.0, decay)
+    if c.every > 1:
+        decay = jnp.where(new.step % c.every == 0, decay, 1.0)
+    return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, new.ema, new.weights)
+
+
+def make_eval_step(graph: nnx.GraphDef, config: ConfigDict) -> Callable[[Any, Any, Batch], Sums]:
     """The evaluation: (params, batch_stats, {image, label, mask, undecodable}) → sums over the rows where mask holds.
 
     mask and undecodable, bool [N], are those of batches.eval_batch; the latter's rows are counted too.
     """
+    loss_of, data = make_loss(config.loss, training=False), config.data
 
     def eval_step(params: Any, batch_stats: Any, batch: Batch) -> Sums:
         model: Any = nnx.merge(graph, params, batch_stats)
         model.eval()
-        logits = model(device.normalise(batch["image"], mean, std))
-        losses = cross_entropy(logits, batch["label"])
+        images = device.normalise(batch["image"], data.mean, data.std)
+        logits = model(images)
+        if config.eval.mirror:
+            logits = (logits + model(images[:, :, ::-1])) / 2
+        losses = loss_of(logits, batch["label"])
         counts = {"undecodable": batch["undecodable"].sum()}
         return classification_sums(logits, batch["label"], losses, batch["mask"]) | counts
 

@@ -220,10 +220,10 @@ def draw_curves(rows: list[dict[str, Any]], file: Path) -> None:
     for axes, title, name in zip(
         panels, ("loss", "accuracy", "learning rate"), ("loss", "accuracy_top1", "learning_rate"), strict=True
     ):
-        for kind in ("train", "eval"):
-            points = [(r["step"], r[name]) for r in rows if r["kind"] == kind and name in r]
+        shown = [r for r in rows if r["kind"] in ("train", "eval") and name in r]
+        for split in dict.fromkeys(r.get("split", r["kind"]) for r in shown):
+            points = [(r["step"], r[name]) for r in shown if r.get("split", r["kind"]) == split]
             if points:
-                split = next((r["split"] for r in rows if r["kind"] == kind and "split" in r), kind)
                 axes.plot(*zip(*points, strict=True), label=split, marker="." if len(points) < 50 else "")
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)

@@ -15,7 +15,7 @@ from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.config import to_json
 from jax_resnet.data.loader import Feed, train_batches
 from jax_resnet.errors import Interrupted, UserError
-from jax_resnet.evaluate import IN_FLIGHT, evaluate
+from jax_resnet.evaluate import IN_FLIGHT, evaluate_all
 from jax_resnet.job import Job
 from jax_resnet.metrics import Sums, accuracy_text, total
 from jax_resnet.models.torch_weights import Arrays
@@ -79,17 +79,18 @@ def _run(
     telemetry: Telemetry,
     signals: Signals,
 ) -> dict[str, Any]:
-    config, plan, split = job.config, job.plan, job.data.eval.name
+    config, plan = job.config, job.plan
     state = checkpoints.restore(start, job.abstract_state) if start else placed(job.fresh_state(), weights)
-    step, metrics, window, train_step = start, None, Window(batches), steps.at(start)
+    step, splits, window, train_step = start, {}, Window(batches), steps.at(start)
 
-    def save(step: int, metrics: dict[str, Any] | None) -> None:
+    def save(step: int, splits: dict[str, Any]) -> None:
         check_finite(bool(jax.device_get(job.all_finite(state))), "the state", step)
-        checkpoints.save(step, state, to_json(config), metrics)
+        # Of the weights and their running average, this is what a run is good for: it comes last.
+        checkpoints.save(step, state, to_json(config), list(splits.values())[-1] if splits else None)
 
     def rescue(step: int) -> None:  # from files at fault: mended, the run goes on from here
         if step > start and jax.process_count() == 1:  # saving takes all processes
-            save(step, None)
+            save(step, {})
 
     for step in range(start + 1, job.last_step + 1):
         try:
@@ -97,7 +98,7 @@ def _run(
         except UserError:
             rescue(step - 1)
             raise
-        state, sums = train_step(state, batch)
+        state, sums = train_step(state, batch, *job.teacher_weights)
         window.add(sums)
         train_step = steps.at(step, stopped=lambda: signals.received)
         leaving = step == job.last_step or bool(signals.received)
@@ -107,13 +108,13 @@ def _run(
             telemetry.train(step, learning_rate=rate, **window.close(step))
         if saves:
             try:
-                metrics = evaluate(job, state, telemetry.broken) if plan.evaluates(step) else None
+                splits = evaluate_all(job, state, telemetry.broken) if plan.evaluates(step) else {}
             except UserError:
                 rescue(step)
                 raise
-            if metrics:
+            for split, metrics in splits.items():
                 telemetry.evaluation(step, split, metrics)
-            save(step, metrics)
+            save(step, splits)
             window.restart()
         if leaving:
             break
@@ -125,11 +126,12 @@ def _run(
             raise Interrupted(f"{text} goes on from there", signals.received)
         telemetry.say(f"{text} without --config.stop_after_steps goes on from there")
         return {"step": step, "splits": {}}
-    if not metrics:  # a finished run that is started again has taken no step
-        metrics = evaluate(job, state, telemetry.broken)
-    telemetry.result(step, {split: metrics}, to_json(config))
-    telemetry.say(f"done: step {step:,}, {split} accuracy {accuracy_text(metrics)}, in {workdir}")
-    return {"step": step, "splits": {split: metrics}}
+    if not splits:  # a finished run that is started again has taken no step
+        splits = evaluate_all(job, state, telemetry.broken)
+    telemetry.result(step, splits, to_json(config))
+    found = ", ".join(f"{split} accuracy {accuracy_text(metrics)}" for split, metrics in splits.items())
+    telemetry.say(f"done: step {step:,}, {found}, in {workdir}")
+    return {"step": step, "splits": splits}
 
 
 def check_finite(finite: bool, what: str, step: int) -> None:

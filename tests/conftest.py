@@ -1,8 +1,11 @@
 """What the tests share: the command as a user runs it, small data, a tiny config."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,11 @@ from ml_collections import ConfigDict
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the same small programs again and again, in many processes
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax_resnet-compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 def run_main(*args: str, devices: int = 1, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess[str]:

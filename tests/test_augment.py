@@ -3,25 +3,35 @@
 import math
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, main_env
+from ml_collections import ConfigDict
 
-from jax_resnet.data.device import augment, mix, mix_labels, normalise, random_erase, random_flip, random_shift
+from jax_resnet.config import default
+from jax_resnet.data.device import augment, draw, erase, mix, mix_labels, normalise
 
 
-def distinct_images(n: int, height: int, width: int, channels: int = 2) -> np.ndarray:
+def distinct_images(n: int, height: int, width: int, channels: int = 3) -> np.ndarray:
     """Random pixels, none of them 0, so that each shift and the mirror of an image look different."""
     return np.random.default_rng(n).integers(1, 256, (n, height, width, channels), dtype=np.uint8)
 
 
-def all_shifts(image: np.ndarray, pad: int) -> list[bytes]:
+def all_shifts(image: np.ndarray, pad: int, mode: str = "zeros") -> list[bytes]:
     height, width, _ = image.shape
     padded = np.zeros((height + 2 * pad, width + 2 * pad, image.shape[2]), np.uint8)
     padded[pad : pad + height, pad : pad + width] = image
+    if mode == "reflect":
+        for i in range(pad):
+            padded[i], padded[-1 - i] = padded[2 * pad - i], padded[-1 - 2 * pad + i]
+        for i in range(pad):
+            padded[:, i], padded[:, -1 - i] = padded[:, 2 * pad - i], padded[:, -1 - 2 * pad + i]
     corners = [(top, left) for top in range(2 * pad + 1) for left in range(2 * pad + 1)]
     return [padded[top : top + height, left : left + width].tobytes() for top, left in corners]
 
@@ -34,12 +44,40 @@ def test_normalise_is_pixels_less_mean_over_deviation():
     np.testing.assert_allclose(found, (images / 255.0 - np.array(mean)) / np.array(std), rtol=1e-5, atol=1e-6)
 
 
+def asked_for(**changes: Any) -> ConfigDict:
+    """config.data with pixels left as they are, but for what `changes` says."""
+    data = default().data
+    data.update(crop="none", flip=False, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+    data.update(changes)
+    return data
+
+
+@lru_cache
+def compiled(**changes: Any) -> Callable[..., jax.Array]:
+    """What the step makes of images uint8, by a key."""
+    data = asked_for(**changes)
+    return jax.jit(lambda images, key, mixing=None: augment(images, *draw(key, images.shape, data, mixing), data))
+
+
+def augmented(images: np.ndarray, seed: int = 0, mixing: bool | None = None, **changes: Any) -> np.ndarray:
+    out = compiled(**changes)(images, jax.random.key(seed), mixing)
+    assert out.dtype == np.float32
+    return np.asarray(out)
+
+
+def pixels(images: np.ndarray, seed: int = 0, **changes: Any) -> np.ndarray:
+    """The same as uint8, for what only moves pixels."""
+    out = augmented(images, seed, **changes)
+    np.testing.assert_allclose(out, out.round(), atol=1e-3)
+    return out.round().astype(np.uint8)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
 @pytest.mark.parametrize("pad", [1, 2])
-def test_shift_gives_every_cut_of_the_zero_padded_image_and_nothing_else(pad):
+def test_shift_gives_every_cut_of_the_padded_image_and_nothing_else(pad, mode):
     images = distinct_images(600, 6, 5)
-    shifted = np.asarray(random_shift(images, jax.random.key(0), pad))
-    assert shifted.dtype == np.uint8
-    found = [all_shifts(image, pad).index(out.tobytes()) for image, out in zip(images, shifted, strict=True)]
+    shifted = pixels(images, crop="pad", pad=pad, pad_mode=mode)
+    found = [all_shifts(image, pad, mode).index(out.tobytes()) for image, out in zip(images, shifted, strict=True)]
     share = 1 / (2 * pad + 1) ** 2
     counts = np.bincount(found, minlength=(2 * pad + 1) ** 2)
     assert counts.min() > 0
@@ -48,7 +86,7 @@ def test_shift_gives_every_cut_of_the_zero_padded_image_and_nothing_else(pad):
 
 def test_flip_mirrors_about_half_of_the_images_and_leaves_the_others():
     images = distinct_images(400, 4, 5)
-    flipped = np.asarray(random_flip(images, jax.random.key(0)))
+    flipped = pixels(images, flip=True)
     same = (flipped == images).all((1, 2, 3))
     mirrored = (flipped == images[:, :, ::-1]).all((1, 2, 3))
     assert np.all(same ^ mirrored)
@@ -57,42 +95,105 @@ def test_flip_mirrors_about_half_of_the_images_and_leaves_the_others():
 
 def test_augment_shifts_and_flips_independently():
     images = distinct_images(400, 4, 4)
-    out = np.asarray(augment(images, jax.random.key(1), pad=1, flip=True))
     cases = set()
-    for image, pixels in zip(images, out, strict=True):
-        mirror = pixels[:, ::-1].tobytes()
+    for image, out in zip(images, pixels(images, 1, crop="pad", pad=1, flip=True), strict=True):
         shifts = all_shifts(image, 1)
-        flipped = pixels.tobytes() not in shifts
-        cases.add((flipped, shifts.index(mirror if flipped else pixels.tobytes())))
+        flipped = out.tobytes() not in shifts
+        cases.add((flipped, shifts.index((out[:, ::-1] if flipped else out).tobytes())))
     assert len(cases) == 2 * 9
 
 
-@pytest.mark.parametrize(("pad", "flip"), [(0, True), (2, False), (2, True)])
-def test_augment_is_a_function_of_its_key(pad, flip):
-    images = distinct_images(20, 4, 4)
+def test_with_alternating_flip_the_batch_says_which_are_mirrored():
+    images, data = distinct_images(6, 4, 5), asked_for(flip=True, flip_alternate=True)
+    rows, batch = draw(jax.random.key(0), images.shape, data)
+    assert not rows
+    assert not batch
+    mirrored = np.array([True, False, False, True, True, False])
+    out = np.asarray(augment(images, {"mirrored": mirrored}, {}, data)).round()
+    np.testing.assert_array_equal(out, np.where(mirrored[:, None, None, None], images[:, :, ::-1], images))
 
-    def pixels(seed):
-        return np.asarray(augment(images, jax.random.key(seed), pad=pad, flip=flip)).tobytes()
 
-    assert pixels(0) == pixels(0)
-    assert len({pixels(seed) for seed in range(5)}) == 5
+EVERYTHING = {"crop": "pad", "pad": 2, "pad_mode": "reflect", "flip": True, "pca_noise": 0.1, "colout": 0.2,
+              "erase": 0.5, "mixup": 0.2, "cutmix": 1.0}  # fmt: skip
 
 
-def test_augment_without_pad_and_flip_changes_nothing():
+@pytest.mark.parametrize("changes", [{"flip": True}, {"crop": "pad"}, EVERYTHING], ids=["flip", "pad", "all"])
+def test_augment_is_a_function_of_its_key(changes):
+    images = distinct_images(20, 10, 10)
+    first, *others = (augmented(images, seed, **changes).tobytes() for seed in (0, 0, 1, 2, 3))
+    assert others[0] == first
+    assert len({first, *others}) == 4
+
+
+def test_what_is_not_asked_for_is_not_in_the_program():
     images = distinct_images(3, 4, 4)
-    np.testing.assert_array_equal(augment(images, jax.random.key(0), pad=0, flip=False), images)
+    np.testing.assert_array_equal(pixels(images), images)
+    key, data = jax.random.key(0), asked_for()
+    assert draw(key, images.shape, data) == ({}, {})
+    program, plain = (
+        str(jax.make_jaxpr(f)(images))
+        for f in (lambda x: augment(x, {}, {}, data), lambda x: normalise(x, data.mean, data.std))
+    )
+    assert program == plain
 
 
-def test_without_flip_nothing_is_mirrored():
-    images = distinct_images(50, 4, 4)
-    out = np.asarray(augment(images, jax.random.key(2), pad=1, flip=False))
-    assert all(pixels.tobytes() in all_shifts(image, 1) for image, pixels in zip(images, out, strict=True))
+@pytest.mark.parametrize("choice", ["mixup", "cutmix", "both"])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_of_a_batch_are_augmented_to_the_very_pixels_of_the_whole(parts, choice):
+    alphas = {name: 1.0 if choice in (name, "both") else 0.0 for name in ("mixup", "cutmix")}
+    data = asked_for(**EVERYTHING | alphas, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
+    images = distinct_images(16, 12, 10)
+    rows, batch = draw(jax.random.key(3), images.shape, data)
+    assert set(rows) == {"corner", "mirrored", "colour", "erased"}
+    assert all(len(of_rows) == 16 for of_rows in rows.values())
+    jitted = jax.jit(lambda images, rows, batch: augment(images, rows, batch, data))
+    whole = jitted(images, rows, batch)
+    assert whole.shape == (16, 9, 8, 3)
+    for part in np.split(np.arange(16), parts):
+        np.testing.assert_array_equal(
+            jitted(images[part], {name: of_rows[part] for name, of_rows in rows.items()}, batch), whole[part]
+        )
 
 
-def test_augment_traced_equals_augment():
-    images, key = distinct_images(20, 4, 4), jax.random.key(3)
-    traced = jax.jit(lambda x, k: augment(x, k, pad=2, flip=True))(images, key)
-    np.testing.assert_array_equal(traced, augment(images, key, pad=2, flip=True))
+# ---- colours ---------------------------------------------------------------------------------------------------------
+
+
+def test_pca_noise_shifts_an_image_by_a_colour_of_the_published_covariance():
+    grey = np.full((4000, 3, 2, 3), 100, np.uint8)
+    std = np.array((0.2, 0.3, 0.4))
+    shifted = augmented(grey, pca_noise=0.1, mean=(0.4, 0.5, 0.6), std=tuple(std))
+    noise = (shifted * std + np.array((0.4, 0.5, 0.6)) - 100 / 255).astype(np.float64)
+    np.testing.assert_allclose(noise, noise[:, :1, :1].repeat(3, 1).repeat(2, 2), atol=1e-6)  # one colour an image
+    # fb.resnet.torch's numbers. Along each component the deviation is 0.1 times its eigenvalue, and that is all.
+    values = np.array([0.2175, 0.0188, 0.0045])
+    vectors = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+    along = noise[:, 0, 0] @ vectors
+    np.testing.assert_allclose(along.std(0), 0.1 * values, rtol=5 / math.sqrt(2 * 4000), atol=1e-5)
+    assert np.all(np.abs(along.mean(0)) < 5 * 0.1 * values / math.sqrt(4000) + 1e-5)
+    assert np.all(np.abs(np.corrcoef(along.T) - np.eye(3)) < 0.1)
+
+
+# ---- ColOut ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("share", "height", "width"), [(0.15, 10, 13), (0.05, 224, 7), (0.5, 1, 2), (0.9, 4, 20)])
+def test_colout_keeps_the_same_rows_and_columns_of_all_images_in_order(share, height, width):
+    lines, across = np.mgrid[:height, :width].astype(np.uint8)
+    images = np.broadcast_to(np.stack([lines, across, lines], -1), (2, height, width, 3))
+    # As Composer counts them: int((1 - p_row) * row_size), but one at least.
+    kept = [max(1, int((1 - share) * side)) for side in (height, width)]
+    seen = set()
+    for seed in range(20):
+        out = pixels(images, seed, colout=share)
+        assert out.shape == (2, *kept, 3)
+        np.testing.assert_array_equal(out[0], out[1])
+        rows, columns = out[0, :, 0, 0], out[0, 0, :, 1]
+        assert np.all(np.diff(rows.astype(int)) > 0)
+        assert np.all(np.diff(columns.astype(int)) > 0)
+        np.testing.assert_array_equal(out[0, ..., 0], np.broadcast_to(rows[:, None], kept))
+        np.testing.assert_array_equal(out[0, ..., 1], np.broadcast_to(columns, kept))
+        seen |= set(columns.tolist())
+    assert seen == set(range(width))
 
 
 # ---- erasing ---------------------------------------------------------------------------------------------------------
@@ -115,7 +216,11 @@ def rectangles(changed: np.ndarray) -> np.ndarray:
 
 def erased(images: np.ndarray, probability: float, seed: int = 0) -> np.ndarray:
     """The rectangles that were set to 0; everything else must be as it was."""
-    out = np.asarray(jax.jit(random_erase, static_argnums=2)(images, jax.random.key(seed), probability))
+
+    def erasing(images: jax.Array, key: jax.Array) -> jax.Array:
+        return erase(images, draw(key, images.shape, asked_for(erase=probability))[0]["erased"])
+
+    out = np.asarray(jax.jit(erasing)(images, jax.random.key(seed)))
     assert out.dtype == np.float32
     zero = (out == 0).all(-1)
     np.testing.assert_array_equal(out[~zero], images[~zero])
@@ -176,14 +281,13 @@ def test_erasing_is_a_function_of_its_key_and_gives_the_mean_colour():
     assert erased(images, 1.0, 1).tobytes() == erased(images, 1.0, 1).tobytes()
     assert erased(images, 1.0, 1).tobytes() != erased(images, 1.0, 2).tobytes()
     mean, std = (0.5, 0.25, 0.1), (0.2, 0.3, 0.4)
-    out = random_erase(normalise(np.full((1, 8, 8, 3), 9, np.uint8), mean, std), jax.random.key(0), 1.0)
+    out = augmented(np.full((1, 8, 8, 3), 9, np.uint8), mean=mean, std=std, erase=1.0)
     colours = np.unique(np.asarray(out * jnp.array(std) + jnp.array(mean)).round(5).reshape(-1, 3), axis=0)
     np.testing.assert_allclose(colours, [[9 / 255] * 3, mean], atol=1e-5)
 
 
 def test_an_image_without_room_is_not_erased():
-    images = some_images(30, 1, 9)
-    np.testing.assert_array_equal(random_erase(images, jax.random.key(0), 1.0), images)
+    assert not erased(some_images(30, 1, 9), 1.0).any()
 
 
 # ---- mixing ----------------------------------------------------------------------------------------------------------
@@ -196,7 +300,12 @@ def partners(rows: np.ndarray) -> np.ndarray:
 def many_mixes(images: np.ndarray, times: int, **alphas: float) -> tuple[np.ndarray, np.ndarray]:
     """Mixed images [times, N, H, W, C] and kept weights [times], of as many keys."""
     keys = jax.random.split(jax.random.key(7), times)
-    mixed, kept = jax.jit(jax.vmap(lambda key: mix(images, key, **alphas)))(keys)
+
+    def mixing(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        batch = draw(key, images.shape, asked_for(**alphas))[1]
+        return mix(images, batch["weight"]), batch["kept"]
+
+    mixed, kept = jax.jit(jax.vmap(mixing))(keys)
     assert (mixed.dtype, kept.dtype) == (np.float32, np.float32)
     return np.asarray(mixed), np.asarray(kept)
 
@@ -258,6 +367,21 @@ def test_both_take_turns_at_random():
     assert_same_mean(kept[~copied], np.random.default_rng(0).uniform(size=30_000))
 
 
+@pytest.mark.parametrize("alphas", [{"mixup": 1.0}, {"cutmix": 1.0}, {"mixup": 1.0, "cutmix": 1.0}], ids="-".join)
+def test_images_are_mixed_until_they_are_no_more(alphas):
+    images = distinct_images(8, 6, 6)
+    for seed in range(4):
+        mixed = augmented(images, seed, **alphas)
+        assert (mixed.round() != images).any()
+        np.testing.assert_array_equal(augmented(images, seed, True, **alphas), mixed)
+        np.testing.assert_array_equal(augmented(images, seed, False, **alphas), augmented(images))
+
+
+def test_without_mixing_labels_keep_all_of_themselves():
+    batch = draw(jax.random.key(0), (8, 6, 6, 3), asked_for(mixup=1.0, cutmix=1.0), jnp.bool_(False))[1]
+    assert batch["kept"] == 1
+
+
 @pytest.mark.parametrize("kept", [0.0, 0.3, 1.0])
 def test_mixed_labels_are_those_of_the_pair_by_weight(kept):
     targets = np.asarray(mix_labels(jnp.array([2, 0, 1, 1]), jnp.float32(kept), 3))
@@ -268,17 +392,19 @@ def test_mixed_labels_are_those_of_the_pair_by_weight(kept):
 DEVICES = """
 import re, jax, jax.numpy as jnp, numpy as np
 from jax_resnet import parallel
-from jax_resnet.data.device import mix, mix_labels, random_erase
+from jax_resnet.config import default
+from jax_resnet.data.device import augment, draw, mix_labels
 mesh = parallel.data_mesh()
 sharded, whole = parallel.batch_sharding(mesh), parallel.replicated(mesh)
+data = default().data
+data.update(crop="pad", pad=2, pad_mode="reflect", pca_noise=0.1, colout=0.2, erase=0.5, mixup=0.2, cutmix=1.0)
 def mixed(images, labels, seed):
-    erase_key, mix_key = jax.random.split(jax.random.key(seed))
-    images, kept = mix(random_erase(images, erase_key, 0.5), mix_key, mixup=0.2, cutmix=1.0)
-    return images, mix_labels(labels, kept, 10)
+    rows, batch = draw(jax.random.key(seed), images.shape, data)
+    return augment(images, rows, batch, data), mix_labels(labels, batch["kept"], 10)
 one = jax.jit(mixed)
 several = jax.jit(mixed, in_shardings=(sharded, sharded, whole), out_shardings=sharded)
 for rows in (16, 8):
-    images = np.random.default_rng(0).normal(size=(rows, 12, 10, 3)).astype(np.float32)
+    images = np.random.default_rng(0).integers(0, 256, (rows, 12, 10, 3), dtype=np.uint8)
     labels = np.arange(rows, dtype=np.int32) % 10
     for seed in range(8):  # some of them mixup, some CutMix
         for a, b in zip(several(images, labels, seed), one(images, labels, seed)):

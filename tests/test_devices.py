@@ -107,6 +107,7 @@ def test_two_processes_train_as_one(tiny_npz: Path, tmp_path: Path) -> None:
 COLLECTIVES = """
 import jax, jax.numpy as jnp, optax
 from jax_resnet import parallel
+from jax_resnet.config import default
 from jax_resnet.models.zoo import create_model
 from jax_resnet.state import make_state
 from jax_resnet.step import make_train_step
@@ -114,7 +115,9 @@ mesh = parallel.data_mesh()
 rows, whole, optimizer = parallel.batch_sharding(mesh), parallel.replicated(mesh), optax.sgd(0.1, momentum=0.9)
 make = lambda rngs: create_model("resnet50", num_classes=1000, dtype=jnp.bfloat16, bn_group_size=GROUP, rngs=rngs)
 graph, state, _ = make_state(make, optimizer, 0, whole)
-step = make_train_step(graph, optimizer, seed=0, mean=(0.5,) * 3, std=(0.2,) * 3, pad=4, flip=True, label_smoothing=0.1)
+config = default()
+config.data.crop, config.loss.label_smoothing = "pad", 0.1
+step = make_train_step(graph, optimizer, config)
 batch = {"image": jax.ShapeDtypeStruct((16, 64, 64, 3), jnp.uint8, sharding=rows),
          "label": jax.ShapeDtypeStruct((16,), jnp.int32, sharding=rows)}
 step = jax.jit(step, in_shardings=(whole, rows), out_shardings=whole, donate_argnums=0)

@@ -5,6 +5,7 @@ import importlib
 import math
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -13,7 +14,16 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from jax_resnet.config import default, from_json, to_json, validate
 from jax_resnet.data import augment as module
-from jax_resnet.data.augment import LEVELS, OPERATIONS, Augmentation, apply, augment, magnitude
+from jax_resnet.data.augment import (
+    LEVELS,
+    OPERATIONS,
+    TIMM_OPERATIONS,
+    Augmentation,
+    apply,
+    augment,
+    magnitude,
+    timm_magnitude,
+)
 from jax_resnet.errors import UserError
 
 NOTHING = Augmentation.of(default().data)
@@ -43,12 +53,19 @@ def few_levels(height: int, width: int, channels: int) -> np.ndarray:
 IMAGES = [make(h, w, c) for make in (picture, noise, few_levels) for h, w in ((24, 31), (17, 16)) for c in (3, 1)]
 
 
-def pillow(image: np.ndarray, name: str, value: float, resample: int = Image.Resampling.NEAREST) -> np.ndarray:
-    """What torchvision calls for a PIL image, with its sign conventions."""
+def pillow(
+    image: np.ndarray,
+    name: str,
+    value: float,
+    resample: int = Image.Resampling.NEAREST,
+    fill: tuple[int, ...] | None = None,
+) -> np.ndarray:
+    """What torchvision, and timm, call for a PIL image, with their sign conventions."""
     given = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    fill = fill and fill[: image.shape[-1]]
 
     def affine(*matrix: float) -> Image.Image:
-        return given.transform(given.size, Image.Transform.AFFINE, matrix, resample)
+        return given.transform(given.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fill)
 
     if name in ("Brightness", "Color", "Contrast", "Sharpness"):
         out = getattr(ImageEnhance, name)(given).enhance(1 + value)
@@ -61,8 +78,13 @@ def pillow(image: np.ndarray, name: str, value: float, resample: int = Image.Res
             "ShearY": lambda: affine(1, 0, 0, value, 1, 0),
             "TranslateX": lambda: affine(1, 0, -int(value), 0, 1, 0),
             "TranslateY": lambda: affine(1, 0, 0, 0, 1, -int(value)),
-            "Rotate": lambda: given.rotate(value, resample),
-            "Posterize": lambda: ImageOps.posterize(given, int(value)),
+            "TranslateXRel": lambda: affine(1, 0, value * given.width, 0, 1, 0),
+            "TranslateYRel": lambda: affine(1, 0, 0, 0, 1, value * given.height),
+            "Rotate": lambda: given.rotate(value, resample, fillcolor=fill),
+            "Invert": lambda: ImageOps.invert(given),
+            "SolarizeAdd": lambda: given.point([min(i + value, 255) if i < 128 else i for i in range(256)] * len(fill)),
+            # Pillow 13 refuses to keep 0 bits; those before keep none.
+            "Posterize": lambda: ImageOps.posterize(given, int(value)) if value else given.point(lambda _: 0),
             "Solarize": lambda: ImageOps.solarize(given, value),
         }[name]()
     return np.asarray(out).reshape(image.shape)
@@ -72,6 +94,12 @@ def magnitudes(name: str, height: int, width: int) -> set[float]:
     """Every one that RandAugment and TrivialAugment can draw."""
     found = {magnitude(name, level, wide, height, width) for level in range(LEVELS) for wide in (False, True)}
     return found | ({-value for value in found} if OPERATIONS[name][2] else set())
+
+
+def timm_magnitudes(name: str) -> set[float]:
+    """Of every half level that timm's RandAugment can draw."""
+    found = {timm_magnitude(name, half / 2) for half in range(21)}
+    return found | ({-value for value in found} if TIMM_OPERATIONS[name][1] else set())
 
 
 # ---- what an operation does ------------------------------------------------------------------------------------------
@@ -86,6 +114,18 @@ def test_equals_pillow_at_every_magnitude(name):
             np.testing.assert_array_equal(found, pillow(image, name, value), f"{name} {value} {image.shape}")
 
 
+FILL = (124, 116, 104)
+
+
+@pytest.mark.parametrize("name", [name for name in TIMM_OPERATIONS if name != "Color"])
+def test_timms_equal_pillow_too_with_the_mean_colour_from_beyond_the_image(name):
+    for image in IMAGES:
+        fill = FILL[: image.shape[-1]]
+        for value in timm_magnitudes(name):
+            found, expected = apply(image, name, value, fill=fill), pillow(image, name, value, fill=fill)
+            np.testing.assert_array_equal(found, expected, f"{name} {value} {image.shape}")
+
+
 def test_color_is_within_one_grey_level_of_pillow_and_seldom_not_the_same():
     differ = []
     for image in IMAGES:
@@ -96,11 +136,11 @@ def test_color_is_within_one_grey_level_of_pillow_and_seldom_not_the_same():
     assert np.mean(differ) < 1e-3  # OpenCV's grey has 15 bits, Pillow's 16
 
 
-@pytest.mark.parametrize("name", GEOMETRY)
+@pytest.mark.parametrize("name", [*GEOMETRY, "TranslateXRel", "TranslateYRel"])
 def test_bilinear_is_within_one_grey_level_of_pillow_but_for_the_rim(name):
     rows, columns = np.mgrid[:40, :50]
     image = np.stack([2 * rows + 50, 2 * columns + 50, rows + columns], -1).astype(np.uint8)
-    for value in magnitudes(name, 40, 50):
+    for value in magnitudes(name, 40, 50) if name in OPERATIONS else timm_magnitudes(name):
         expected = pillow(image, name, value, Image.Resampling.BILINEAR)
         # OpenCV blends the outermost half pixel with the black around it, Pillow does not.
         covered = pillow(np.full((40, 50, 1), 255, np.uint8), name, value, Image.Resampling.BILINEAR)
@@ -161,15 +201,42 @@ def test_magnitudes_and_operations_are_torchvisions(shared, monkeypatch):
                 assert gap <= (name == "Color"), (name, value)
 
 
+def test_timms_operations_and_magnitudes_are_timms(monkeypatch, request):
+    pytest.importorskip("torch", reason="compares with timm where it is installed")
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("compares with timm where it is installed")
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:  # its compiled part is for another build of torch
+        monkeypatch.setattr(sys, "path", [*sys.path, str(request.getfixturevalue("shared") / "tools")])
+        importlib.import_module("torchvision_shim")
+    theirs = importlib.import_module("timm.data.auto_augment")
+    monkeypatch.setattr(theirs, "_randomly_negate", lambda value: value)
+    names = {name: name.removesuffix("Increasing") for name in theirs._RAND_INCREASING_TRANSFORMS}
+    assert list(names.values()) == list(TIMM_OPERATIONS)
+    hparams = {"img_mean": FILL, "interpolation": Image.Resampling.NEAREST}
+    image = picture(24, 31, 3)
+    for name, ours in names.items():
+        for half in range(20 if ours == "Posterize" else 21):  # at 10 Pillow 13 refuses to keep 0 bits
+            op = theirs.AugmentOp(name, prob=1.0, magnitude=half / 2, hparams=hparams)
+            found = apply(image, ours, timm_magnitude(ours, half / 2), fill=FILL)
+            gap = np.abs(found.astype(int) - np.asarray(op(Image.fromarray(image)))).max()
+            assert gap <= (ours == "Color"), (name, half / 2)
+
+
 # ---- what is drawn ---------------------------------------------------------------------------------------------------
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch, policy: Augmentation, images: int) -> list[list[tuple[str, float, bool]]]:
     """The calls of `apply` for each of many images, 100 × 200, none of them carried out."""
     calls: list[list[tuple[str, float, bool]]] = []
-    monkeypatch.setattr(
-        module, "apply", lambda image, name, value, bilinear=False: calls[-1].append((name, value, bilinear)) or image
-    )
+
+    def note(image: np.ndarray, name: str, value: float, bilinear: bool = False, fill: object = None) -> np.ndarray:
+        assert (fill == policy.fill) == bool(policy.timm[0])
+        calls[-1].append((name, value, bilinear))
+        return image
+
+    monkeypatch.setattr(module, "apply", note)
     rng = np.random.default_rng(0)
     for _ in range(images):
         calls.append([])
@@ -185,7 +252,7 @@ def assert_even(counts: Counter, kinds: int) -> None:
 
 
 def test_randaugment_draws_operations_and_signs_evenly_at_its_level(monkeypatch):
-    calls = drawn(monkeypatch, Augmentation(3, 12, False, (0, 0, 0, 0), True), 4000)
+    calls = drawn(monkeypatch, replace(NOTHING, operations=3, level=12, bilinear=True), 4000)
     assert {len(c) for c in calls} == {3}
     assert_even(Counter(name for c in calls for name, _, _ in c), 14)
     assert_even(Counter((c[0][0], c[1][0]) for c in calls), 14**2)  # independent of each other
@@ -201,8 +268,38 @@ def test_randaugment_draws_operations_and_signs_evenly_at_its_level(monkeypatch)
     assert max(values["Solarize"]) == 153
 
 
+def test_timms_randaugment_draws_with_replacement_at_a_normal_magnitude_with_a_probability(monkeypatch):
+    calls = drawn(monkeypatch, replace(NOTHING, timm=(2, 9.0, 1.5, 0.4), bilinear=True), 20_000)
+    counts = Counter(len(c) for c in calls)
+    for done, share in ((0, 0.36), (1, 0.48), (2, 0.16)):
+        assert abs(counts[done] - 20_000 * share) < 5 * math.sqrt(20_000 * share)
+    assert_even(Counter(name for c in calls for name, _, _ in c), 15)
+    assert_even(Counter((c[0][0], c[1][0]) for c in calls if len(c) == 2), 15**2)
+    assert {bilinear for c in calls for _, _, bilinear in c} == {True}
+    for name, at_10 in (("Rotate", 30.0), ("Color", 0.9), ("TranslateYRel", 0.45)):
+        values = np.array([v for c in calls for n, v, _ in c if n == name])
+        assert_even(Counter(np.sign(values)), 2)
+        levels = np.abs(values) / at_10 * 10
+        clipped = levels > 10 - 1e-9
+        tail = (1 - math.erf(1 / 1.5 / math.sqrt(2))) / 2  # of a normal variable beyond 10
+        assert abs(clipped.mean() - tail) < 5 * math.sqrt(tail / len(levels))
+        below = (levels < 9).mean()
+        assert abs(below - 0.5) < 5 * math.sqrt(0.25 / len(levels))
+        assert levels.max() == pytest.approx(10)
+        lower = 9 - levels[levels < 9]  # half a normal: its mean square is that of the whole
+        assert np.mean(lower**2) == pytest.approx(1.5**2, rel=5 * math.sqrt(2 / len(lower)))
+
+
+def test_timms_magnitude_without_deviation_is_that_and_never_negative(monkeypatch):
+    calls = drawn(monkeypatch, replace(NOTHING, timm=(1, 4.0, 0.0, 1.0)), 300)
+    assert {len(c) for c in calls} == {1}
+    assert {round(abs(c[0][1]), 9) for c in calls if c[0][0] == "Rotate"} == {12.0}
+    calls = drawn(monkeypatch, replace(NOTHING, timm=(1, 0.0, 3.0, 1.0)), 2000)
+    assert {v for c in calls for n, v, _ in c if n == "Solarize"} <= set(range(257))
+
+
 def test_trivialaugment_draws_one_operation_at_any_level(monkeypatch):
-    calls = drawn(monkeypatch, Augmentation(0, 9, True, (0, 0, 0, 0), False), 14_000)
+    calls = drawn(monkeypatch, replace(NOTHING, trivial=True), 14_000)
     assert {len(c) for c in calls} == {1}
     assert_even(Counter(c[0][0] for c in calls), 14)
     turns = Counter(round(abs(c[0][1]) / 4.5) for c in calls if c[0][0] == "Rotate")
@@ -212,7 +309,7 @@ def test_trivialaugment_draws_one_operation_at_any_level(monkeypatch):
 
 
 def test_jitter_draws_factors_uniformly_in_random_order(monkeypatch):
-    calls = drawn(monkeypatch, Augmentation(0, 9, False, (0.4, 1.5, 0.2, 0.1), False), 2400)
+    calls = drawn(monkeypatch, replace(NOTHING, jitter=(0.4, 1.5, 0.2, 0.1)), 2400)
     assert_even(Counter(tuple(name for name, _, _ in c) for c in calls), 24)
     for name, low, high in (("Brightness", -0.4, 0.4), ("Contrast", -1, 1.5), ("Color", -0.2, 0.2), ("Hue", -0.1, 0.1)):
         values = np.array([v for c in calls for n, v, _ in c if n == name])
@@ -222,7 +319,7 @@ def test_jitter_draws_factors_uniformly_in_random_order(monkeypatch):
 
 
 def test_jitter_leaves_out_what_has_no_share(monkeypatch):
-    calls = drawn(monkeypatch, Augmentation(0, 9, False, (0, 0.1, 0, 0), False), 20)
+    calls = drawn(monkeypatch, replace(NOTHING, jitter=(0, 0.1, 0, 0)), 20)
     assert {name for c in calls for name, _, _ in c} == {"Contrast"}
     assert {len(c) for c in calls} == {1}
 
@@ -230,11 +327,12 @@ def test_jitter_leaves_out_what_has_no_share(monkeypatch):
 @pytest.mark.parametrize(
     "policy",
     [
-        Augmentation(2, 9, False, (0, 0, 0, 0), False),
-        Augmentation(0, 9, True, (0, 0, 0, 0), True),
-        Augmentation(0, 9, False, (0.4, 0.4, 0.4, 0.1), False),
+        replace(NOTHING, operations=2),
+        replace(NOTHING, trivial=True, bilinear=True),
+        replace(NOTHING, timm=(2, 9.0, 0.5, 0.5)),
+        replace(NOTHING, jitter=(0.4, 0.4, 0.4, 0.1)),
     ],
-    ids=["randaugment", "trivial", "jitter"],
+    ids=["randaugment", "trivial", "timm", "jitter"],
 )
 @pytest.mark.parametrize("channels", [1, 3])
 def test_augment_is_a_function_of_its_generator_and_leaves_its_image_alone(policy, channels):
@@ -271,7 +369,12 @@ def test_the_default_asks_for_nothing():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"randaugment": (2, 9)}, {"trivial_augment": True}, {"color_jitter": (0.0, 0.0, 0.0, 0.1)}],
+    [
+        {"randaugment": (2, 9)},
+        {"randaugment_timm": (2, 7.0, 0.5, 0.5)},
+        {"trivial_augment": True},
+        {"color_jitter": (0.0, 0.0, 0.0, 0.1)},
+    ],
 )
 def test_what_a_config_asks_for_survives_its_file(changes):
     c = default()
@@ -288,12 +391,31 @@ def test_what_a_config_asks_for_survives_its_file(changes):
         ({"data.randaugment": (2, 31)}, r"randaugment=\(2, 31\): must be .*0 … 30"),
         ({"data.randaugment": (2.0, 9)}, "two whole numbers"),
         ({"data.randaugment": (-1, 9)}, "two whole numbers"),
-        ({"data.randaugment": (1, 9), "data.trivial_augment": True}, "choose one of them"),
+        ({"data.randaugment": (1, 9), "data.trivial_augment": True}, "randaugment and trivial_augment: choose one"),
+        (
+            {"data.randaugment": (1, 9), "data.randaugment_timm": (1, 9.0, 0.5, 0.5)},
+            "randaugment and randaugment_timm: choose one of them",
+        ),
+        ({"data.randaugment_timm": (2, 9.0, 0.5)}, r"randaugment_timm=\(2, 9.0, 0.5\): must be a whole number of"),
+        ({"data.randaugment_timm": (2.0, 9.0, 0.5, 0.5)}, "a whole number of operations"),
+        ({"data.randaugment_timm": (2, 11.0, 0.5, 0.5)}, "0 … 10"),
+        ({"data.randaugment_timm": (2, 9.0, 0.5, 1.5)}, "their probability"),
+        ({"data.randaugment_timm": (2, 9.0, -0.5, 0.5)}, "its deviation"),
         ({"data.augment_interpolation": "bilinaer"}, "did you mean bilinear"),
         ({"data.color_jitter": (0.4, 0.4, 0.4)}, "color_jitter=.*: must be four numbers"),
         ({"data.color_jitter": (0.4, 0.4, 0.4, 0.6)}, "at most 0.5"),
         ({"data.color_jitter": (0.4, -0.4, 0.4, 0.1)}, "not negative"),
         ({"data.color_jitter": (0.4, "x", 0.4, 0.1)}, "must be numbers"),
+        ({"data.flip_alternate": True, "data.flip": False}, "config.data.flip_alternate=True: which images"),
+        (
+            {"data.pca_noise": 0.1, "data.channels": 1, "data.mean": (0.5,), "data.std": (0.2,)},
+            "config.data.pca_noise=0.1: .* config.data.channels=1",
+        ),
+        (
+            {"data.crop": "scaled", "data.image_size": 288},
+            r"crop_resize=\(256, 480\): is less than the 288 pixels of a crop",
+        ),
+        ({"data.crop": "stretched", "data.image_size": 300}, "for config.data.crop=stretched"),
         ({"data.mixup": -0.1}, "config.data.mixup=-0.1"),
         ({"data.cutmix": math.nan}, "config.data.cutmix=nan"),
         ({"data.erase": 1.1}, "config.data.erase=1.1"),

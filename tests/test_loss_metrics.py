@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_resnet.loss import cross_entropy
+from jax_resnet.loss import binary_cross_entropy, cross_entropy
 from jax_resnet.metrics import accuracy_text, classification_sums, summary, total
 
 
@@ -63,6 +63,29 @@ def test_cross_entropy_of_huge_logits_is_finite():
 def test_a_confident_right_answer_costs_more_when_smoothed():
     logits, labels = jnp.array([[20.0, 0.0, 0.0]]), jnp.array([0])
     assert cross_entropy(logits, labels, 0.1)[0] > cross_entropy(logits, labels, 0.0)[0]
+
+
+@pytest.mark.parametrize("sum_classes", [False, True])
+@pytest.mark.parametrize(("smoothing", "threshold"), [(0.0, 0.0), (0.1, 0.0), (0.1, 0.2), (0.0, 0.45)])
+def test_binary_cross_entropy_is_the_surprise_of_each_class_by_itself(smoothing, threshold, sum_classes):
+    logits, labels = random_batch(9, 7)
+    target = 0.4 * np.eye(7)[labels] + 0.6 * np.eye(7)[labels[::-1]]  # of mixed images
+    expected = (1 - smoothing) * target + smoothing / 7
+    if threshold:
+        expected = np.where(expected > threshold, 1.0, 0.0)
+    present = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    surprise = -expected * np.log(present) - (1 - expected) * np.log(1 - present)
+    found = binary_cross_entropy(logits, jnp.asarray(target), smoothing, threshold, sum_classes)
+    np.testing.assert_allclose(found, surprise.sum(-1) if sum_classes else surprise.mean(-1), rtol=1e-4)
+
+
+def test_binary_cross_entropy_equals_torch():
+    torch = pytest.importorskip("torch")
+    logits, labels = random_batch(9, 7)
+    target = torch.nn.functional.one_hot(torch.tensor(labels), 7).float()
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(torch.tensor(logits), target, reduction="none")
+    found = binary_cross_entropy(logits, jnp.asarray(labels))
+    np.testing.assert_allclose(found, expected.mean(-1).numpy(), rtol=1e-5)
 
 
 # ---- sums over a batch -----------------------------------------------------------------------------------------------

@@ -1,12 +1,13 @@
-"""One image at a time, on the host: RandAugment, TrivialAugment, colour jitter.
+"""One image at a time, on the host: RandAugment, timm's too, TrivialAugment, colour jitter.
 
-Operations and magnitudes are those of torchvision, and a pixel becomes what Pillow makes of it: exactly for tables of
-grey levels and nearest-pixel geometry, within one grey level for Color, Contrast and Sharpness. Of what Pillow keeps to
-256 levels (hue) or truncates (bilinear) the rounding differs.
+Operations and magnitudes are those of torchvision and timm, and a pixel becomes what Pillow makes of it: exactly for
+tables of grey levels and nearest-pixel geometry, within one grey level for Color, Contrast and Sharpness. Of what
+Pillow keeps to 256 levels (hue) or truncates (bilinear) the rounding differs.
 """
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import cv2
 import numpy as np
@@ -32,6 +33,25 @@ OPERATIONS = {
     "Equalize": (0.0, 0.0, False),
 }
 _NAMES = tuple(OPERATIONS)
+# timm's operations that grow stronger with their magnitude, how strong at 10, and whether the sign is drawn.
+TIMM_OPERATIONS = {
+    "AutoContrast": (0.0, False),
+    "Equalize": (0.0, False),
+    "Invert": (0.0, False),
+    "Rotate": (30.0, True),
+    "Posterize": (4.0, False),  # bits fewer than 4
+    "Solarize": (256.0, False),  # grey levels under 256
+    "SolarizeAdd": (110.0, False),  # what is added to levels under 128
+    "Color": (0.9, True),
+    "Contrast": (0.9, True),
+    "Brightness": (0.9, True),
+    "Sharpness": (0.9, True),
+    "ShearX": (0.3, True),
+    "ShearY": (0.3, True),
+    "TranslateXRel": (0.45, True),  # shares of the side
+    "TranslateYRel": (0.45, True),
+}
+_TIMM_NAMES = tuple(TIMM_OPERATIONS)
 _JITTER = ("Brightness", "Contrast", "Color", "Hue")
 _GREY = np.arange(256)
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
@@ -44,26 +64,36 @@ class Augmentation:
     operations: int  # of RandAugment, for each image
     level: int  # of RandAugment, 0 … 30
     trivial: bool  # TrivialAugment
+    timm: tuple[int, float, float, float]  # operations, their magnitude, its deviation, their probability
     jitter: tuple[float, ...]  # of brightness, contrast, saturation, hue
     bilinear: bool  # rather than the nearest pixel, where an operation shears or rotates
+    fill: tuple[int, ...]  # the mean colour: timm's, of what lies beyond an image; torchvision's is black
 
     @classmethod
     def of(cls, c: ConfigDict) -> "Augmentation":
         """As `config.data` says."""
         operations, level = c.randaugment
-        bilinear = c.augment_interpolation == "bilinear"
-        return cls(operations, level, c.trivial_augment, tuple(c.color_jitter), bilinear)
+        return cls(
+            operations=operations,
+            level=level,
+            trivial=c.trivial_augment,
+            timm=tuple(c.randaugment_timm),
+            jitter=tuple(c.color_jitter),
+            bilinear=c.augment_interpolation == "bilinear",
+            fill=tuple(min(255, round(255 * mean)) for mean in c.mean),
+        )
 
     def __bool__(self) -> bool:
-        return bool(self.operations or self.trivial or any(self.jitter))
+        return bool(self.operations or self.trivial or self.timm[0] or any(self.jitter))
 
 
 def augment(image: np.ndarray, rng: np.random.Generator, policy: Augmentation) -> np.ndarray:
     """uint8 [H, W, 1 or 3] → same; `image` itself is not changed.
 
     RandAugment (Cubuk et al. 2019): `operations` drawn one by one, all at one level. TrivialAugment (Müller & Hutter
-    2021, the wide space): one operation at a level drawn too. Then colour jitter: each factor uniform in 1 ± its share
-    (not below 0), the hue turned by up to that part of the circle, in random order.
+    2021, the wide space): one operation at a level drawn too. timm's RandAugment: operations drawn one by one, each
+    done with a probability, at a normal magnitude kept in 0 … 10. Then colour jitter: each factor uniform in 1 ± its
+    share (not below 0), the hue turned by up to that part of the circle, in random order.
     """
     for _ in range(1 if policy.trivial else policy.operations):
         name = _NAMES[rng.integers(len(_NAMES))]
@@ -72,6 +102,14 @@ def augment(image: np.ndarray, rng: np.random.Generator, policy: Augmentation) -
         if OPERATIONS[name][2] and rng.integers(2):
             value = -value
         image = apply(image, name, value, policy.bilinear)
+    operations, mean, deviation, probability = policy.timm
+    for _ in range(operations):
+        name = _TIMM_NAMES[rng.integers(len(_TIMM_NAMES))]
+        if rng.random() < probability:
+            value = timm_magnitude(name, min(max(rng.normal(mean, deviation), 0.0), 10.0))
+            if TIMM_OPERATIONS[name][1] and rng.integers(2):
+                value = -value
+            image = apply(image, name, value, policy.bilinear, policy.fill)
     for i in rng.permutation(len(_JITTER)) if any(policy.jitter) else ():
         if share := policy.jitter[i]:
             image = apply(image, _JITTER[i], rng.uniform(-min(share, 1), share))
@@ -86,24 +124,39 @@ def magnitude(name: str, level: int, wide: bool, height: int, width: int) -> flo
     return {"Posterize": 8 - round(value), "Solarize": 255 - value}.get(name, value)
 
 
-def apply(image: np.ndarray, name: str, value: float, bilinear: bool = False) -> np.ndarray:
-    """One operation on uint8 [H, W, 1 or 3], by its name in OPERATIONS or "Hue" (`value`: part of the circle)."""
+def timm_magnitude(name: str, level: float) -> float:
+    """What operation `name` of timm's does at `level`, 0 … 10, likewise."""
+    value = level / 10 * TIMM_OPERATIONS[name][0]
+    return {"Posterize": 4 - int(value), "Solarize": 256 - int(value), "SolarizeAdd": int(value)}.get(name, value)
+
+
+def apply(
+    image: np.ndarray, name: str, value: float, bilinear: bool = False, fill: tuple[int, ...] = (0, 0, 0)
+) -> np.ndarray:
+    """One operation on uint8 [H, W, 1 or 3], by its name in OPERATIONS, TIMM_OPERATIONS or "Hue" (`value`: part of the
+    circle); `fill` is the colour of what lies beyond the image.
+    """
     height, width, channels = image.shape
+    affine = partial(_affine, image, bilinear=bilinear, fill=fill)
     out = image
     match name:
         case "ShearX":
-            out = _affine(image, (1, value, 0, 0, 1, 0), bilinear)
+            out = affine((1, value, 0, 0, 1, 0))
         case "ShearY":
-            out = _affine(image, (1, 0, 0, value, 1, 0), bilinear)
+            out = affine((1, 0, 0, value, 1, 0))
         case "TranslateX":
-            out = _affine(image, (1, 0, -int(value), 0, 1, 0), False)
+            out = affine((1, 0, -int(value), 0, 1, 0))
         case "TranslateY":
-            out = _affine(image, (1, 0, 0, 0, 1, -int(value)), False)
+            out = affine((1, 0, 0, 0, 1, -int(value)))
+        case "TranslateXRel":
+            out = affine((1, 0, value * width, 0, 1, 0))
+        case "TranslateYRel":
+            out = affine((1, 0, 0, 0, 1, value * height))
         case "Rotate":
             # Pillow rounds to 15 digits too: a quarter turn takes whole pixels.
             cos, sin = round(math.cos(math.radians(value)), 15), round(math.sin(math.radians(value)), 15)
             x, y = width / 2, height / 2
-            out = _affine(image, (cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y), bilinear)
+            out = affine((cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y))
         case "Brightness":
             out = cv2.LUT(image, _blend_levels(0, 1 + value))
         case "Contrast":
@@ -124,6 +177,10 @@ def apply(image: np.ndarray, name: str, value: float, bilinear: bool = False) ->
             out = image & np.uint8(256 - 2 ** (8 - int(value)))
         case "Solarize":
             out = cv2.LUT(image, np.where(value > _GREY, _GREY, 255 - _GREY).astype(np.uint8))
+        case "SolarizeAdd":
+            out = cv2.LUT(image, np.where(_GREY < 128, np.minimum(_GREY + int(value), 255), _GREY).astype(np.uint8))
+        case "Invert":
+            out = 255 - image
         case "AutoContrast":
             low, high = image.min(0).min(0).astype(int), image.max(0).max(0).astype(int)
             out = _channelwise(image, [_stretched(*ends) for ends in zip(low, high, strict=True)])
@@ -133,20 +190,21 @@ def apply(image: np.ndarray, name: str, value: float, bilinear: bool = False) ->
     return out.reshape(image.shape)
 
 
-def _affine(image: np.ndarray, matrix: tuple[float, ...], bilinear: bool) -> np.ndarray:
-    """The pixel at (x, y) from (a·x + b·y + c, d·x + e·y + f), of centres at ½; 0 from beyond the image."""
+def _affine(image: np.ndarray, matrix: tuple[float, ...], bilinear: bool, fill: tuple[int, ...]) -> np.ndarray:
+    """The pixel at (x, y) from (a·x + b·y + c, d·x + e·y + f), of centres at ½; `fill` from beyond the image."""
     a, b, c, d, e, f = matrix
     height, width = image.shape[:2]
     if bilinear:
         inverse = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
-        return cv2.warpAffine(image, inverse, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+        flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        return cv2.warpAffine(image, inverse, (width, height), flags=flags, borderValue=fill)
     # In fixed point with 16 bits, for the very pixels that Pillow takes; cv2.warpAffine has 10.
     a, b, c, d, e, f = (math.floor(v * 65536 + 0.5) for v in (a, b, c + (a + b) / 2, d, e, f + (d + e) / 2))
     rows, columns = np.arange(height, dtype=np.int32)[:, None], np.arange(width, dtype=np.int32)
     at = np.empty((height, width, 2), np.int16)
     at[..., 0] = (columns * a + (rows * b + c)) >> 16
     at[..., 1] = (columns * d + (rows * e + f)) >> 16
-    return cv2.remap(image, at, None, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT)
+    return cv2.remap(image, at, None, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=fill)
 
 
 def _blend(start: np.ndarray, image: np.ndarray, factor: float) -> np.ndarray:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_resnet.data.order import Phase, train_indices
+from jax_resnet.data.order import Phase, mirrored, train_indices
 from jax_resnet.data.split import Split
 from jax_resnet.errors import UserError
 
@@ -16,9 +16,19 @@ SUBSTITUTES = 100  # tried for one broken image
 MANY = 20  # broken images
 
 
-def train_batch(split: Split, step: int, *, seed: int, phase: Phase, rows: np.ndarray, repeats: int = 1) -> Batch:
+def train_batch(
+    split: Split,
+    step: int,
+    *,
+    seed: int,
+    phase: Phase,
+    rows: np.ndarray,
+    repeats: int = 1,
+    flip_alternate: bool = False,
+) -> Batch:
     """Rows `rows` of the global batch of `step`, which is in `phase`: image uint8 [rows, H, W, C], label int32 [rows].
 
+    With `flip_alternate` also mirrored, bool [rows]: the images that the device is to mirror.
     What is random about pixels is keyed by (seed, epoch, record), so no other rows or threads change it. A record that
     cannot be decoded gives its place, and its randomness, to another, which follows from the same key; "broken" has its
     name and the reason, and those of others that were tried.
@@ -42,7 +52,8 @@ def train_batch(split: Split, step: int, *, seed: int, phase: Phase, rows: np.nd
         else:
             name, reason = read.broken[row]
             raise UserError(f"{split.name} split: {name}: {reason}; nor can any of {SUBSTITUTES} others be decoded")
-    return {"image": read.images, "label": read.labels, "broken": broken}
+    batch = {"image": read.images, "label": read.labels, "broken": broken}
+    return batch | ({"mirrored": mirrored(seed, indices, epochs, len(split))} if flip_alternate else {})
 
 
 def generator(seed: int, epoch: int, record: int) -> np.random.Generator:

@@ -1,10 +1,74 @@
-"""What is done to pixels on the device, inside the jitted step: shift, flip, normalise, erase, mix."""
+"""What is done to pixels on the device, inside the jitted step: shift, flip, normalise, change colours, erase, mix.
+
+All chance is drawn for a whole batch first, as small arrays; its images can then be augmented together or in parts.
+"""
 
 import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+Draws = dict[str, jax.Array]
+
+ERASED_AREA, ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)  # shares of the image; heights over widths
+# Of the colours (red, green, blue) of ImageNet's pixels in [0, 1], as fb.resnet.torch has them: columns are components.
+COLOUR_DEVIATIONS = (0.2175, 0.0188, 0.0045)
+COLOUR_COMPONENTS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+
+
+def draw(
+    key: jax.Array, shape: Sequence[int], data: ConfigDict, mixing: jax.Array | None = None
+) -> tuple[Draws, Draws]:
+    """All that is random about images [N, H, W, C] of that shape, as `config.data` says: what `augment` takes.
+
+    First for each row: "corner" int32 [N, 2] of what is kept of a padded image, "mirrored" bool [N] (with
+    flip_alternate it is the host's, in the batch), "colour" float32 [N, C], "erased" int32 [N, 2, 2]: two corners.
+    Then for the whole batch: "rows" and "columns" int32 that ColOut keeps; "weight" float32, a number for mixup and
+    [H', W', 1] for CutMix, with which an image keeps itself, and "kept", its mean. Only what is asked for is there.
+    Where `mixing`, a bool, is False, images keep all of themselves; None: they are mixed.
+    """
+    n, height, width, _ = shape
+    shift_key, flip_key, colour_key, erase_key, row_key, column_key, mix_key = jax.random.split(key, 7)
+    rows: Draws = {}
+    batch: Draws = {}
+    if data.crop == "pad" and data.pad:
+        rows["corner"] = jax.random.randint(shift_key, (n, 2), 0, 2 * data.pad + 1)
+    if data.flip and not data.flip_alternate:
+        rows["mirrored"] = jax.random.bernoulli(flip_key, shape=(n,))
+    if data.pca_noise:
+        rows["colour"] = _draw_colours(colour_key, n, data.pca_noise) / jnp.asarray(data.std, jnp.float32)
+    if data.erase:
+        rows["erased"] = _draw_rectangles(erase_key, n, height, width, data.erase)
+    if data.colout:
+        batch["rows"] = _draw_some(row_key, height, 1 - data.colout)
+        batch["columns"] = _draw_some(column_key, width, 1 - data.colout)
+        height, width = batch["rows"].size, batch["columns"].size
+    if data.mixup or data.cutmix:
+        drawn = _draw_weights(mix_key, height, width, data.mixup, data.cutmix)
+        batch |= {name: value if mixing is None else jnp.where(mixing, value, 1.0) for name, value in drawn.items()}
+    return rows, batch
+
+
+def augment(images: jax.Array, rows: Draws, batch: Draws, data: ConfigDict) -> jax.Array:
+    """Images as training sees them: uint8 [n, H, W, C] → normalised float32 [n, H', W', C], H' and W' less by ColOut.
+
+    `rows` and `batch` are those of `draw`, of the former the n rows that these images are: all, or a part of the batch
+    that is even in number and begins at an even row where there is mixing.
+    """
+    if "corner" in rows:
+        images = shift(images, rows["corner"], data.pad, data.pad_mode)
+    if "mirrored" in rows:
+        images = jnp.where(rows["mirrored"][:, None, None, None], images[:, :, ::-1], images)
+    images = normalise(images, data.mean, data.std)
+    if "colour" in rows:
+        images += rows["colour"][:, None, None]
+    if "erased" in rows:
+        images = erase(images, rows["erased"])
+    if "rows" in batch:
+        images = images[:, batch["rows"]][:, :, batch["columns"]]
+    return mix(images, batch["weight"]) if "weight" in batch else images
 
 
 def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
@@ -13,38 +77,29 @@ def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
     return (images.astype(jnp.float32) - offset) * scale
 
 
-def random_shift(images: jax.Array, key: jax.Array, pad: int) -> jax.Array:
-    """Each image shifted by −pad … pad pixels on either axis, zeros beyond its border. [N, H, W, C] → same."""
-    n, h, w, c = images.shape
-    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    corner = jax.random.randint(key, (n, 2), 0, 2 * pad + 1)
-    return jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), (h, w, c)))(padded, corner)
+def shift(images: jax.Array, corner: jax.Array, pad: int, mode: str) -> jax.Array:
+    """What lies at each `corner`, int [N, 2], of images with a border of `pad` pixels, [N, H, W, C] → same.
+
+    The border is "zeros" or "reflect": the image mirrored at its outermost pixels, which are not repeated.
+    """
+    border = ((0, 0), (pad, pad), (pad, pad), (0, 0))
+    padded = jnp.pad(images, border, mode="reflect" if mode == "reflect" else "constant")
+    return jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (*at, 0), images.shape[1:]))(padded, corner)
 
 
-def random_flip(images: jax.Array, key: jax.Array) -> jax.Array:
-    """Each image mirrored left to right with probability ½. [N, H, W, C] → same."""
-    flips = jax.random.bernoulli(key, 0.5, (len(images), 1, 1, 1))
-    return jnp.where(flips, images[:, :, ::-1], images)
+def _draw_colours(key: jax.Array, n: int, deviation: float) -> jax.Array:
+    """float32 [n, 3], shifts of pixels in [0, 1] (Krizhevsky et al. 2012, section 4.1)."""
+    alpha = deviation * jax.random.normal(key, (n, 3))
+    # Not a matrix product: TPUs and GPUs would round its factors.
+    return (jnp.asarray(COLOUR_COMPONENTS) * (alpha * jnp.asarray(COLOUR_DEVIATIONS))[:, None]).sum(-1)
 
 
-def augment(images: jax.Array, key: jax.Array, *, pad: int, flip: bool) -> jax.Array:
-    """Random shift (for pad > 0), then flip. uint8 [N, H, W, C] → same."""
-    shift_key, flip_key = jax.random.split(key)
-    if pad:
-        images = random_shift(images, shift_key, pad)
-    return random_flip(images, flip_key) if flip else images
-
-
-ERASED_AREA, ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)  # shares of the image; heights over widths
-
-
-def random_erase(images: jax.Array, key: jax.Array, probability: float) -> jax.Array:
-    """A random rectangle of an image set to 0, with that probability. Float [N, H, W, C] → same.
+def _draw_rectangles(key: jax.Array, n: int, h: int, w: int, probability: float) -> jax.Array:
+    """int32 [n, 2, 2]: the corners, before and behind, of what `erase` erases of images h × w; equal for nothing.
 
     Zhong et al. 2017 with torchvision's numbers: area uniform, ratio log-uniform, the first of ten rectangles that
-    fits, if any. Of normalised images 0 is the mean colour.
+    fits, if any.
     """
-    n, h, w, _ = images.shape
     keys = jax.random.split(key, 4)
     area = h * w * jax.random.uniform(keys[0], (n, 10), minval=ERASED_AREA[0], maxval=ERASED_AREA[1])
     low, high = map(math.log, ERASED_RATIO)
@@ -55,18 +110,27 @@ def random_erase(images: jax.Array, key: jax.Array, probability: float) -> jax.A
     sides = jnp.take_along_axis(sides, fits.argmax(-1)[:, None, None], 1)[:, 0]
     corner = jax.random.randint(keys[2], (n, 2), 0, jnp.maximum(whole - sides, 0) + 1)
     erased = jax.random.bernoulli(keys[3], probability, (n,)) & fits.any(-1)
-    inside = jax.vmap(_rectangle, (0, 0, None, None))(corner, corner + sides, h, w)
-    return jnp.where((inside & erased[:, None, None])[..., None], 0.0, images)
+    return jnp.stack([corner, corner + sides * erased[:, None]], 1)
 
 
-def mix(images: jax.Array, key: jax.Array, *, mixup: float, cutmix: float) -> tuple[jax.Array, jax.Array]:
-    """Each image mixed with its partner's: float [N, H, W, C] → same, and the float32 weight that it keeps itself.
+def erase(images: jax.Array, rectangles: jax.Array) -> jax.Array:
+    """Each image 0 in its rectangle, int [N, 2, 2]: of normalised images the mean colour. Float [N, H, W, C] → same."""
+    inside = jax.vmap(_rectangle, (0, 0, None, None))(rectangles[:, 0], rectangles[:, 1], *images.shape[1:3])
+    return jnp.where(inside[..., None], 0.0, images)
+
+
+def _draw_some(key: jax.Array, count: int, share: float) -> jax.Array:
+    """That share of 0 … count − 1, rounded down as Composer's ColOut does, in order: int32."""
+    return jnp.sort(jax.random.permutation(key, count)[: max(1, int(share * count))])
+
+
+def _draw_weights(key: jax.Array, h: int, w: int, mixup: float, cutmix: float) -> Draws:
+    """The weight, for `mix`, of images h × w, and "kept", its mean: float32.
 
     `mixup` (Zhang et al. 2017) and `cutmix` (Yun et al. 2019) are their α, 0 for never; of both, each batch has one,
-    with probability ½. The weight, one for the batch, is drawn from Beta(α, α); CutMix's then becomes the very share of
-    pixels that are left. `mix_labels` mixes the labels.
+    with probability ½. The weight, one for the batch, is drawn from Beta(α, α); CutMix's then becomes 1 for the pixels
+    that are left, 0 for the partner's.
     """
-    h, w = images.shape[1:3]
     choice_key, mixup_key, cutmix_key, centre_key = jax.random.split(key, 4)
     weight = kept = jnp.ones(())
     if mixup:
@@ -79,7 +143,12 @@ def mix(images: jax.Array, key: jax.Array, *, mixup: float, cutmix: float) -> tu
         outside = 1.0 - _rectangle(centre - half, centre + half, h, w)[..., None]
         cuts = jax.random.bernoulli(choice_key) if mixup else True
         weight, kept = jnp.where(cuts, outside, weight), jnp.where(cuts, outside.mean(), kept)
-    return weight * images + (1 - weight) * _partners(images), kept
+    return {"weight": weight, "kept": kept}
+
+
+def mix(images: jax.Array, weight: jax.Array) -> jax.Array:
+    """Each image mixed with its partner's, which has 1 − `weight`: float [N, H, W, C] → same. See `mix_labels`."""
+    return weight * images + (1 - weight) * _partners(images)
 
 
 def mix_labels(labels: jax.Array, kept: jax.Array, num_classes: int) -> jax.Array:

@@ -182,3 +182,17 @@ def random_box(
     aspect = min(max(width / height, ratio[0]), ratio[1])
     h, w = max(1, min(height, round(width / aspect))), max(1, min(width, round(height * aspect)))
     return (height - h) // 2, (width - w) // 2, h, w
+
+
+def resized_box(
+    height: int, width: int, sides: tuple[float, float], rng: np.random.Generator, *, stretched: bool
+) -> Box:
+    """What a random square is, before resizing, of an image that is first resized to some number of times its side.
+
+    That number, at least 1, is uniform in `sides`, for the image's short side (Simonyan & Zisserman 2014, section 3.1);
+    `stretched`: for both (Kolesnikov et al. 2019). The place is uniform too.
+    """
+    size, down, right = rng.random(3).tolist()
+    times = sides[0] + (sides[1] - sides[0]) * size
+    h, w = (max(1, round(side / times)) for side in ((height, width) if stretched else 2 * (min(height, width),)))
+    return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w

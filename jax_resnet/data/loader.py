@@ -152,11 +152,12 @@ def train_batches(
     `report` is told of each image that could not be decoded, once. Taking a batch raises UserError when a record cannot
     be read, or too many cannot be decoded.
     """
-    repeats, rows = c.repeats, {phase.batch_size: local_rows(sharding, phase.batch_size) for phase in phases}
+    rows = {phase.batch_size: local_rows(sharding, phase.batch_size) for phase in phases}
+    options = {"seed": seed, "repeats": c.repeats, "flip_alternate": c.flip_alternate}
 
     def batch(step: int) -> Batch:
         phase = phase_at(phases, step)
-        return train_batch(split, step, seed=seed, phase=phase, rows=rows[phase.batch_size], repeats=repeats)
+        return train_batch(split, step, phase=phase, rows=rows[phase.batch_size], **options)
 
     return Feed(Readers.of(c, split), range(start, stop), batch, sharding, Ledger(split, report, c.max_broken))
 

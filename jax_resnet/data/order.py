@@ -40,6 +40,20 @@ def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     return permutation
 
 
+@lru_cache(maxsize=1)
+def _mirrored_first(seed: int, num_examples: int) -> np.ndarray:
+    key = np.array([seed, 3 << 62], np.uint64)  # no epoch's key, nor a record's
+    return np.random.Generator(np.random.Philox(key=key)).integers(2, size=num_examples, dtype=bool)
+
+
+def mirrored(seed: int, indices: np.ndarray, epochs: np.ndarray, num_examples: int) -> np.ndarray:
+    """Whether records are mirrored in their epochs, bool: half of them in the first, each in every other from there.
+
+    Alternating flip (Jordan 2024, section 3.3): two epochs show both sides of every image.
+    """
+    return _mirrored_first(seed, num_examples)[indices] ^ (epochs % 2).astype(bool)
+
+
 def train_indices(
     seed: int, start: int, count: int, num_examples: int, repeats: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:

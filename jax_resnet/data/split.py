@@ -12,12 +12,14 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from jax_resnet.config import check_crop_resize
 from jax_resnet.data import images as image_ops
 from jax_resnet.data.augment import Augmentation, augment
 from jax_resnet.data.decoders import choose_decoder, describe
 from jax_resnet.errors import UserError
 
 EVAL_SPLITS = ("validation", "val", "valid", "test")  # names that the split for evaluation goes by
+CROPS = ("random_resized", "scaled", "stretched")  # at random, of any size
 
 Records = Callable[[Sequence[int]], Iterable[tuple[bytes, int, str]]]  # record numbers → bytes, label and name of each
 Rngs = Sequence[np.random.Generator]
@@ -37,8 +39,10 @@ class Pixels:
 
     size: int | None  # pixels a side; None: those the image has
     channels: int
-    random_area: tuple[float, float] | None  # shares that random-resized crops cover; None: no such crops
-    random_ratio: tuple[float, float]
+    crop: str  # of training images, as in the config
+    area: tuple[float, float]  # shares of the image that random-resized crops cover
+    ratio: tuple[float, float]
+    sides: tuple[float, float]  # of images to be cropped, in sides of the crop
     eval_crop: float  # share of the short side that evaluation keeps
     sampling: image_ops.Sampling
     augmentation: Augmentation
@@ -46,20 +50,34 @@ class Pixels:
 
     @classmethod
     def of(cls, c: ConfigDict, size: int | None) -> "Pixels":
-        """As `config.data` says. Only what is trained on random-resized crops is evaluated on a crop."""
-        random = c.crop == "random_resized"
-        area, crop = (tuple(c.crop_area), c.eval_crop) if random else (None, 1.0)
-        sampling, decoder = image_ops.Sampling(c.interpolation, c.antialias), choose_decoder(c.decoder)
-        return cls(size, c.channels, area, tuple(c.crop_ratio), crop, sampling, Augmentation.of(c), decoder)
+        """As `config.data` says. What is trained on random-resized or scaled crops is evaluated on a crop, no other.
+
+        Raises UserError where images would be resized to less than the crop.
+        """
+        if size:
+            check_crop_resize(c, size)
+        low, high = c.crop_resize
+        return cls(
+            size=size,
+            channels=c.channels,
+            crop=c.crop,
+            area=tuple(c.crop_area),
+            ratio=tuple(c.crop_ratio),
+            sides=(low / (size or low), high / (size or low)),
+            eval_crop=c.eval_crop if c.crop in ("random_resized", "scaled") else 1.0,
+            sampling=image_ops.Sampling(c.interpolation, c.antialias),
+            augmentation=Augmentation.of(c),
+            decoder=choose_decoder(c.decoder),
+        )
 
     def at(self, size: int | None) -> "Pixels":
-        """The same to `size` pixels a side; None: as it is."""
+        """The same to `size` pixels a side, crops of the same shares of an image; None: as it is."""
         return replace(self, size=size) if size else self
 
     @property
     def random(self) -> bool:
         """Whether training uses generators: they are worth making only then."""
-        return self.random_area is not None or bool(self.augmentation)
+        return self.crop in CROPS or bool(self.augmentation)
 
     def leaves_alone(self, height: int, width: int, *, training: bool) -> bool:
         """Whether images of that size come out as they went in."""
@@ -82,12 +100,14 @@ class Pixels:
 
     def _chooser(self, rng: np.random.Generator | None) -> Callable[[int, int], image_ops.Box] | None:
         """What draws the box that is cropped of an image of a height and width, if one is drawn."""
-        if self.size is None or self.random_area is None or rng is None:
+        if self.size is None or self.crop not in CROPS or rng is None:
             return None
-        return partial(image_ops.random_box, area=self.random_area, ratio=self.random_ratio, rng=rng)
+        if self.crop == "random_resized":
+            return partial(image_ops.random_box, area=self.area, ratio=self.ratio, rng=rng)
+        return partial(image_ops.resized_box, sides=self.sides, rng=rng, stretched=self.crop == "stretched")
 
     def _resized(self, image: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
-        if self.size is not None and self.random_area is not None and rng is not None:
+        if self.size is not None and (self.crop == "stretched" or (self.crop in CROPS and rng is not None)):
             image = image_ops.resize(image, self.size, self.size, self.sampling)
         elif self.size is not None:
             image = image_ops.resize_and_center_crop(image, self.size, self.eval_crop, self.sampling)
@@ -229,11 +249,11 @@ def in_memory(
             f"labels must lie in 0 … {num_classes - 1}"
         )
     size = c.image_size
-    if size is None and c.crop == "random_resized":
+    if size is None and c.crop in CROPS:
         size = images.shape[1]
         if images.shape[1] != images.shape[2]:
             raise UserError(
-                f"{source}: random-resized crops are square, the images {images.shape[1:3]}; set config.data.image_size"
+                f"{source}: {c.crop} crops are square, the images {images.shape[1:3]}; set config.data.image_size"
             )
     return ArraySplit(name, Pixels.of(c, size), images, labels.astype(np.int32))
 

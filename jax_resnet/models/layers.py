@@ -1,15 +1,16 @@
 """The layers that Flax does not have in the form residual networks need."""
 
 import math
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-# He et al. 2015, "Delving deep into rectifiers", section 2.2, backward form: untruncated normal, fan-out.
-kaiming_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+# He et al. 2015, "Delving deep into rectifiers", section 2.2: untruncated normal. fan_out is the backward form.
+kaiming_normal = partial(nnx.initializers.variance_scaling, 2.0, distribution="normal")
 
 
 def conv(
@@ -20,13 +21,16 @@ def conv(
     stride: int = 1,
     groups: int = 1,
     standardise: bool = False,
+    blur: bool = False,
+    init: Literal["fan_out", "fan_in"] = "fan_out",
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
     """A square convolution without bias, padded by kernel_size // 2 on every side.
 
     XLA's SAME pads a stride-2 convolution on the right and bottom only, which gives other numbers than the networks
-    published in torch: on ResNet-50 by 7 % of the largest logit.
+    published in torch: on ResNet-50 by 7 % of the largest logit. With `blur`, one with a stride and 16 channels or more
+    blurs them first (FFCV's and Composer's BlurPool): `blurred_conv`.
     """
     pad = kernel_size // 2
     return (StandardisedConv if standardise else nnx.Conv)(
@@ -39,7 +43,10 @@ def conv(
         use_bias=False,
         dtype=dtype,
         param_dtype=jnp.float32,
-        kernel_init=kaiming_normal,
+        kernel_init=kaiming_normal(init),
+        conv_general_dilated=blurred_conv
+        if blur and stride > 1 and in_features >= 16
+        else jax.lax.conv_general_dilated,
         rngs=rngs,
     )
 
@@ -60,7 +67,7 @@ class StandardisedConv(nnx.Conv):
         padding: Any = self.padding
         centred = kernel - kernel.mean((0, 1, 2))
         kernel = centred * jax.lax.rsqrt(jnp.square(centred).mean((0, 1, 2)) + self.EPSILON)
-        return jax.lax.conv_general_dilated(
+        return self.conv_general_dilated(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
             strides,
@@ -193,8 +200,8 @@ class SqueezeExcite(nnx.Module):
 
     def __init__(self, features: int, *, ratio: float = 1 / 16, rngs: nnx.Rngs):
         inside = max(8, int(features * ratio + 4) // 8 * 8)
-        self.fc1 = nnx.Linear(features, inside, kernel_init=kaiming_normal, rngs=rngs)
-        self.fc2 = nnx.Linear(inside, features, kernel_init=kaiming_normal, rngs=rngs)
+        self.fc1 = nnx.Linear(features, inside, kernel_init=kaiming_normal("fan_out"), rngs=rngs)
+        self.fc2 = nnx.Linear(inside, features, kernel_init=kaiming_normal("fan_out"), rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [N, H, W, C] → the same shape and dtype."""
@@ -240,6 +247,31 @@ class DropPath(nnx.Module):
         return (kept / keep)[:, :, None, None, None]
 
 
+class DropBlock(nnx.Module):
+    """Which squares of its channels a residual goes without in training (Ghiasi et al. 2018, algorithm 1).
+
+    The squares have `SIDE` pixels a side, or as many as the map's shorter side has, and lie within it. A share of
+    `rate` would be dropped if they did not overlap. What an example keeps is divided by the share that it keeps.
+    """
+
+    SIDE = 7  # section 4.1
+
+    def __init__(self, rate: float):
+        self.rate = rate
+        self.deterministic = False  # model.eval() sets it
+
+    def __call__(self, shape: tuple[int, int, int, int], key: jax.Array) -> jax.Array:
+        """float32 [N, H, W, C], by which a residual of that shape is multiplied: 0 or 1 / the share kept."""
+        n, h, w, c = shape
+        side = min(self.SIDE, h, w)
+        corners = (h - side + 1, w - side + 1)  # where a square may begin
+        gamma = self.rate / side**2 * (h * w) / math.prod(corners)
+        begins = jax.random.bernoulli(key, gamma, (n, *corners, c)).astype(jnp.float32)
+        kept = 1 - nnx.max_pool(begins, (side, side), padding=((side - 1, side - 1),) * 2)
+        # Of an example, not of the batch as in the paper: a batch may lie on many devices.
+        return kept / jnp.maximum(kept.mean((1, 2, 3), keepdims=True), 1 / (h * w * c))
+
+
 def max_pool(x: jax.Array, *, stride: int = 2, zero_padded: bool = False) -> jax.Array:
     """3×3 maximum, padded by one pixel of −∞ (or of zeros) on every side. [N, H, W, C] → [N, ⌈H/stride⌉, …, C]."""
     pad = ((1, 1), (1, 1))
@@ -254,14 +286,24 @@ def avg_pool(x: jax.Array) -> jax.Array:
     return nnx.avg_pool(x, (2, 2), strides=(2, 2), padding=pad, count_include_pad=False)
 
 
-def blur_pool(x: jax.Array) -> jax.Array:
-    """Binomial 3×3 filter at stride 2, mirrored at the border. [N, H, W, C] → [N, ⌈H/2⌉, ⌈W/2⌉, C].
+def blur_pool(x: jax.Array, *, stride: int = 2, zero_padded: bool = False) -> jax.Array:
+    """Binomial 3×3 filter, mirrored at the border (or zeros beyond it). [N, H, W, C] → [N, ⌈H/stride⌉, …, C].
 
-    Zhang 2019, "Making convolutional networks shift-invariant again". Both sides must be at least 2.
+    Zhang 2019, "Making convolutional networks shift-invariant again". To be mirrored, both sides must be at least 2.
     """
-    y = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect").astype(jnp.float32)
+    mode = "constant" if zero_padded else "reflect"
+    y = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode=mode).astype(jnp.float32)
     for axis in (1, 2):  # the filter is the outer product of (1, 2, 1) / 4 with itself
-        count = (y.shape[axis] - 1) // 2
-        a, b, c = (jax.lax.slice_in_dim(y, i, i + 2 * count - 1, 2, axis) for i in range(3))
+        last = (y.shape[axis] - 3) // stride * stride
+        a, b, c = (jax.lax.slice_in_dim(y, i, i + last + 1, stride, axis) for i in range(3))
         y = (a + 2 * b + c) / 4
     return y.astype(x.dtype)
+
+
+def blurred_conv(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any) -> jax.Array:
+    """`jax.lax.conv_general_dilated` of x blurred, with zeros beyond the border. x: [N, H, W, C]; kernel: HWIO."""
+    if kernel.shape[:2] == (1, 1):  # sees one pixel a stride: the others need not be made
+        x, strides = blur_pool(x, stride=strides[0], zero_padded=True), (1, 1)
+    else:
+        x = blur_pool(x, stride=1, zero_padded=True)
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)

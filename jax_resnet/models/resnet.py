@@ -1,5 +1,6 @@
 """The residual network: stem, stages of blocks, head, from one description of its shape."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +25,7 @@ NORMS = {
     "evonorm": layers.EvoNorm,
     "frn": layers.FilterResponseNorm,
 }
-ANTIALIAS = {"avg": layers.avg_pool, "blur": layers.blur_pool}
+ANTIALIAS = {"avg": layers.avg_pool, "blur": layers.blur_pool}  # in place of strides
 
 Block = Literal["basic", "bottleneck"]
 
@@ -38,7 +39,7 @@ class ResNetSpec:
     widths: tuple[int, ...] = (64, 128, 256, 512)  # channels of each stage's 3×3 convolutions; output ×4 in bottlenecks
     stem: Literal["imagenet", "cifar", "deep", "tiered"] = "imagenet"
     stem_width: int = 64  # channels that the stem gives
-    stem_pool: Literal["max", "zero_max", "conv"] = "max"  # after every stem but "cifar"
+    stem_pool: Literal["max", "zero_max", "blur_max", "conv"] = "max"  # after every stem but "cifar"
     shortcut: Literal["A", "B", "D"] = "B"
     shortcut_kernel: Literal[1, 3] = 1  # of projections with a stride
     preactivation: bool = False  # v2
@@ -49,16 +50,17 @@ class ResNetSpec:
     block_widths: tuple[tuple[tuple[int, ...], ...], ...] | None = None  # of each block's convolutions, after pruning
     attention: Literal["se", "eca"] | None = None
     se_ratio: float = 1 / 16
-    antialias: Literal["avg", "blur"] | None = None  # what halves the image, in place of strides and of max pooling
+    # What halves the image, in place of strides and of max pooling; blur_conv: blurred before convolutions with one.
+    antialias: Literal["avg", "blur", "blur_conv"] | None = None
     norm: Literal["batch", "group", "evonorm", "frn"] = "batch"
     standardise: bool = False  # the kernels of convolutions (weight standardisation)
     pool: Literal["avg", "max"] = "avg"
     dropout: float = 0.0
     drop_path: float = 0.0  # share of residuals that an example goes without in the last block; grows linearly from 0
-    drop_block: float = 0.0
-    init: Literal["fan_out", "fan_in"] = "fan_out"
-    head_std: float = 0.01
-    head_prior: bool = False
+    drop_block: float = 0.0  # share of every residual of the last two stages left out, in squares of 7 pixels a side
+    init: Literal["fan_out", "fan_in"] = "fan_out"  # of convolutions: 2 over it is their kernels' variance
+    head_std: float = 0.01  # deviation of the head's kernel at the start
+    head_prior: bool = False  # the head's biases start at −log(classes), where sigmoids give near 1 / classes
     zero_init_last: bool = True  # Goyal et al. 2017, section 5.1; pre-activation blocks do not end in a norm
     bn_group_size: int | None = None
     bn_momentum: float = 0.9
@@ -67,13 +69,14 @@ class ResNetSpec:
     def __post_init__(self) -> None:
         known = {
             "stem": ("imagenet", "cifar", "deep", "tiered"),
-            "stem_pool": ("max", "zero_max", "conv"),
+            "stem_pool": ("max", "zero_max", "blur_max", "conv"),
             "shortcut": ("A", "B", "D"),
             "shortcut_kernel": (1, 3),
             "attention": (None, "se", "eca"),
-            "antialias": (None, *ANTIALIAS),
+            "antialias": (None, *ANTIALIAS, "blur_conv"),
             "norm": tuple(NORMS),
             "pool": ("avg", "max"),
+            "init": ("fan_out", "fan_in"),
         }
         for name, values in known.items():
             if getattr(self, name) not in values:
@@ -89,12 +92,14 @@ class ResNetSpec:
             value = getattr(self, name)
             if not (type(value) is int and value > 0) and not (name == "bn_group_size" and value is None):
                 raise ValueError(f"{name}={value}: must be a whole number, at least 1")
-        for name in ("dropout", "drop_path", "bn_momentum"):
+        for name in ("dropout", "drop_path", "drop_block", "bn_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and less than 1")
         for name in ("inner_factor", "first_factor", "se_ratio", "bn_epsilon"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be more than 0")
+        if not self.head_std >= 0:
+            raise ValueError(f"head_std={self.head_std}: must be at least 0")
         self._check_blocks()
 
     def _check_blocks(self) -> None:
@@ -104,10 +109,12 @@ class ResNetSpec:
             raise ValueError(f"block={self.block!r}: must be basic or bottleneck, or one of them for each stage")
         if "basic" in kinds and (self.inner_factor != 1 or self.groups != 1):
             raise ValueError("inner_factor and groups: only bottlenecks have an inside")
-        if self.stride_in_1x1 and ("basic" in kinds or self.preactivation or self.antialias):
+        if self.stride_in_1x1 and ("basic" in kinds or self.preactivation or self.antialias in ANTIALIAS):
             raise ValueError("stride_in_1x1: only post-activation bottlenecks, not anti-aliased, have the choice")
-        if self.preactivation and (self.attention or self.antialias or self.stem_pool == "conv"):
+        if self.preactivation and (self.attention or self.antialias in ANTIALIAS or self.stem_pool == "conv"):
             raise ValueError("attention, antialias and stem_pool=conv: only for post-activation networks")
+        if self.antialias in ANTIALIAS and self.stem_pool in ("zero_max", "blur_max"):
+            raise ValueError(f"stem_pool={self.stem_pool}: antialias={self.antialias} has a pool of its own there")
         if self.stem == "cifar" and self.stem_pool != "max":
             raise ValueError(f"stem_pool={self.stem_pool}: the cifar stem does not pool")
         if self.stem in ("deep", "tiered") and self.stem_width % 8:
@@ -206,13 +213,14 @@ class Stem(nnx.Module):
 class StemPool(nnx.Module):
     """Halves the image after the stem's convolutions.
 
-    "max": a 3×3 maximum. "zero_max": the same over a border of zeros, as BiT has it. "conv": a 3×3 convolution, norm
-    and activation (ResNet-RS: Bello et al. 2021, section 4.2). Anti-aliasing blurs after the maximum or convolution,
-    which then have stride 1, or takes the mean in place of the maximum.
+    "max": a 3×3 maximum. "zero_max": the same over a border of zeros, as BiT has it. "blur_max": of stride 1, then
+    blurred with zeros beyond the border, as Composer has it. "conv": a 3×3 convolution, norm and activation (ResNet-RS:
+    Bello et al. 2021, section 4.2). Anti-aliasing in place of strides blurs after the maximum or convolution, which
+    then have stride 1, or takes the mean in place of the maximum.
     """
 
     def __init__(self, width: int, spec: ResNetSpec, parts: blocks.Parts):
-        self.kind, self.antialias = spec.stem_pool, spec.antialias
+        self.kind, self.antialias = spec.stem_pool, spec.antialias if parts.antialias else None
         if self.kind == "conv":
             self.conv = parts.conv(width, width, 3, stride=1 if self.antialias else 2)
             self.norm = parts.norm(width, activation=True)
@@ -225,6 +233,8 @@ class StemPool(nnx.Module):
             return nnx.avg_pool(x, (2, 2), strides=(2, 2))
         if self.antialias == "blur":
             return layers.blur_pool(layers.max_pool(x, stride=1))
+        if self.kind == "blur_max":
+            return layers.blur_pool(layers.max_pool(x, stride=1), zero_padded=True)
         return layers.max_pool(x, zero_padded=self.kind == "zero_max")
 
 
@@ -233,15 +243,25 @@ class Stage(nnx.Module):
 
     def __init__(self, in_features: int, spec: ResNetSpec, stage: int, parts: blocks.Parts):
         make_block = BLOCKS[spec.stage_blocks[stage], spec.preactivation]
-        self.depth = spec.depths[stage]
+        self.depth, self.channels, self.stride = spec.depths[stage], spec.channels[stage], 2 if stage > 0 else 1
         for i in range(self.depth):
-            widths, stride = spec.conv_widths(stage, i), 2 if i == 0 and stage > 0 else 1
+            widths, stride = spec.conv_widths(stage, i), self.stride if i == 0 else 1
             setattr(self, f"block{i}", make_block(in_features, widths, stride, parts))
             in_features = widths[-1]
+        dropping = spec.drop_block and stage >= len(spec.depths) - 2
+        self.drop_block = layers.DropBlock(spec.drop_block) if dropping else None
 
-    def __call__(self, x: jax.Array, scales: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, scales: jax.Array | None = None, *, rngs: nnx.Rngs | None = None) -> jax.Array:
+        n, h, w, _ = x.shape
+        shape = (n, -(-h // self.stride), -(-w // self.stride), self.channels)
         for i in range(self.depth):
-            x = getattr(self, f"block{i}")(x, None if scales is None else scales[i])
+            scale = None if scales is None else scales[i]
+            if self.drop_block and not self.drop_block.deterministic:
+                if rngs is None:
+                    raise ValueError("drop_block in training needs keys: model(images, rngs=nnx.Rngs(dropout=0))")
+                kept = self.drop_block(shape, rngs.dropout())
+                scale = kept if scale is None else scale * kept
+            x = getattr(self, f"block{i}")(x, scale)
         return x
 
 
@@ -269,12 +289,19 @@ class ResNet(nnx.Module):
         if spec.norm == "batch":
             norm_options |= {"group_size": spec.bn_group_size, "momentum": spec.bn_momentum}
         parts = blocks.Parts(
-            conv=partial(layers.conv, standardise=spec.standardise, dtype=dtype, rngs=rngs),
+            conv=partial(
+                layers.conv,
+                standardise=spec.standardise,
+                blur=spec.antialias == "blur_conv",
+                init=spec.init,
+                dtype=dtype,
+                rngs=rngs,
+            ),
             norm=partial(NORMS[spec.norm], **norm_options),
             shortcut=spec.shortcut,
             shortcut_kernel=spec.shortcut_kernel,
             groups=spec.groups,
-            antialias=ANTIALIAS[spec.antialias] if spec.antialias else None,
+            antialias=ANTIALIAS.get(spec.antialias or ""),
             zero_init_last=spec.zero_init_last,
             stride_in_1x1=spec.stride_in_1x1,
         )
@@ -292,7 +319,14 @@ class ResNet(nnx.Module):
             self.norm = parts.norm(features, activation=True)
         self.drop_path = layers.DropPath(spec.drop_path, sum(spec.depths)) if spec.drop_path else None
         self.dropout = nnx.Dropout(spec.dropout)
-        self.head = nnx.Linear(features, num_classes, kernel_init=nnx.initializers.normal(0.01), rngs=rngs)
+        self.head = nnx.Linear(
+            features,
+            num_classes,
+            kernel_init=nnx.initializers.normal(spec.head_std),
+            # Composer's linear_log_constant_bias
+            bias_init=nnx.initializers.constant(-math.log(num_classes) if spec.head_prior else 0.0),
+            rngs=rngs,
+        )
 
     def __call__(self, images: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """The float32 logits [N, num_classes]."""
@@ -325,7 +359,7 @@ class ResNet(nnx.Module):
             scales = self.drop_path(len(images), rngs.dropout())
         maps, done = [], 0
         for i, depth in enumerate(self.spec.depths, 1):
-            x = getattr(self, f"stage{i}")(x, None if scales is None else scales[done : done + depth])
+            x = getattr(self, f"stage{i}")(x, None if scales is None else scales[done : done + depth], rngs=rngs)
             maps.append(x)
             done += depth
         return maps

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from jax_resnet.errors import UserError
-from jax_resnet.models.resnet import ResNet, ResNetSpec
+from jax_resnet.models.resnet import ANTIALIAS, ResNet, ResNetSpec
 
 Arrays = dict[str, np.ndarray]
 
@@ -178,7 +178,7 @@ def _renames(spec: ResNetSpec) -> Iterable[tuple[str, str]]:
     yield r"^stem/conv1$", "conv1"
     yield r"^stem/norm1$", "bn1"
     yield r"^stem/pool/conv$", "maxpool/0"
-    yield r"^stem/pool/norm$", "maxpool/2" if spec.antialias else "maxpool/1"
+    yield r"^stem/pool/norm$", "maxpool/2" if spec.antialias in ANTIALIAS else "maxpool/1"
     yield r"^stage(\d+)/block(\d+)", r"layer\1/\2"
     yield r"/norm(\d)$", r"/bn\1"
     yield r"/attention/", "/se/"

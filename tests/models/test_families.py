@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
+from jax_resnet.config import default
 from jax_resnet.models.zoo import create_model
 from jax_resnet.optim import parameter_kinds
 from jax_resnet.state import TrainState
@@ -95,8 +96,10 @@ def test_ten_steps_learn_ten_images(name, dtype):
     r = np.random.RandomState(0)
     blobs = r.randint(0, 256, (10, 4, 4, 3)).astype(np.uint8).repeat(8, 1).repeat(8, 2)
     batch = {"image": blobs, "label": np.arange(10)}  # of each class one: its frequency tells nothing
-    options = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "pad": 0, "flip": False, "label_smoothing": 0.0}
-    step = jax.jit(make_train_step(graph, optimizer, seed=0, **options), compiler_options=UNOPTIMISED)
+    c = default()
+    c.data.update(mean=(0.5,) * 3, std=(0.25,) * 3, flip=False)
+    step = make_train_step(graph, optimizer, c)
+    step = jax.jit(step, compiler_options=UNOPTIMISED)
     state, losses = TrainState(jnp.int32(0), params, statistics, jax.jit(optimizer.init)(params)), []
     for _ in range(10):
         state, sums = step(state, batch)

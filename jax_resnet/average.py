@@ -1,0 +1,138 @@
+"""Weights averaged over checkpoints, with batch statistics of their own: `python -m jax_resnet.average --workdir DIR`.
+
+Izmailov et al. 2018, "Averaging weights leads to wider optima". The mean of several networks' batch statistics is not
+what their mean network has: the statistics are estimated anew, as means over training batches (Wu and Johnson 2021,
+"Rethinking batch in BatchNorm", section 3). Of one checkpoint, only they change.
+"""
+
+import os
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_resnet.checkpoint import Checkpoints
+from jax_resnet.command import Parser, run
+from jax_resnet.config import from_json
+from jax_resnet.data.loader import train_batches
+from jax_resnet.errors import UserError
+from jax_resnet.evaluate import evaluate, to_stderr
+from jax_resnet.export import print_files, write_model
+from jax_resnet.job import Job
+from jax_resnet.metrics import accuracy_text
+from jax_resnet.models.torch_weights import flatten
+from jax_resnet.parallel import parts_sharding
+from jax_resnet.pretrained import place
+from jax_resnet.state import TrainState
+from jax_resnet.step import make_statistics_step
+from jax_resnet.workdir import has_checkpoints, local_path, read_config
+
+BATCHES = 100
+
+
+def average(
+    workdir: str | os.PathLike[str],
+    *,
+    checkpoints: Sequence[str] = (),
+    batches: int = BATCHES,
+    out: str | None = None,
+) -> tuple[dict[str, Any], list[Path]]:
+    """Averages the weights of `checkpoints` ("best", "latest" or steps; none: all that are saved) of `workdir`.
+
+    Batch statistics are estimated over `batches` training batches that follow the run's. Returns the metrics over the
+    evaluation split, as `evaluate` gives them, and the files that are written, as `export` does, to `out`, by default
+    WORKDIR/average. Raises UserError for a workdir without those checkpoints, or a folder that cannot be written.
+    """
+    workdir = local_path(workdir)
+    if read_config(workdir) is None or not has_checkpoints(workdir):
+        raise UserError(f"{workdir}: no checkpoint has been saved here")
+    with Checkpoints(workdir) as saved:
+        steps = sorted({saved.find(which) for which in checkpoints} or saved.steps())
+        config, trees = from_json(saved.config(steps[-1])), [saved.weights(step, averaged=False) for step in steps]
+    mean = jax.tree.map(lambda *arrays: np.mean(arrays, axis=0, dtype=np.float64).astype(np.float32), *trees)
+    momentum, config.model.bn_momentum = (
+        config.model.bn_momentum,
+        0.0,
+    )  # statistics of one batch, nothing of those before
+    config.distill.teacher = config.distill.model = None
+    job = Job(config)
+    arrays = flatten(*mean)
+    abstract = job.abstract_state
+    state = TrainState(
+        abstract.step, place(abstract.params, arrays), place(abstract.batch_stats, arrays), opt_state=None
+    )
+    if batches and jax.tree.leaves(state.batch_stats):
+        state = replace(state, batch_stats=estimate_statistics(job, state, batches))
+    metrics = evaluate(job, state)
+    config.model.bn_momentum = momentum
+    folder = Path(out).expanduser() if out else workdir / "average"
+    trees = jax.device_get((state.params, state.batch_stats))
+    print(f"mean of steps {', '.join(f'{step:,}' for step in steps)}", end=": ")
+    print(f"{job.data.eval.name} accuracy {accuracy_text(metrics)}, loss {metrics['loss']:.4f}")
+    return metrics, write_model(trees, config, workdir, folder, new=bool(out))
+
+
+def estimate_statistics(job: Job, state: TrainState, batches: int) -> Any:
+    """The batch statistics of `state.params`: means over the first `batches` training batches after the run's last.
+
+    `job` must be of a config with bn_momentum 0.
+    """
+    c, plan = job.config, job.plan
+    step = make_statistics_step(
+        job.graph,
+        c,
+        mix_stop=plan.step_at(c.data.mix_until) if c.data.mix_until < 1 else None,
+        parts=parts_sharding(job.mesh),
+    )
+    whole = jax.tree.leaves(state.params)[0].sharding
+    of_batch = jax.jit(step, in_shardings=(whole, whole, None, job.sharding), out_shardings=whole)
+    add = jax.jit(partial(jax.tree.map, lambda total, one: total + one / batches), donate_argnums=0)
+    feed = train_batches(
+        job.data.train,
+        c.data,
+        start=plan.steps,
+        stop=plan.steps + batches,
+        seed=c.seed,
+        phases=plan.phases,
+        sharding=job.sharding,
+        report=to_stderr,
+    )
+    total = jax.tree.map(np.zeros_like, jax.device_get(state.batch_stats))
+    with closing(feed):
+        for number, batch in enumerate(feed, plan.steps):
+            total = add(total, of_batch(state.params, state.batch_stats, np.int32(number), batch))
+    return total
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = Parser(
+        prog="python -m jax_resnet.average",
+        description="Averages the weights of a run's checkpoints, estimates batch statistics for them, evaluates and "
+        "writes them for timm, torchvision and init_from.",
+    )
+    parser.add_argument("--workdir", required=True, help="the run, as it was given to jax_resnet.main")
+    parser.add_argument(
+        "--checkpoints", default="", help="best, latest or steps, by commas; default: all that are saved"
+    )
+    parser.add_argument(
+        "--batches",
+        type=int,
+        default=BATCHES,
+        help="for the statistics; 0: the mean of the saved ones",
+    )
+    parser.add_argument("--out", help="the folder to write; default: WORKDIR/average")
+    args = parser.parse_args()
+    if args.batches < 0:
+        raise UserError(f"--batches={args.batches}: must not be negative")
+    which = [name for name in args.checkpoints.split(",") if name]
+    print_files(average(args.workdir, checkpoints=which, batches=args.batches, out=args.out)[1])
+
+
+if __name__ == "__main__":
+    run(main)
