@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from jax_resnet import recipe
 from jax_resnet.config import OPTIMIZERS, SCHEDULES, default, duration
-from jax_resnet.errors import UserError
+from jax_resnet.errors import NotPrepared, UserError
 from jax_resnet.optim import make_optimizer
 
 CONFIGS = sorted(file.stem for file in (ROOT / "configs").glob("*.py"))
@@ -252,7 +252,10 @@ def test_what_is_used_of_an_optimizer_is_what_changes_its_updates(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config(name, tmp_path):
-    c = config(name)
+    try:
+        c = config(name)
+    except NotPrepared:
+        pytest.skip("the config is made for the data, which is not here")
     c.data.data_dir = str(tmp_path)
     if c.data.name not in (*recipe.PUBLISHED, "digits"):
         c.data.name = "cifar10"  # in place of what is not here, such as a folder of one's own
