@@ -333,7 +333,8 @@ def _check_optimizer(c: ConfigDict) -> None:
         raise UserError(f"config.optimizer.epsilon={c.epsilon}: must be more than 0 for {c.name}")
     if c.rate_in_momentum and c.name not in ("sgd", "rmsprop", "rmsprop_tf", "lars"):
         raise UserError(f"config.optimizer.rate_in_momentum: {c.name} has no momentum to have the rate in")
-    if not all(isinstance(pair, tuple | list) and len(pair) == 2 and _is_factor(pair[1]) for pair in c.rate_factors):
+    pairs = all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in c.rate_factors)
+    if not pairs or not all(isinstance(f, int | float) and 0 <= f < math.inf for _, f in c.rate_factors):
         raise UserError(
             f"config.optimizer.rate_factors={c.rate_factors}: must be pairs of a kind or pattern and a number, not "
             "negative, such as (('head/.*', 10.0),)"
@@ -348,10 +349,6 @@ def _check_optimizer(c: ConfigDict) -> None:
                 re.compile(rule)
             except re.error as e:
                 raise UserError(f"config.optimizer.{key}: {rule!r} is no pattern ({e})") from None
-
-
-def _is_factor(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 <= value < math.inf
 
 
 def _check_schedule(c: ConfigDict) -> None:

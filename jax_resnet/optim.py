@@ -120,7 +120,7 @@ def make_optimizer(c: ConfigDict, schedule: Schedule, freeze: Sequence[str] = ()
     An update is made of these, in this order, each only where the config asks for it:
 
     1. Clipping of the gradient: clip_value, clip_norm over all that is trained, clip_adaptive over the units (output
-       channels of a kernel, whole vectors) of all but the head (Brock et al. 2021, section 4.1).
+       channels of a kernel, whole vectors) of all but the head (Brock et al. 2021, section 4).
     2. l1 · sign(w) and coupled decay, weight_decay · w, added to the gradient of what no_decay does not cover.
     3. The rule of the optimizer, with its momentum, and decoupled decay: weight_decay · w is added to the update and
        takes the rate with it (Loshchilov and Hutter 2017), as adamw, lamb, lion, adafactor and muon are published.

@@ -33,9 +33,9 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Sums]]:
     """The update: (state, {image uint8 [N, H, W, C], label int32 [N]}) → (new state, sums over the batch).
 
-    With data.flip_alternate the batch also has mirrored, bool [N]. With a `teacher` its weights are a third argument. `mix_stop` is the step from which images are not mixed (None:
-    they are to the end), `ema_start` the one until which the average is a copy, `parts` the sharding of arrays
-    [config.accumulate, N / config.accumulate, …].
+    With data.flip_alternate the batch also has mirrored, bool [N]; with a `teacher` its weights are a third argument.
+    `mix_stop` is the step from which images are not mixed (None: they are to the end), `ema_start` the one until which
+    the average is a copy, `parts` the sharding of arrays [config.accumulate, N / config.accumulate, …].
 
     Of a mixed image the label with more weight is the right one (of equals the lower), as torchvision counts too.
     The parts of the network in `config.freeze` normalise by their running statistics and leave them as they are.

@@ -56,11 +56,11 @@ def asked_for(**changes: Any) -> ConfigDict:
 def compiled(**changes: Any) -> Callable[..., jax.Array]:
     """What the step makes of images uint8, by a key."""
     data = asked_for(**changes)
-    return jax.jit(lambda images, key, mixing=None: augment(images, *draw(key, images.shape, data, mixing), data))
+    return jax.jit(lambda images, key: augment(images, *draw(key, images.shape, data), data))
 
 
-def augmented(images: np.ndarray, seed: int = 0, mixing: bool | None = None, **changes: Any) -> np.ndarray:
-    out = compiled(**changes)(images, jax.random.key(seed), mixing)
+def augmented(images: np.ndarray, seed: int = 0, **changes: Any) -> np.ndarray:
+    out = compiled(**changes)(images, jax.random.key(seed))
     assert out.dtype == np.float32
     return np.asarray(out)
 
@@ -137,22 +137,22 @@ def test_what_is_not_asked_for_is_not_in_the_program():
     assert program == plain
 
 
-@pytest.mark.parametrize("choice", ["mixup", "cutmix", "both"])
-@pytest.mark.parametrize("parts", [2, 4])
-def test_parts_of_a_batch_are_augmented_to_the_very_pixels_of_the_whole(parts, choice):
-    alphas = {name: 1.0 if choice in (name, "both") else 0.0 for name in ("mixup", "cutmix")}
-    data = asked_for(**EVERYTHING | alphas, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
-    images = distinct_images(16, 12, 10)
-    rows, batch = draw(jax.random.key(3), images.shape, data)
-    assert set(rows) == {"corner", "mirrored", "colour", "erased"}
-    assert all(len(of_rows) == 16 for of_rows in rows.values())
-    jitted = jax.jit(lambda images, rows, batch: augment(images, rows, batch, data))
-    whole = jitted(images, rows, batch)
-    assert whole.shape == (16, 9, 8, 3)
-    for part in np.split(np.arange(16), parts):
-        np.testing.assert_array_equal(
-            jitted(images[part], {name: of_rows[part] for name, of_rows in rows.items()}, batch), whole[part]
-        )
+def test_parts_of_a_batch_are_augmented_to_the_very_pixels_of_the_whole():
+    data = asked_for(**EVERYTHING, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
+    images, weights = distinct_images(16, 12, 10), set()
+    drawing = jax.jit(lambda key: draw(key, images.shape, data))
+    augmenting = jax.jit(lambda images, rows, batch: augment(images, rows, batch, data))
+    for seed in range(6):
+        rows, batch = drawing(jax.random.key(seed))
+        assert set(rows) == {"corner", "mirrored", "colour", "erased"}
+        assert all(len(of_rows) == 16 for of_rows in rows.values())
+        weights.add(len(np.unique(batch["weight"])))
+        whole = augmenting(images, rows, batch)
+        assert whole.shape == (16, 9, 8, 3)
+        for part in np.split(np.arange(16), 4):
+            of_part = {name: of_rows[part] for name, of_rows in rows.items()}
+            np.testing.assert_array_equal(augmenting(images[part], of_part, batch), whole[part])
+    assert weights == {1, 2}  # mixup's and CutMix's
 
 
 # ---- colours ---------------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def test_colout_keeps_the_same_rows_and_columns_of_all_images_in_order(share, he
         np.testing.assert_array_equal(out[0, ..., 0], np.broadcast_to(rows[:, None], kept))
         np.testing.assert_array_equal(out[0, ..., 1], np.broadcast_to(columns, kept))
         seen |= set(columns.tolist())
-    assert seen == set(range(width))
+    assert len(seen) > kept[1]
 
 
 # ---- erasing ---------------------------------------------------------------------------------------------------------
@@ -214,13 +214,15 @@ def rectangles(changed: np.ndarray) -> np.ndarray:
     return np.array(found)
 
 
+@lru_cache
+def erasing(probability: float) -> Callable[..., jax.Array]:
+    data = asked_for(erase=probability)
+    return jax.jit(lambda images, key: erase(images, draw(key, images.shape, data)[0]["erased"]))
+
+
 def erased(images: np.ndarray, probability: float, seed: int = 0) -> np.ndarray:
     """The rectangles that were set to 0; everything else must be as it was."""
-
-    def erasing(images: jax.Array, key: jax.Array) -> jax.Array:
-        return erase(images, draw(key, images.shape, asked_for(erase=probability))[0]["erased"])
-
-    out = np.asarray(jax.jit(erasing)(images, jax.random.key(seed)))
+    out = np.asarray(erasing(probability)(images, jax.random.key(seed)))
     assert out.dtype == np.float32
     zero = (out == 0).all(-1)
     np.testing.assert_array_equal(out[~zero], images[~zero])
@@ -367,19 +369,23 @@ def test_both_take_turns_at_random():
     assert_same_mean(kept[~copied], np.random.default_rng(0).uniform(size=30_000))
 
 
-@pytest.mark.parametrize("alphas", [{"mixup": 1.0}, {"cutmix": 1.0}, {"mixup": 1.0, "cutmix": 1.0}], ids="-".join)
-def test_images_are_mixed_until_they_are_no_more(alphas):
-    images = distinct_images(8, 6, 6)
-    for seed in range(4):
-        mixed = augmented(images, seed, **alphas)
-        assert (mixed.round() != images).any()
-        np.testing.assert_array_equal(augmented(images, seed, True, **alphas), mixed)
-        np.testing.assert_array_equal(augmented(images, seed, False, **alphas), augmented(images))
+def test_images_are_mixed_until_they_are_no_more():
+    images, data = distinct_images(8, 6, 6), asked_for(mixup=1.0, cutmix=1.0)
 
+    @jax.jit
+    def mixed(key: jax.Array, mixing: bool) -> tuple[jax.Array, jax.Array]:
+        rows, batch = draw(key, images.shape, data, mixing)
+        return augment(images, rows, batch, data).round(), batch["kept"]
 
-def test_without_mixing_labels_keep_all_of_themselves():
-    batch = draw(jax.random.key(0), (8, 6, 6, 3), asked_for(mixup=1.0, cutmix=1.0), jnp.bool_(False))[1]
-    assert batch["kept"] == 1
+    changed = []
+    for seed in range(6):
+        out, kept = mixed(jax.random.key(seed), False)
+        np.testing.assert_array_equal(out, images)
+        assert kept == 1
+        out, kept = mixed(jax.random.key(seed), True)
+        assert (kept < 1) == (out != images).any()
+        changed.append(bool(kept < 1))
+    assert sum(changed) >= 4  # a box of CutMix may be less than a pixel
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 1.0])

@@ -25,6 +25,7 @@ from jax_resnet.data.images import (
     random_box,
     resize,
     resize_and_center_crop,
+    resized_box,
     with_channels,
 )
 from jax_resnet.errors import UserError
@@ -723,3 +724,37 @@ def test_random_crop_is_a_function_of_its_generator():
 
     assert [pixels(seed) for seed in range(10)] == [pixels(seed) for seed in range(10)]
     assert len({pixels(seed) for seed in range(10)}) == 10
+
+
+@pytest.mark.parametrize(("height", "width"), [(600, 900), (900, 600)])
+@pytest.mark.parametrize("stretched", [False, True])
+def test_boxes_of_resized_images_are_squares_of_it_at_sizes_and_places_as_likely_as_others(height, width, stretched):
+    sides, rng = (256 / 224, 480 / 224), np.random.default_rng(0)
+    boxes = np.array([resized_box(height, width, sides, rng, stretched=stretched) for _ in range(4000)])
+    top, left, h, w = boxes.T
+    short = min(height, width)
+    np.testing.assert_allclose(h / height if stretched else h / short, w / width if stretched else w / short, atol=2e-3)
+    times = short / np.where(height < width, h, w) if stretched else short / h
+    assert sides[0] - 0.01 < times.min() < sides[0] + 0.01
+    assert sides[1] - 0.01 < times.max() < sides[1] + 0.01
+    quarters = np.quantile(times, [0.25, 0.5, 0.75])
+    np.testing.assert_allclose(quarters, np.linspace(*sides, 5)[1:4], atol=0.04)
+    for start, room in ((top, height - h), (left, width - w)):
+        assert start.min() == 0
+        assert (start <= room).all()
+        assert (start / room).mean() == pytest.approx(0.5, abs=4.5 / math.sqrt(12 * 4000))
+
+
+def test_a_box_of_a_resized_image_has_a_pixel_at_least():
+    for stretched in (False, True):
+        assert resized_box(1, 1, (2.0, 3.0), np.random.default_rng(0), stretched=stretched) == (0, 0, 1, 1)
+
+
+def test_a_crop_of_an_image_resized_first_is_the_resized_box():
+    image = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (120, 180, 3), dtype=np.uint8), (0, 0), 4)
+    for stretched, (h, w) in ((False, (80, 120)), (True, (80, 80))):
+        top, left, height, width = resized_box(120, 180, (2.0, 2.0), np.random.default_rng(1), stretched=stretched)
+        found = resize(image[top : top + height, left : left + width], 40, 40)
+        down, right = round(top * h / 120), round(left * w / 180)
+        usual = resize(image, h, w)[down : down + 40, right : right + 40]
+        assert np.abs(found.astype(int) - usual)[2:-2, 2:-2].mean() < 2  # but for the fraction of a pixel

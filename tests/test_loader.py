@@ -137,6 +137,51 @@ def test_a_batch_holds_the_records_of_its_step():
     assert batch["image"][:, 0, 0, 0].tolist() == expected.tolist()
 
 
+def mirrored_by_record(seed: int, batch_size: int, steps: int, count: int, **how: Any) -> dict[int, dict[int, bool]]:
+    """Record → epoch → whether it is to be mirrored."""
+    seen: dict[int, dict[int, bool]] = {}
+    options = {"seed": seed, "phase": one_phase(batch_size)[0], "rows": np.arange(batch_size), **how}
+    for step in range(steps):
+        records, epochs = train_indices(seed, step * batch_size, batch_size, count, how.get("repeats", 1))
+        batch = train_batch(numbered(count), step, flip_alternate=True, **options)
+        assert (batch["mirrored"].shape, batch["mirrored"].dtype) == ((batch_size,), bool)
+        for epoch, record, mirrored in zip(epochs.tolist(), records.tolist(), batch["mirrored"].tolist(), strict=True):
+            seen.setdefault(record, {})[epoch] = mirrored
+    return seen
+
+
+def test_alternating_flip_mirrors_half_of_the_records_first_and_each_in_every_other_epoch():
+    seen = mirrored_by_record(0, 50, 20, 250)  # four epochs
+    assert len(seen) == 250
+    for epochs in seen.values():
+        assert [epochs[epoch] for epoch in range(4)] == 2 * [epochs[0], not epochs[0]]
+    first = [epochs[0] for epochs in seen.values()]
+    assert abs(sum(first) - 125) < 5 * np.sqrt(250 / 4)
+    assert mirrored_by_record(0, 40, 25, 250) == seen  # whatever the batch
+    other = mirrored_by_record(1, 50, 5, 250)
+    differ = sum(other[record][0] != seen[record][0] for record in range(250))
+    assert abs(differ - 125) < 5 * np.sqrt(250 / 4)
+
+
+def test_alternating_flip_shows_both_sides_of_a_record_repeated_in_a_batch():
+    seen = mirrored_by_record(0, 20, 10, 100, repeats=2)
+    assert all(epochs[0] != epochs[1] for epochs in seen.values())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_stream_says_which_images_to_mirror_whoever_reads(photos, sharding, workers):
+    c = reading(workers=workers, flip_alternate=True)
+    options = {"seed": 3, "phases": one_phase(5), "report": no_report}
+    feed = train_batches(photos, c, start=0, stop=4, sharding=sharding, **options)
+    found = as_numpy(feed)
+    expected = [
+        train_batch(photos, s, seed=3, phase=one_phase(5)[0], rows=np.arange(5), flip_alternate=True) for s in range(4)
+    ]
+    assert [batch.pop("broken") for batch in expected] == 4 * [[]]
+    assert_equal_batches(found, expected)
+    feed.close()
+
+
 # ---- the stream of training ------------------------------------------------------------------------------------------
 
 

@@ -220,7 +220,7 @@ def test_what_is_not_asked_for_takes_no_memory(name):
     """A buffer for each parameter where the optimizer has one, and counters; nothing for what is off."""
     params = jax.tree.map(jnp.float32, random_trees(SHAPES, 1)[0])
     state = optim.make_optimizer(config(name=name, momentum=0.9, weight_decay=0.1), rate_at).init(params)
-    arrays = [x for x in jax.tree.leaves(state) if x.ndim or x.shape]
+    arrays = [x for x in jax.tree.leaves(state) if x.ndim]
     size, hidden = sum(p.size for p in jax.tree.leaves(params)), 3 * 3 * 4 * 3 + 3 * 6
     buffers = {"adam": 2, "adamw": 2, "lamb": 2, "rmsprop": 2, "rmsprop_tf": 2}.get(name, 1)
     unfactored = 2 * len(jax.tree.leaves(params)) if name == "adafactor" else 0  # optax's place holders
@@ -341,6 +341,21 @@ def test_a_job_refuses_them_before_anything_is_compiled(tiny_config):
     tiny_config.optimizer.no_decay = ("haed/.*",)
     with pytest.raises(UserError, match=r"^config\.optimizer\.no_decay: the pattern 'haed/\.\*' matches no parameter"):
         Job(tiny_config)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_with_everything_on_a_network_gets_updates_of_its_shapes(name):
+    model = nnx.eval_shape(
+        lambda: create_model("seresnext50_32x4d", depths=(1, 1), widths=(64, 64), num_classes=10, rngs=nnx.Rngs(0))
+    )
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    c = config(name=name, momentum=0.9, weight_decay=0.1, l1=0.1, clip_norm=1.0, clip_value=1.0, clip_adaptive=0.01)
+    c.update(layer_decay=0.9, rate_factors=((r".*/attention/.*", 2.0),), no_decay=(r".*/attention/.*", "bias"))
+    optimizer = optim.make_optimizer(c, rate_at, freeze=("stem", "stage1"))
+    state = jax.eval_shape(optimizer.init, params)
+    updates, after = jax.eval_shape(optimizer.update, params, state, params)
+    for found, expected in ((updates, params), (after, state)):
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), found) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
 
 
 def test_muon_is_for_hidden_convolutions():

@@ -20,10 +20,10 @@ from safetensors.numpy import load_file, save_file
 from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.errors import UserError
 from jax_resnet.evaluate import evaluate_checkpoint
-from jax_resnet.export import export
+from jax_resnet.export import export, timm_name
 from jax_resnet.job import Job
 from jax_resnet.models.torch_weights import flatten, to_torch
-from jax_resnet.models.zoo import create_model
+from jax_resnet.models.zoo import create_model, model_spec
 from jax_resnet.pretrained import fitting, placed
 from jax_resnet.train import train
 
@@ -353,6 +353,19 @@ def test_rates_decay_by_layer(tiny_config: ConfigDict, tmp_path: Path) -> None:
 
 
 # ---- what is exported ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"drop_block": 0.1, "init": "fan_in", "head_std": 0.0, "head_prior": True}, "resnet50"),
+        ({"antialias": "blur"}, "resnetblur50"),
+        ({"antialias": "blur_conv"}, None),
+        ({"stem_pool": "blur_max"}, None),
+    ],
+)
+def test_timm_knows_a_network_by_what_changes_its_answers(options: dict[str, Any], name: str | None) -> None:
+    assert timm_name(model_spec("resnet50", **options)) == name
 
 
 def test_export_of_a_run(tiny_config: ConfigDict, tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_the_rate_of_each_update_is_that_of_its_place_in_the_data(config, name, 
         share = {
             "cosine": 0.1 + 0.9 * (1 + np.cos(np.pi * t)) / 2,
             "linear": 0.1 + 0.9 * (1 - t),
-            "step": 0.2 ** sum(seen / 16 >= round(b * 304 / 16) for b in (0.5, 0.8)),
+            "step": max(0.1, 0.2 ** sum(seen / 16 >= round(b * 304 / 16) for b in (0.5, 0.8))),
             "constant": 1.0,
         }[name]
         expected = 0.5 * (float(seen / 48) if seen < 48 else share) * (batch / 16 if reference else 1)

@@ -576,6 +576,49 @@ def test_evaluation_reads_the_centre_and_training_a_random_part(tmp_path):
     np.testing.assert_array_equal(read_all(dataset.train)[0][0], columns[1:15, 5:19])
 
 
+def test_scaled_and_stretched_crops_are_boxes_of_the_image_and_evaluation_sees_its_centre_or_all_of_it(tmp_path):
+    rows, columns = np.mgrid[:160, :240].astype(np.uint8)
+    image = np.stack([rows, columns, rows], -1)  # as OpenCV writes it, red last: the row is in it and in blue
+    for part in ("train", "val"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / part / "a" / "1.png"), image)
+    # Of the side 8·f, f from 2 to 4, a square of 8: 1/f of the short side, or of both.
+    extents = {"scaled": (160, 160), "stretched": (160, 240)}
+    for crop, (height, width) in extents.items():
+        how = {"image_size": 8, "crop_resize": (16, 32), "antialias": True}
+        dataset = open_dataset(folder_config(tmp_path, crop=crop, **how))
+        shares = {}
+        for size in (None, 8, 12, 4):  # with progressive sizes the box is the same
+            drawn = [
+                dataset.train.read(np.array([0]), [np.random.default_rng(seed)], size).images[0].astype(float)
+                for seed in range(40)
+            ]
+            side = size or 8
+            spans = np.array([(np.ptp(x[..., 0]) / height, np.ptp(x[..., 1]) / width) for x in drawn])
+            shares[size] = spans * side / (side - 1)  # between the centres of the outermost pixels
+            np.testing.assert_allclose(shares[size][:, 0], shares[size][:, 1], atol=0.03)
+            assert 0.22 < shares[size].min() < 0.3
+            assert 0.44 < shares[size].max() < 0.53
+        for size in (12, 4):
+            np.testing.assert_allclose(
+                shares[size], shares[8], atol=0.06
+            )  # the outermost pixels weigh what is inside more
+        assert (shares[None] == shares[8]).all()
+    how = {"image_size": 80, "crop_resize": (90, 99), "eval_crop": 1.0}
+    scaled, stretched = (
+        read_all(open_dataset(folder_config(tmp_path, crop=crop, **how)).eval)[0][0] for crop in extents
+    )
+    np.testing.assert_allclose(scaled[..., 1], image[::2, 40:200:2, 1], atol=1)
+    np.testing.assert_allclose(stretched[..., 1], np.broadcast_to(np.arange(80) * 3 + 1, (80, 80)), atol=1)
+    np.testing.assert_allclose(stretched[..., 0], image[::2, ::3, 0], atol=1)
+
+
+def test_images_in_memory_resized_to_less_than_a_crop_are_refused(tmp_path):
+    text = refusal(data_config(write_npz(tmp_path), channels=1, crop="scaled", crop_resize=(1, 40)))
+    assert text.startswith("config.data.crop_resize=(1, 40): is less than the")
+    assert text.endswith("for config.data.crop=scaled")
+
+
 def test_splits_that_would_be_ignored_are_refused(digits_dir, tmp_path):
     npz = write_npz(tmp_path)
     assert "only a folder is split" in refusal(data_config("digits", data_dir=str(digits_dir), channels=1, holdout=0.2))

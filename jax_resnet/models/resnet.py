@@ -110,9 +110,11 @@ class ResNetSpec:
         if "basic" in kinds and (self.inner_factor != 1 or self.groups != 1):
             raise ValueError("inner_factor and groups: only bottlenecks have an inside")
         if self.stride_in_1x1 and ("basic" in kinds or self.preactivation or self.antialias in ANTIALIAS):
-            raise ValueError("stride_in_1x1: only post-activation bottlenecks, not anti-aliased, have the choice")
+            raise ValueError(
+                "stride_in_1x1: only post-activation bottlenecks, not anti-aliased by avg or blur, have the choice"
+            )
         if self.preactivation and (self.attention or self.antialias in ANTIALIAS or self.stem_pool == "conv"):
-            raise ValueError("attention, antialias and stem_pool=conv: only for post-activation networks")
+            raise ValueError("attention, antialias=avg or blur, and stem_pool=conv: only for post-activation networks")
         if self.antialias in ANTIALIAS and self.stem_pool in ("zero_max", "blur_max"):
             raise ValueError(f"stem_pool={self.stem_pool}: antialias={self.antialias} has a pool of its own there")
         if self.stem == "cifar" and self.stem_pool != "max":

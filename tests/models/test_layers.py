@@ -10,6 +10,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from jax_resnet.models.layers import (
     BatchNorm,
+    DropBlock,
     DropPath,
     EfficientChannelAttention,
     EvoNorm,
@@ -255,11 +256,31 @@ def test_standardised_kernel_has_mean_0_and_variance_1(mean, std, dtype):
     assert_allclose(f64(y), convolved(x, kernel), rtol=error, atol=10 * error)
 
 
-def test_conv_starts_kaiming_normal_by_fan_out():
-    layer = conv(64, 32, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+BINOMIAL = np.array([[math.comb(2, i) * math.comb(2, j) / 16 for j in range(3)] for i in range(3)])
+
+
+@pytest.mark.parametrize("size", [1, 7, 8])
+@pytest.mark.parametrize("standardise", [False, True])
+@pytest.mark.parametrize(("kernel_size", "groups"), [(1, 1), (3, 4)])
+def test_conv_with_a_stride_sees_its_input_blurred(kernel_size, groups, standardise, size):
+    options = {"groups": groups, "standardise": standardise, "blur": True, "rngs": nnx.Rngs(0)}
+    x = np.random.RandomState(0).randn(2, size, size, 16)
+    blurred = np.einsum("nhwcij,ij->nhwc", windows_of(x, 3, (1, 1), 0, stride=1), BINOMIAL)
+    for features, stride, seen in ((16, 2, blurred), (16, 1, x), (12, 2, x[..., :12])):  # 12: too few channels
+        layer = conv(features, 8, kernel_size, stride=stride, **options)
+        kernel = f64(layer.kernel[...])
+        if standardise:
+            kernel = (kernel - kernel.mean((0, 1, 2))) / kernel.std((0, 1, 2))
+        expected = convolved(seen, kernel, stride, groups)
+        assert_allclose(layer(jnp.float32(x[..., :features])), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("init", "fan"), [("fan_out", 32), ("fan_in", 64)])
+def test_conv_starts_kaiming_normal(init, fan):
+    layer = conv(64, 32, 3, init=init, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     assert layer.bias is None
     assert layer.kernel.dtype == jnp.float32
-    std = (2 / (3 * 3 * 32)) ** 0.5
+    std = (2 / (3 * 3 * fan)) ** 0.5
     assert np.std(layer.kernel[...]) == pytest.approx(std, rel=0.02)
     assert np.abs(layer.kernel[...]).max() > 3 * std  # not truncated
 
@@ -335,6 +356,31 @@ def test_drop_path_is_a_function_of_the_key():
     assert_array_equal(DropPath(0.9, 1)(64, jax.random.key(1)), np.ones((1, 64, 1, 1, 1)))  # an only block is the first
 
 
+@pytest.mark.parametrize(
+    ("h", "w", "side", "seen_by"),  # of each pixel: how many places of a square along h, and along w, hold it
+    [
+        (9, 8, 7, ([1, 2, 3, 3, 3, 3, 3, 2, 1], [1, 2, 2, 2, 2, 2, 2, 1])),
+        (7, 7, 7, ([1] * 7, [1] * 7)),
+        (2, 4, 2, ([1, 1], [1, 2, 2, 1])),
+        (1, 1, 1, ([1], [1])),
+    ],
+)
+def test_drop_block_drops_squares_by_the_rate_of_the_paper(h, w, side, seen_by):
+    n, c, rate = 2000, 3, 0.3
+    scale = f64(jax.jit(DropBlock(rate), static_argnums=0)((n, h, w, c), jax.random.key(0)))
+    kept = scale > 0
+    gamma = rate / side**2 * h * w / ((h - side + 1) * (w - side + 1))
+    expected = (1 - gamma) ** np.outer(*seen_by)  # no square begins where it would hold the pixel
+    assert_allclose(kept.mean((0, 3)), expected, atol=5 * (0.25 / (n * c)) ** 0.5)
+    whole = sliding_window_view(~kept, (side, side), (1, 2)).all((-2, -1))  # a square may lie here
+    squares = windows_of(np.pad(whole, ((0, 0), *((side - 1, side - 1),) * 2, (0, 0))), side, (0, 0), False, 1)
+    assert_array_equal(squares.any((-2, -1)), ~kept)  # nothing is dropped but whole squares
+    share = kept.mean((1, 2, 3), keepdims=True)
+    assert_allclose(scale, kept / np.where(share, share, 1), rtol=1e-5)
+    likeness = np.corrcoef(kept[:, h // 2, w // 2].T) - np.eye(c)
+    assert np.abs(likeness).max() < 0.12  # each channel draws for itself
+
+
 def windows_of(x, size, pad, value, stride=2):
     """[N, h, w, C, size, size]: windows of x, padded by `pad` (before, after) with `value`."""
     padded = np.pad(x, ((0, 0), pad, pad, (0, 0)), constant_values=value)
@@ -354,9 +400,8 @@ def test_max_pool_border_never_wins_unless_it_is_of_zeros(size, zero_padded, bor
 @pytest.mark.parametrize("shape", [(2, 3), (7, 8), (8, 7)])
 def test_blur_pool_is_a_binomial_filter_mirrored_at_the_border(shape, dtype):
     x = jnp.asarray(10 + np.random.RandomState(0).randn(2, *shape, 3), dtype)
-    weights = np.array([[math.comb(2, i) * math.comb(2, j) / 16 for j in range(3)] for i in range(3)])
     mirrored = np.pad(f64(x), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
-    expected = np.einsum("nhwcij,ij->nhwc", windows_of(mirrored, 3, (0, 0), 0), weights)
+    expected = np.einsum("nhwcij,ij->nhwc", windows_of(mirrored, 3, (0, 0), 0), BINOMIAL)
     y = blur_pool(x)
     assert y.dtype == dtype
     assert y.shape == (2, -(-shape[0] // 2), -(-shape[1] // 2), 3)

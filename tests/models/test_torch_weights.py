@@ -351,6 +351,27 @@ def test_timm_loads_it_strictly_and_answers_alike(torch, timm, name):
     check_both_ways(torch, theirs, name, depths=(1, 1, 1, 1))
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("resnext50_32x4d", {"stem_pool": "blur_max"}), ("resnetv2_18", {"stem_pool": "blur_max"}), ("resnetrs50", {})],
+)
+def test_blurred_before_strides_as_torch_would(torch, timm, name, options):
+    weights = torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
+
+    def blur(x, stride=1):
+        channels = x.shape[1]
+        return torch.nn.functional.conv2d(x, weights.expand(channels, 1, 3, 3), None, stride, 1, groups=channels)
+
+    theirs = timm.create_model(name, layers=(1, 1, 1, 1), num_classes=10)
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.stride == (2, 2) and module.in_channels >= 16:
+            module.register_forward_pre_hook(lambda _, inputs: blur(*inputs))
+        elif isinstance(module, torch.nn.MaxPool2d):
+            module.stride = 1
+            module.register_forward_hook(lambda _, inputs, output: blur(output, 2))
+    check_both_ways(torch, theirs, name, depths=(1, 1, 1, 1), antialias="blur_conv", **options)
+
+
 @pytest.mark.parametrize(("name", "channels"), [("test_resnet", 3), ("test_resnet", 1), ("ecaresnet50d_pruned", 3)])
 def test_timm_loads_these_whole(torch, timm, name, channels):
     check_both_ways(torch, timm.create_model(name, num_classes=10, in_chans=channels), name, in_channels=channels)

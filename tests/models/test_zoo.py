@@ -467,12 +467,75 @@ def test_drop_path_leaves_whole_residuals_out(block, preactivation):
     assert_allclose(last, run(residual_times(0, whole, 2, 0).stage2, first), rtol=1e-4, atol=1e-5)
 
 
-def test_drop_path_needs_keys_in_training_and_is_off_in_evaluation():
-    whole, dropping = filled("wrn_10_1", **TINY), filled("wrn_10_1", **TINY, drop_path=0.9)
+@pytest.mark.parametrize("option", ["drop_path", "drop_block"])
+def test_dropping_needs_keys_in_training_and_is_off_in_evaluation(option):
+    whole, dropping = filled("wrn_10_1", **TINY), filled("wrn_10_1", **TINY, **{option: 0.9})
     assert_array_equal(run(dropping, images()), run(whole, images()))
     dropping.train()
-    with pytest.raises(ValueError, match="rngs"):
+    with pytest.raises(ValueError, match=f"{option} in training needs keys: .*rngs"):
         run(dropping, images())
+
+
+def test_drop_block_and_drop_path_scale_the_residuals_of_the_last_two_stages():
+    options = TINY | {"depths": (1, 1, 1), "widths": (4, 4, 8), "block": "bottleneck", "norm": "group"}
+    whole, dropping = filled("wrn_10_1", **options), filled("wrn_10_1", **options, drop_block=0.3, drop_path=0.5)
+    x = images(16, 20)
+    dropping.train()
+    maps = pyramid(dropping, x)
+    assert_array_equal(maps[0], run(whole.stage1, run(whole.stem, x)))
+    for i in (1, 2):
+        lost, kept = (run(getattr(residual_times(f, whole, i + 1, 0), f"stage{i + 1}"), maps[i - 1]) for f in (0, 1))
+        factor = np.where(np.abs(kept - lost) > 0.01, (maps[i] - lost) / (kept - lost), np.nan)
+        most = np.nanmax(factor, (1, 2, 3), keepdims=True)  # 1 / the share that the example keeps, 0 if drop_path won
+        assert_allclose(factor, np.where(np.isnan(factor) | (factor > 0.5), most + 0 * factor, 0), rtol=0.01, atol=0.01)
+        most *= 1 - 0.5 * i / 2
+        lost_whole = most < 0.01
+        assert lost_whole.any()
+        assert (most[~lost_whole] > 0.99).all()
+        kept_share, seen = 1 / most[~lost_whole], np.nanmean(factor > 0.5, (1, 2, 3))[~lost_whole.ravel()]
+        assert np.corrcoef(kept_share, seen)[0, 1] > 0.8
+
+
+def test_drop_block_draws_for_each_block():
+    options = TINY | {"depths": (1, 2), "norm": "group"}
+    whole, dropping = filled("wrn_10_1", **options), filled("wrn_10_1", **options, drop_block=0.5)
+    dropping.train()
+    x = images(64)  # in the last stage of 4 × 4 pixels, where all of a channel is dropped
+    first, last = pyramid(dropping, x)
+    both_lost = run(residual_times(0, residual_times(0, whole, 2, 0), 2, 1).stage2, first)
+    dropped = np.isclose(last, both_lost, rtol=1e-4, atol=1e-5).all((1, 2))
+    assert dropped.mean() == pytest.approx(0.5 * 0.5, abs=0.1)  # of 64 · 8: five standard deviations
+
+
+def test_gradients_stay_finite_where_all_is_dropped():
+    model = filled("wrn_10_1", **TINY, norm="group", drop_block=1 - 1e-6)
+    model.train()
+    grads = jax.jit(jax.grad(lambda p, x: nnx.merge(graph, p, rest)(x, rngs=nnx.Rngs(dropout=0)).sum()))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    found = nnx.to_pure_dict(grads(params, images(size=7)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+    assert not np.any(found["stage2"]["block0"]["conv2"]["kernel"])
+    assert np.any(found["stage2"]["block0"]["shortcut"]["conv"]["kernel"])
+
+
+@pytest.mark.parametrize("size", [37, 64])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50_v1", "resnet50d", "resnetaa50", "resnetblur18", "resnetv2_18"])
+def test_what_is_dropped_has_the_shape_of_the_residual(name, size):
+    model = nnx.clone(abstract(name, **SMALL, drop_block=0.1, drop_path=0.1))
+    model.train()
+    assert jax.eval_shape(pyramid, model, images(2, size)) == jax.eval_shape(
+        pyramid, abstract(name, **SMALL), images(2, size)
+    )
+
+
+@pytest.mark.parametrize("std", [0.0, 0.3])
+def test_how_the_head_and_the_convolutions_start(std):
+    options = {"depths": (1,), "widths": (64,), "stem": "cifar", "stem_width": 32, "head_std": std}
+    model = create_model("resnet18", num_classes=50, rngs=nnx.Rngs(0), **options, head_prior=True, init="fan_in")
+    kernel = np.asarray(model.head.kernel[...])
+    assert kernel.std() == pytest.approx(std, rel=0.05)  # of 64 · 50
+    assert_allclose(model.head.bias[...], np.full(50, -np.log(50)), rtol=1e-6)
+    assert np.std(model.stage1.block0.conv1.kernel[...]) == pytest.approx((2 / (9 * 32)) ** 0.5, rel=0.05)
 
 
 def test_training_moves_every_statistic():
@@ -521,16 +584,19 @@ ONE_STAGE = {"depths": (1,), "widths": (8,)}
         ("resnet18", {"shortcut": "A", "widths": (32, 64, 128, 256)}, "shortcut A cannot take channels away"),
         ("resnet50", {"depths": 3}, "depths=3: must be whole numbers"),
         ("resnet50", {"depths": ()}, "depths=(): must be whole numbers"),
-        ("resnet50", {"stem_pool": "avg"}, "stem_pool='avg': must be max or zero_max or conv"),
+        ("resnet50", {"stem_pool": "avg"}, "stem_pool='avg': must be max or zero_max or blur_max or conv"),
         ("resnet50", {"shortcut_kernel": 5}, "shortcut_kernel=5: must be 1 or 3"),
         ("resnet50", {"attention": "cbam"}, "attention='cbam': must be None or se or eca"),
-        ("resnet50", {"antialias": "max"}, "antialias='max': must be None or avg or blur"),
+        ("resnet50", {"antialias": "max"}, "antialias='max': must be None or avg or blur or blur_conv"),
         ("resnet50", {"norm": "layer"}, "norm='layer': must be batch or group or evonorm or frn"),
         ("resnet50", {"stem_width": 0}, "stem_width=0: must be a whole number, at least 1"),
         ("resnet50", {"groups": 2.0}, "groups=2.0: must be a whole number, at least 1"),
         ("resnet50", {"bn_group_size": 0}, "bn_group_size=0: must be a whole number, at least 1"),
         ("resnet50", {"dropout": 1.0}, "dropout=1.0: must be at least 0 and less than 1"),
         ("resnet50", {"drop_path": -0.1}, "drop_path=-0.1: must be at least 0 and less than 1"),
+        ("resnet50", {"drop_block": 1.0}, "drop_block=1.0: must be at least 0 and less than 1"),
+        ("resnet50", {"head_std": -0.1}, "head_std=-0.1: must be at least 0"),
+        ("resnet50", {"init": "fan_avg"}, "init='fan_avg': must be fan_out or fan_in"),
         ("resnet50", {"bn_momentum": 1.5}, "bn_momentum=1.5: must be at least 0 and less than 1"),
         ("resnet50", {"inner_factor": 0}, "inner_factor=0: must be more than 0"),
         ("resnet50", {"first_factor": -1.0}, "first_factor=-1.0: must be more than 0"),
@@ -542,9 +608,11 @@ ONE_STAGE = {"depths": (1,), "widths": (8,)}
         ("resnet18", {"stride_in_1x1": True}, "stride_in_1x1: only post-activation bottlenecks"),
         ("resnetv2_50", {"stride_in_1x1": True}, "stride_in_1x1: only post-activation bottlenecks"),
         ("resnetaa50", {"stride_in_1x1": True}, "stride_in_1x1: only post-activation bottlenecks, not anti-aliased"),
-        ("resnetv2_50", {"attention": "se"}, "attention, antialias and stem_pool=conv: only for post-activation"),
-        ("resnetv2_50", {"antialias": "blur"}, "attention, antialias and stem_pool=conv: only for post-activation"),
-        ("resnetv2_50", {"stem_pool": "conv"}, "attention, antialias and stem_pool=conv: only for post-activation"),
+        ("resnetv2_50", {"attention": "se"}, "attention, antialias=avg or blur, and stem_pool=conv: only for"),
+        ("resnetv2_50", {"antialias": "blur"}, "attention, antialias=avg or blur, and stem_pool=conv: only for"),
+        ("resnetv2_50", {"stem_pool": "conv"}, "attention, antialias=avg or blur, and stem_pool=conv: only for"),
+        ("resnetaa50", {"stem_pool": "blur_max"}, "stem_pool=blur_max: antialias=avg has a pool of its own"),
+        ("cifar_resnet8", {"stem_pool": "blur_max"}, "stem_pool=blur_max: the cifar stem does not pool"),
         ("cifar_resnet8", {"stem_pool": "conv"}, "stem_pool=conv: the cifar stem does not pool"),
         ("resnet50d", {"stem_width": 60}, "stem_width=60: must be a multiple of 8 for a deep stem"),
         ("resnet50t", {"stem_width": 60}, "stem_width=60: must be a multiple of 8 for a tiered stem"),
