@@ -32,15 +32,15 @@ def main() -> None:
         raise UserError("give a config, for example configs/resnet20_digits.py")
     if plot is not None:
         check_plot(Path(plot))
-    from jax_resnet import recipe  # loads JAX, for which a mistyped flag should not wait
+    from jax_resnet import overview  # loads JAX, for which a mistyped flag should not wait
 
-    job, here = recipe.prepare(c)
+    job, here = overview.prepare(c)
     table = Table.grid(padding=(0, 2))
-    for title, rows in recipe.sections(c, job, here):
+    for title, rows in overview.sections(c, job, here):
         table.add_row(f"[bold]{title}")
         for name, text in rows:
             table.add_row(f"  {name}", Text(text))
         table.add_row()
     if plot is not None:
-        recipe.draw(job, Path(plot))
+        overview.draw(job, Path(plot))
     Console(highlight=False).print(table)

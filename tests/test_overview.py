@@ -13,7 +13,7 @@ from conftest import ROOT, main_env
 from matplotlib.image import imread
 from ml_collections import ConfigDict
 
-from jax_resnet import recipe
+from jax_resnet import overview
 from jax_resnet.config import OPTIMIZERS, SCHEDULES, default, duration
 from jax_resnet.errors import NotPrepared, UserError
 from jax_resnet.optim import make_optimizer
@@ -29,7 +29,7 @@ def config(name: str, *argument: str) -> ConfigDict:
 
 
 def shown(c: ConfigDict) -> dict[str, dict[str, str]]:
-    return {title: dict(rows) for title, rows in recipe.sections(c, *recipe.prepare(c))}
+    return {title: dict(rows) for title, rows in overview.sections(c, *overview.prepare(c))}
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_resnet50_on_imagenet_by_hand(resnet50):
 
 
 def test_rates_are_those_of_the_closed_form(resnet50):
-    job, _ = recipe.prepare(resnet50)
+    job, _ = overview.prepare(resnet50)
     steps = np.array([0, 5_000, 10_009, 60_000, 112_602])
     cosine = 1.024 * (1 + np.cos(np.pi * (steps - 10_009) / (112_603 - 10_009))) / 2
     expected = np.where(steps < 10_009, 1.024 * steps / 10_009, cosine)
@@ -173,7 +173,7 @@ def test_number_of_evaluations(tiny_config, every, steps):
     tiny_config.eval.every, tiny_config.train, tiny_config.schedule.warmup = (
         duration(steps=every), duration(steps=steps), duration(steps=0),
     )  # fmt: skip
-    job, _ = recipe.prepare(tiny_config)
+    job, _ = overview.prepare(tiny_config)
     expected = sum(job.plan.evaluates(step) for step in range(1, steps + 1))
     assert dict(recipe._steps(job))["evaluations"].partition(",")[0] == str(expected)
 
@@ -186,7 +186,7 @@ def heights(picture: str) -> list[int]:
 
 @pytest.mark.parametrize("n", [3, 40, 1000, 12_345])
 def test_picture_of_a_line_down(n):
-    drawn = recipe.picture(np.linspace(0.5, 0, n), ["0", "45", "90"])
+    drawn = overview.picture(np.linspace(0.5, 0, n), ["0", "45", "90"])
     columns, full = heights(drawn), 8 * recipe.HEIGHT
     assert columns[0] == full
     assert columns == sorted(columns, reverse=True)
@@ -199,7 +199,7 @@ def test_picture_of_a_line_down(n):
 
 def test_picture_of_a_warmup_and_boundaries():
     rates = np.concatenate([np.linspace(0, 1, 400), np.full(400, 1.0), np.full(400, 0.1), np.full(400, 1e-6)])
-    columns = heights(recipe.picture(rates, ["0", "8", "16"]))
+    columns = heights(overview.picture(rates, ["0", "8", "16"]))
     quarter = recipe.WIDTH // 4
     assert columns[:quarter] == sorted(columns[:quarter])
     assert max(columns) == columns[recipe.WIDTH // 3] == 8 * recipe.HEIGHT
@@ -210,7 +210,7 @@ def test_picture_of_a_warmup_and_boundaries():
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_is_drawn_up_to_its_peak(tiny_config, name):
     tiny_config.schedule.name, tiny_config.schedule.final = name, 0.01
-    job, _ = recipe.prepare(tiny_config)
+    job, _ = overview.prepare(tiny_config)
     rate = dict(recipe._learning_rate(job))
     assert rate["schedule"].startswith(name)
     assert max(heights(rate[""])) == 8 * recipe.HEIGHT
@@ -268,10 +268,10 @@ def test_every_config(name, tmp_path):
 def test_only_published_splits_stand_in(resnet50):
     resnet50.data.train_split = "train[:10%]"
     with pytest.raises(UserError, match="not prepared"):
-        recipe.prepare(resnet50)
+        overview.prepare(resnet50)
     resnet50.data.train_split, resnet50.data.name = None, "svhn_cropped"
     with pytest.raises(UserError, match="svhn_cropped: not prepared"):
-        recipe.prepare(resnet50)
+        overview.prepare(resnet50)
 
 
 def command(*args, cwd=ROOT):
