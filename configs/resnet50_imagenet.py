@@ -9,34 +9,15 @@ Time:      not yet measured. The TPU compiler's estimate for one v5e chip, about
 Accuracy:  not yet run to its end here. The same procedure is published at 77.1 % top-1 (NVIDIA DeepLearningExamples,
            ResNet-50 v1.5, 90 epochs).
 Data:      tfds build imagenet2012 --file_format=array_record   (the README says what that needs)
-Source:    NVIDIA DeepLearningExamples, ResNet-50 v1.5: rate 0.256 for a batch of 256, momentum 0.875, 8 epochs of
-           warmup, cosine to 0, decay 1/32768 on all but norms, smoothing 0.1.
+Source:    NVIDIA DeepLearningExamples, ResNet-50 v1.5, as in configs/nvidia.py, at half its batch.
 """
 
 from ml_collections import ConfigDict
 
-from jax_resnet.config import default, duration
-from jax_resnet.models.zoo import model_spec
+from jax_resnet.recipes import nvidia
 
 
 def get_config(depth: str = "50") -> ConfigDict:
-    c = default()
-    c.batch_size = 1024
-    c.train = duration(epochs=90)
-    c.loss.label_smoothing = 0.1
-
-    c.model.name = f"resnet{depth}"
-    model_spec(c.model.name)  # an impossible depth is an error here already
+    c = nvidia(f"resnet{depth}", batch_size=1024, epochs=90)
     c.model.bn_group_size = 128
-
-    c.data.name = "imagenet2012"
-    c.data.image_size = 224
-
-    c.optimizer.learning_rate = 0.256
-    c.optimizer.reference_batch = 256
-    c.optimizer.momentum = 0.875
-    c.optimizer.nesterov = False
-    c.optimizer.weight_decay = 1 / 32768
-    c.optimizer.no_decay = ("norm",)
-    c.schedule.warmup = duration(epochs=8)
     return c

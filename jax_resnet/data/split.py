@@ -3,6 +3,7 @@
 Images that all have one size and fit are kept in memory; others are decoded when they are read.
 """
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -128,6 +129,11 @@ class Split(ABC):
 
     @property
     @abstractmethod
+    def original_size(self) -> tuple[int, int]:
+        """Height and width of an image as it is stored: the first one, where they differ."""
+
+    @property
+    @abstractmethod
     def source(self) -> str:
         """Where pixels come from: memory, or which decoder."""
 
@@ -172,6 +178,11 @@ class ArraySplit(Split):
         return (self.pixels.size or height, self.pixels.size or width, self.pixels.channels)
 
     @property
+    def original_size(self) -> tuple[int, int]:
+        """Height and width of the images in memory."""
+        return self.images.shape[1], self.images.shape[2]
+
+    @property
     def source(self) -> str:
         """Where pixels come from."""
         return "memory"
@@ -204,6 +215,15 @@ class EncodedSplit(Split):
         """Height, width, channels of what `read` gives."""
         side = self.pixels.size or 0
         return (side, side, self.pixels.channels)
+
+    @property
+    def original_size(self) -> tuple[int, int]:
+        """Height and width of the first image that can be decoded. Raises UserError if none of 100 can."""
+        for data, _, _ in self.records(range(min(100, self.length))):
+            with contextlib.suppress(ValueError):
+                height, width, _ = image_ops.decode(data, self.pixels.channels).shape
+                return height, width
+        raise UserError(f"{self.name} split: none of its first images can be decoded")
 
     @property
     def source(self) -> str:
