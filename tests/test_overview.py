@@ -83,7 +83,7 @@ def test_rates_are_those_of_the_closed_form(resnet50):
     steps = np.array([0, 5_000, 10_009, 60_000, 112_602])
     cosine = 1.024 * (1 + np.cos(np.pi * (steps - 10_009) / (112_603 - 10_009))) / 2
     expected = np.where(steps < 10_009, 1.024 * steps / 10_009, cosine)
-    np.testing.assert_allclose(recipe.rates_at(job, steps), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(overview.rates_at(job, steps), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_cifar_boundaries_and_plain_images(tmp_path):
@@ -175,35 +175,35 @@ def test_number_of_evaluations(tiny_config, every, steps):
     )  # fmt: skip
     job, _ = overview.prepare(tiny_config)
     expected = sum(job.plan.evaluates(step) for step in range(1, steps + 1))
-    assert dict(recipe._steps(job))["evaluations"].partition(",")[0] == str(expected)
+    assert dict(overview._steps(job))["evaluations"].partition(",")[0] == str(expected)
 
 
 def heights(picture: str) -> list[int]:
     """Eighths of a character, column by column."""
-    rows = [line.partition("┤")[2] or line.partition("│")[2] for line in picture.splitlines()[: recipe.HEIGHT]]
-    return [sum(recipe.BARS.index(row[column]) for row in rows) for column in range(recipe.WIDTH)]
+    rows = [line.partition("┤")[2] or line.partition("│")[2] for line in picture.splitlines()[: overview.HEIGHT]]
+    return [sum(overview.BARS.index(row[column]) for row in rows) for column in range(overview.WIDTH)]
 
 
 @pytest.mark.parametrize("n", [3, 40, 1000, 12_345])
 def test_picture_of_a_line_down(n):
     drawn = overview.picture(np.linspace(0.5, 0, n), ["0", "45", "90"])
-    columns, full = heights(drawn), 8 * recipe.HEIGHT
+    columns, full = heights(drawn), 8 * overview.HEIGHT
     assert columns[0] == full
     assert columns == sorted(columns, reverse=True)
     lines = drawn.splitlines()
     assert lines[0].startswith("  0.5 ┤")
     assert lines[-2].startswith("    0 └──")
     assert lines[-1].split() == ["epoch", "0", "45", "90"]
-    assert {len(line) for line in lines} == {recipe.WIDTH + 7}
+    assert {len(line) for line in lines} == {overview.WIDTH + 7}
 
 
 def test_picture_of_a_warmup_and_boundaries():
     rates = np.concatenate([np.linspace(0, 1, 400), np.full(400, 1.0), np.full(400, 0.1), np.full(400, 1e-6)])
     columns = heights(overview.picture(rates, ["0", "8", "16"]))
-    quarter = recipe.WIDTH // 4
+    quarter = overview.WIDTH // 4
     assert columns[:quarter] == sorted(columns[:quarter])
-    assert max(columns) == columns[recipe.WIDTH // 3] == 8 * recipe.HEIGHT
-    assert columns[5 * recipe.WIDTH // 8] == math.ceil(0.1 * 8 * recipe.HEIGHT)
+    assert max(columns) == columns[overview.WIDTH // 3] == 8 * overview.HEIGHT
+    assert columns[5 * overview.WIDTH // 8] == math.ceil(0.1 * 8 * overview.HEIGHT)
     assert columns[-1] == 1  # small, but not nothing
 
 
@@ -211,9 +211,9 @@ def test_picture_of_a_warmup_and_boundaries():
 def test_every_schedule_is_drawn_up_to_its_peak(tiny_config, name):
     tiny_config.schedule.name, tiny_config.schedule.final = name, 0.01
     job, _ = overview.prepare(tiny_config)
-    rate = dict(recipe._learning_rate(job))
+    rate = dict(overview._learning_rate(job))
     assert rate["schedule"].startswith(name)
-    assert max(heights(rate[""])) == 8 * recipe.HEIGHT
+    assert max(heights(rate[""])) == 8 * overview.HEIGHT
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -246,7 +246,7 @@ def test_what_is_used_of_an_optimizer_is_what_changes_its_updates(name):
     with jax.disable_jit():  # the loop in muon would be compiled anew each time
         usual = updates()
         changed = {key for key, value in changes.items() if not np.allclose(updates(**{key: value}), usual, rtol=1e-5)}
-    assert changed == set(recipe.USED[name])
+    assert changed == set(overview.USED[name])
 
 
 @pytest.mark.slow
@@ -257,12 +257,12 @@ def test_every_config(name, tmp_path):
     except NotPrepared:
         pytest.skip("the config is made for the data, which is not here")
     c.data.data_dir = str(tmp_path)
-    if c.data.name not in (*recipe.PUBLISHED, "digits"):
+    if c.data.name not in (*overview.PUBLISHED, "digits"):
         c.data.name = "cifar10"  # in place of what is not here, such as a folder of one's own
     found = shown(c)
     assert all(rows or title == "augmentation" for title, rows in found.items())
     assert int(found["steps"]["training"].split()[0].replace(",", "")) > 100
-    assert max(heights(found["learning rate"][""])) == 8 * recipe.HEIGHT
+    assert max(heights(found["learning rate"][""])) == 8 * overview.HEIGHT
 
 
 def test_only_published_splits_stand_in(resnet50):
