@@ -185,7 +185,9 @@ class Job:
             f"{data.num_classes} classes, {height}×{width}×{channels}",
             "input": f"{data.train.source}, {Readers.of(c.data, data.train)}",
             "devices": f"{count} × {device.device_kind}, activations {c.dtype}",
-            "batch": f"{batch} ({per_device} per device), batch norm over "
+            "batch": f"{batch} ({per_device} per device"
+            + (f", in {c.accumulate} parts), " if c.accumulate > 1 else "), ")
+            + "batch norm over "
             + (f"groups of {group}" if group else "all of it"),
             "steps": f"{plan.steps:,} ({epochs:.4g} epochs), evaluated every "
             + (f"{every:.4g} epochs" if plan.changes_batch else f"{plan.eval_every:,.4g}")
