@@ -1,10 +1,12 @@
-"""What the commands beside `main` share: flags, and a user's mistake as one line."""
+"""What the commands beside `main` share: flags, pictures, and a user's mistake as one line."""
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from absl import logging
 
@@ -28,6 +30,22 @@ def whole(flag: str, text: str, most: int = 999_999_999) -> int:
     if not (re.fullmatch(r"[1-9]\d{0,8}", text) and int(text) <= most):
         raise UserError(f"{flag}={text}: must be a whole number, from 1 to {most}")
     return int(text)
+
+
+def check_plot(file: Path) -> None:
+    """Raises UserError for a --plot that `save_plot` could not write, before time is spent on what it shows."""
+    if file.suffix.lower() != ".png":
+        raise UserError(f"--plot={file}: must end in .png")
+    if os.path.isdir(file) or not os.access(file if os.path.exists(file) else file.parent, os.W_OK):
+        raise UserError(f"--plot={file}: cannot be written; is {file.parent} a folder that you may write to?")
+
+
+def save_plot(figure: Any, file: Path) -> None:
+    """Writes a figure of matplotlib as a PNG. Raises UserError if it cannot be written."""
+    try:
+        figure.savefig(file, dpi=120, format="png")
+    except OSError as e:
+        raise UserError(f"--plot={file}: cannot be written ({e.strerror})") from None
 
 
 def run(main: Callable[[], None]) -> None:

@@ -1,7 +1,9 @@
 """The default config, its durations, and everything that turns a user's config into one that can be trusted.
 
 A config file in configs/ calls `default()` and changes a few lines of it. Any value can be set on the command line,
-`--config.optimizer.learning_rate=0.4`; the type of the default is the type a value must have.
+`--config.optimizer.learning_rate=0.4`; the type of the default is the type a value must have. What comes of it all:
+
+    python -m jax_resnet.config resnet50_imagenet --config.optimizer.learning_rate=0.4 --plot=rate.png
 """
 
 import json
@@ -620,3 +622,10 @@ def _get(c: ConfigDict, key: str) -> Any:
 
 def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+if __name__ == "__main__":
+    from jax_resnet.command import run
+    from jax_resnet.show import main
+
+    run(main)

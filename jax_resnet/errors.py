@@ -9,6 +9,10 @@ class UserError(Exception):
     """A mistake in what the user gave: a command prints its one line, without a traceback, and exits with status 2."""
 
 
+class NotPrepared(UserError):
+    """A dataset that is known, but not prepared on this machine."""
+
+
 class Interrupted(Exception):
     """A signal ended the run; its state is saved. The text says how to go on, `signum` which signal it was."""
 

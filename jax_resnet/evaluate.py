@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -94,7 +95,7 @@ def evaluate_checkpoint(
     if which == "init":
         job, step = Job(config, training=False), 0
         weights, rows = job.weights_to_begin_with()
-        state = placed(job.fresh_state(), weights)
+        state = replace(placed(job.fresh_state(), weights), ema={})
         if jax.process_index() == 0:
             print("\n".join(f"{name:<8}  {text}" for name, text in rows.items()))
             workdir.mkdir(parents=True, exist_ok=True)

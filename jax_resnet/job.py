@@ -15,6 +15,7 @@ from jax_resnet.config import model_overrides, phase_rows, validate
 from jax_resnet.data.loader import Readers
 from jax_resnet.data.order import Phase
 from jax_resnet.data.source import open_dataset
+from jax_resnet.data.split import Dataset
 from jax_resnet.errors import UserError, choose
 from jax_resnet.models.cost import multiply_adds
 from jax_resnet.models.torch_weights import Arrays
@@ -34,10 +35,11 @@ class Job:
     `config` is a copy in which dtype="auto" is decided, so that a run does not change it by moving to other devices.
     """
 
-    def __init__(self, config: ConfigDict, *, training: bool = True):
+    def __init__(self, config: ConfigDict, *, training: bool = True, data: Dataset | None = None):
         """Raises UserError for what is wrong with the config, the data or their fit, before anything is compiled.
 
-        Without `training` the batch may be any: evaluation fills up what the devices do not divide.
+        Without `training` the batch may be any: evaluation fills up what the devices do not divide. `data` is what
+        config.data names, where that is open already.
         """
         validate(config)
         c = self.config = config.copy_and_resolve_references()
@@ -55,7 +57,7 @@ class Job:
                 f"config.accumulate={c.accumulate}: the statistics of batch norm cannot be over all of a batch that is "
                 f"computed in parts; give --config.model.bn_group_size={c.batch_size // c.accumulate}, or less"
             )
-        data = self.data = open_dataset(c.data)
+        data = self.data = data or open_dataset(c.data)
         sides = [("data.image_size", min(data.train.image_shape[:2])), *(("progressive", size) for _, size, _ in rows)]
         for of, side in sides:
             if side is not None and side < spec.total_stride:
@@ -154,18 +156,21 @@ class Job:
             )
         return arrays, rows
 
-    def header(self, workdir: Path, start: int) -> dict[str, str]:
-        """What is about to run, a line for each heading."""
-        c, data, plan = self.config, self.data, self.plan
-        height, width, channels = data.train.image_shape
-        image = jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
+    def flops(self, height: int, width: int) -> int:
+        """Floating-point operations of the network for one image of that size, counted from its trace."""
+        image = jax.ShapeDtypeStruct((1, height, width, self.config.data.channels), jnp.float32)
 
         def forward(params: Any, stats: Any, image: Any) -> Any:
             model: Any = nnx.merge(self.graph, params, stats)
             model.eval()
             return model(image)
 
-        macs = multiply_adds(forward, self.abstract_state.params, self.abstract_state.batch_stats, image)
+        return 2 * multiply_adds(forward, self.abstract_state.params, self.abstract_state.batch_stats, image)
+
+    def header(self, workdir: Path, start: int) -> dict[str, str]:
+        """What is about to run, a line for each heading."""
+        c, data, plan = self.config, self.data, self.plan
+        height, width, channels = data.train.image_shape
         parameters = sum(p.size for p in jax.tree.leaves(self.abstract_state.params))
         device, count = jax.devices()[0], jax.device_count()
         group = c.model.bn_group_size
@@ -174,12 +179,15 @@ class Job:
         batch, per_device = (" to ".join(f"{size // by:,}" for size in ends) for by in (1, count))
         epochs, every = (steps / plan.steps_per_epoch for steps in (plan.position(plan.steps), plan.eval_every))
         header = {
-            "model": f"{c.model.name}, {_short(parameters)} parameters, {_short(2 * macs)}FLOPs an image",
+            "model": f"{c.model.name}, {short(parameters)} parameters, "
+            f"{short(self.flops(height, width))}FLOPs an image",
             "data": f"{data.name}: {len(data.train):,} {data.train.name}, {len(data.eval):,} {data.eval.name}, "
             f"{data.num_classes} classes, {height}×{width}×{channels}",
             "input": f"{data.train.source}, {Readers.of(c.data, data.train)}",
             "devices": f"{count} × {device.device_kind}, activations {c.dtype}",
-            "batch": f"{batch} ({per_device} per device), batch norm over "
+            "batch": f"{batch} ({per_device} per device"
+            + (f", in {c.accumulate} parts), " if c.accumulate > 1 else "), ")
+            + "batch norm over "
             + (f"groups of {group}" if group else "all of it"),
             "steps": f"{plan.steps:,} ({epochs:.4g} epochs), evaluated every "
             + (f"{every:.4g} epochs" if plan.changes_batch else f"{plan.eval_every:,.4g}")
@@ -202,7 +210,7 @@ def activation_dtype(name: str) -> Any:
     return jnp.dtype(name)
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
     """1234567 → '1.23 M'."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:

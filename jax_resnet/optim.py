@@ -137,7 +137,8 @@ def make_optimizer(c: ConfigDict, schedule: Schedule, freeze: Sequence[str] = ()
                 mean square starting at 1, as TensorFlow and timm's RMSpropTF.
     adagrad     g / √(sum of squares + epsilon); torch adds epsilon to the root.
     lars        trust_coefficient · ‖w‖ / (‖g‖ + weight_decay · ‖w‖ + epsilon) · (g + weight_decay · w), then momentum
-                (You et al. 2017, algorithm 1), for each parameter that decays; the others are sgd's.
+                (You et al. 2017, algorithm 1), for each parameter that decays; the others are sgd's. Where decay is
+                decoupled, this is without it.
     lamb        adam's update plus decay, scaled to the norm of w, for each parameter that decays; the others are
                 adam's (You et al. 2019, algorithm 2; timm's always_adapt=False).
     adafactor   mean squares factored over the two largest dimensions where both are at least 128, updates clipped to a

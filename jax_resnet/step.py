@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from jax_resnet.data import device
@@ -29,7 +29,7 @@ def make_train_step(
     mix_stop: int | None = None,
     ema_start: int = 0,
     teacher: Teacher | None = None,
-    parts: Sharding | None = None,
+    parts: NamedSharding | None = None,
 ) -> Callable[..., tuple[TrainState, Sums]]:
     """The update: (state, {image uint8 [N, H, W, C], label int32 [N]}) → (new state, sums over the batch).
 
@@ -80,7 +80,7 @@ def make_train_step(
 
 
 def make_statistics_step(
-    graph: nnx.GraphDef, config: ConfigDict, *, mix_stop: int | None = None, parts: Sharding | None = None
+    graph: nnx.GraphDef, config: ConfigDict, *, mix_stop: int | None = None, parts: NamedSharding | None = None
 ) -> Callable[[Any, Any, jax.Array, Batch], Any]:
     """(params, batch_stats, step, batch) → the batch statistics after the forward pass of that training step.
 
@@ -126,7 +126,7 @@ def _accumulated(
     rows: Batch,
     key: jax.Array,
     count: int,
-    sharding: Sharding | None,
+    sharding: NamedSharding | None,
 ) -> tuple[Any, tuple[Any, Sums]]:
     """What `grad` gives of the whole batch, from `count` parts of consecutive rows, one after another.
 
@@ -146,8 +146,9 @@ def _accumulated(
     pieces = jnp.arange(count), jax.tree.map(split, rows)
     shapes = jax.eval_shape(grad, jax.tree.map(lambda x: x[0], pieces[1]), key)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    platform = jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform
     # A convolution inside a loop misses the CPU's fast path.
-    (grads, (stats, sums)), _ = jax.lax.scan(add, zeros, pieces, unroll=jax.default_backend() == "cpu")
+    (grads, (stats, sums)), _ = jax.lax.scan(add, zeros, pieces, unroll=platform == "cpu")
     grads, stats = jax.tree.map(lambda x: x / count, (grads, stats))
     return grads, (stats, sums)
 

@@ -3,7 +3,6 @@
 Nothing is compiled or run, and no device is touched: all of it is counted from shapes.
 """
 
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from jax_resnet.command import Parser, run, whole
+from jax_resnet.command import Parser, check_plot, run, save_plot, whole
 from jax_resnet.errors import UserError, choose
 from jax_resnet.models.cost import cost
 from jax_resnet.models.resnet import ResNetSpec
@@ -187,10 +186,7 @@ def draw(networks: Sequence[Network], file: Path) -> None:
 
     figure = Figure(figsize=(9, 7), layout="constrained")
     _scatter(figure.subplots(), networks)
-    try:
-        figure.savefig(file, dpi=120, format="png")
-    except OSError as e:
-        raise UserError(f"--plot={file}: cannot be written ({e.strerror})") from None
+    save_plot(figure, file)
 
 
 def _scatter(axes: Any, networks: Sequence[Network]) -> None:
@@ -211,14 +207,6 @@ def _scatter(axes: Any, networks: Sequence[Network]) -> None:
         axis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-
-
-def _check_plot(file: Path) -> None:
-    """Raises UserError for a file that `draw` could not write, before time is spent on counting."""
-    if file.suffix.lower() != ".png":
-        raise UserError(f"--plot={file}: must end in .png")
-    if os.path.isdir(file) or not os.access(file if os.path.exists(file) else file.parent, os.W_OK):
-        raise UserError(f"--plot={file}: cannot be written; is {file.parent} a folder that you may write to?")
 
 
 def main() -> None:
@@ -251,7 +239,7 @@ def main() -> None:
     sort = "name" if args.sort is None else args.sort
     choose("--sort", sort, SORTS)
     if args.plot:
-        _check_plot(args.plot)
+        check_plot(args.plot)
     progress = Console(stderr=True)
     names = track(list(ZOO), "counting", console=progress, transient=True, disable=not progress.is_terminal)
     networks = sorted((count(name, **given) for name in names), key=SORTS[sort])

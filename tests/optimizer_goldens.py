@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -79,12 +80,11 @@ def torch_optim(name: str, **arguments: Any) -> Callable[..., list[Any]]:
 
 
 def torch_muon(rest: Callable[..., list[Any]], **arguments: Any) -> Callable[..., list[Any]]:
-    """torch.optim.Muon for the hidden convolutions as [out, H·W·in], without its cast to bfloat16, and the rest's."""
+    """torch.optim.Muon for the hidden convolutions, as [out, H·W·in], and what makes the rest's."""
 
     def make(params: dict[str, Any], c: dict[str, Any]) -> list[Any]:
         import torch
 
-        torch.Tensor.bfloat16 = lambda x: x.clone()
         hidden = [params[name] for name in HIDDEN]
         muon = torch.optim.Muon(hidden, lr=1.0, weight_decay=c["weight_decay"], eps=1e-12, **arguments)
         others = rest({name: p for name, p in params.items() if name not in HIDDEN}, c)
@@ -181,7 +181,8 @@ def reference(case: str) -> np.ndarray:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate_at(step) * group.get("of_rate", 1.0)
-            optimizer.step()
+            with mock.patch.object(torch.Tensor, "bfloat16", lambda x: x.clone()):  # Muon, which casts, in float64 too
+                optimizer.step()
     found = {name: p.detach().numpy() for name, p in params.items()}
     return sample({name: (x.T if x.shape != start[name].shape else x).ravel() for name, x in found.items()})
 

@@ -106,7 +106,9 @@ def test_mixed_labels_share_the_loss_and_the_larger_one_is_right(
     own, partners = sums(without, labels), sums(without, labels[np.arange(16) ^ 1])
     assert own["correct_top1"] != partners["correct_top1"]  # or nothing would be told apart
     tiny_config.data.mixup = 0.2
-    monkeypatch.setattr(device, "mix", lambda images, key, mixup, cutmix: (images, jax.numpy.float32(0.3)))
+    draw = device.draw
+    drawn = {"weight": jax.numpy.float32(1.0), "kept": jax.numpy.float32(0.3)}  # the images are left as they are
+    monkeypatch.setattr(device, "draw", lambda *of: (draw(*of)[0], drawn))
     mixed = sums(Job(tiny_config), labels)
     np.testing.assert_allclose(mixed["loss"], 0.3 * own["loss"] + 0.7 * partners["loss"], rtol=1e-5)
     assert mixed["correct_top1"] == partners["correct_top1"]
@@ -122,3 +124,19 @@ def test_the_fresh_state_is_the_network_of_that_seed(tiny_config: ConfigDict) ->
         fresh,
         nnx.to_pure_dict(nnx.state(model, nnx.Param)),
     )
+
+
+def test_the_images_that_the_batch_says_are_mirrored(tiny_config: ConfigDict) -> None:
+    tiny_config.data.crop, tiny_config.data.flip, tiny_config.data.flip_alternate = "none", True, True
+    job = Job(tiny_config)
+    batch = next(batches(job, 1))
+    assert {name: (of.shape, of.dtype) for name, of in batch.items()} == {
+        name: (of.shape, of.dtype) for name, of in job.shapes(job.plan.phases[0])[1].items()
+    }
+    turned = np.where(batch["mirrored"][:, None, None, None], batch["image"][:, :, ::-1], batch["image"])
+    none = np.zeros(16, bool)
+    same = jax.device_put({"image": turned, "label": batch["label"], "mirrored": none}, job.sharding)
+    losses = [float(job.train_step(job.fresh_state(), b)[1]["loss"]) for b in (batch, same)]
+    assert losses[0] == losses[1]
+    others = jax.device_put({**same, "image": batch["image"]}, job.sharding)
+    assert float(job.train_step(job.fresh_state(), others)[1]["loss"]) != losses[0]

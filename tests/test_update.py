@@ -41,10 +41,10 @@ def assert_close(found: Any, expected: Any, **tolerance: float) -> None:
 
 
 def procedure(c: ConfigDict) -> ConfigDict:
-    """Much of what a recipe may have, with batch norm over groups of 4."""
-    c.model.bn_group_size = 4
+    """Much of what a recipe may have, with batch norm over groups of 4, and a net that compiles fast."""
+    c.model.update({"bn_group_size": 4, "depths": (1,), "widths": (16,), "zero_init_last": False})
     c.data.update({"flip": True, "erase": 0.5, "mixup": 0.2, "cutmix": 1.0, "mix_until": 0.1})
-    c.optimizer.update({"clip_norm": 0.5, "sam_rho": 0.05, "sam_every": 2})
+    c.optimizer.update({"clip_norm": 0.5, "sam_rho": 0.05})
     c.ema.update({"decay": 0.9, "every": 2})
     c.schedule.warmup.steps = 0
     return c
@@ -61,10 +61,10 @@ def test_parts_of_a_batch_give_the_update_of_the_whole(tiny_config: ConfigDict, 
         assert a["examples"] == b["examples"] == 16
         assert a["correct_top1"] == b["correct_top1"]
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=2e-5)
-    kernel = whole.params["stage1"]["block0"]["conv1"]["kernel"]
-    tiny_config.model.bn_group_size = 2
-    other, _ = trained(tiny_config, 4)
-    assert np.abs(other.params["stage1"]["block0"]["conv1"]["kernel"] - kernel).max() > 1e-3  # groups do matter
+    if parts == 2:
+        tiny_config.model.bn_group_size = 2
+        other, _ = trained(tiny_config, 4)
+        assert np.abs(other.params["stem"]["conv1"]["kernel"] - whole.params["stem"]["conv1"]["kernel"]).max() > 1e-3
 
 
 def test_parts_of_a_batch_on_four_devices(tiny_npz: Path, tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def program(c: ConfigDict) -> str:
 
 def test_what_is_off_is_not_in_the_program(tiny_config: ConfigDict) -> None:
     plain = program(tiny_config)
-    assert "while" not in plain
+    assert "stablehlo.case" not in plain  # no choice is made in it
     for group, values in WITHOUT_EFFECT.items():
         tiny_config[group].update(values)
     assert program(tiny_config) == plain

@@ -18,7 +18,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from jax_resnet.data import images as image_ops
 from jax_resnet.data.split import EVAL_SPLITS, ArraySplit, Dataset, Records, Split, encoded, in_memory
-from jax_resnet.errors import UserError, did_you_mean, first_line
+from jax_resnet.errors import NotPrepared, UserError, did_you_mean, first_line
 
 IN_MEMORY_BYTES = 2 << 30
 PREPARE = "pip install tensorflow apache-beam mlcroissant"  # what TFDS's own command line imports; the extra `prepare`
@@ -172,11 +172,11 @@ def _tfds_builder(name: str, data_dir: str | None) -> Any:
         known = [*tfds.list_builders(with_community_datasets=False), "digits", "folder:PATH", "npz:PATH"]
         raise UserError(f"config.data.name={name}: unknown dataset; {did_you_mean(name, known)}") from None
     except ImportError as e:
-        raise UserError(f"config.data.name={name}: preparing it needs more ({e}): {build}") from None
+        raise NotPrepared(f"config.data.name={name}: preparing it needs more ({e}): {build}") from None
     except (ValueError, OSError, AssertionError) as e:
         raise UserError(f"config.data.name={name}: {first_line(e)}") from None
     if not builder.info.splits:
-        raise UserError(f"config.data.name={name}: not prepared in {builder.data_dir}; to prepare it: {build}")
+        raise NotPrepared(f"config.data.name={name}: not prepared in {builder.data_dir}; to prepare it: {build}")
     if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
         found = tfds.core.dataset_info.read_proto_from_builder_dir(builder.data_dir)
         if "array_record" not in found.alternative_file_formats:
