@@ -10,7 +10,8 @@ Data:      tfds build imagenet2012 --file_format=array_record   (the README says
 Source:    the paper's table 2 and timm, whose LAMB clips the norm of all gradients to 1 though the paper says that
            nothing is clipped, and whose binary cross-entropy is the mean over classes.
 Differs:   a1 and a2 take batches of 2016 rather than 2048, so that they hold each image three times; the rate is that
-           of the smaller batch. Cosine and warmup move with each update, timm's with each epoch.
+           of the smaller batch. Cosine and warmup move with each update, timm's with each epoch. What is sheared or
+           rotated is resampled bilinearly, not bicubically.
 """
 
 from typing import NamedTuple

@@ -1,15 +1,15 @@
 """Weights averaged over checkpoints, with batch statistics of their own: `python -m jax_resnet.average --workdir DIR`.
 
 Izmailov et al. 2018, "Averaging weights leads to wider optima". The mean of several networks' batch statistics is not
-what their mean network has: the statistics are estimated anew, as means over training batches (Wu and Johnson 2021,
-"Rethinking batch in BatchNorm", section 3). Of one checkpoint, only they change.
+what their mean network has: the statistics are estimated anew, as means over training batches (Ioffe and Szegedy 2015,
+section 3.1). Of one checkpoint, only they change.
 """
 
 import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,10 @@ def average(
         raise UserError(f"{workdir}: no checkpoint has been saved here")
     with Checkpoints(workdir) as saved:
         steps = sorted({saved.find(which) for which in checkpoints} or saved.steps())
-        config, trees = from_json(saved.config(steps[-1])), [saved.weights(step, averaged=False) for step in steps]
-    mean = jax.tree.map(lambda *arrays: np.mean(arrays, axis=0, dtype=np.float64).astype(np.float32), *trees)
-    momentum, config.model.bn_momentum = (
-        config.model.bn_momentum,
-        0.0,
-    )  # statistics of one batch, nothing of those before
+        config = from_json(saved.config(steps[-1]))
+        wide = (jax.tree.map(np.float64, saved.weights(step, averaged=False)) for step in steps)
+        mean = jax.tree.map(lambda total: np.float32(total / len(steps)), reduce(partial(jax.tree.map, np.add), wide))
+    config.model.bn_momentum = 0.0  # statistics of one batch, nothing of those before
     config.distill.teacher = config.distill.model = None
     job = Job(config)
     arrays = flatten(*mean)
@@ -69,7 +67,6 @@ def average(
     if batches and jax.tree.leaves(state.batch_stats):
         state = replace(state, batch_stats=estimate_statistics(job, state, batches))
     metrics = evaluate(job, state)
-    config.model.bn_momentum = momentum
     folder = Path(out).expanduser() if out else workdir / "average"
     trees = jax.device_get((state.params, state.batch_stats))
     print(f"mean of steps {', '.join(f'{step:,}' for step in steps)}", end=": ")
@@ -106,6 +103,7 @@ def estimate_statistics(job: Job, state: TrainState, batches: int) -> Any:
     with closing(feed):
         for number, batch in enumerate(feed, plan.steps):
             total = add(total, of_batch(state.params, state.batch_stats, np.int32(number), batch))
+            jax.block_until_ready(total)  # or the host would run ahead, with a batch on the devices for each
     return total
 
 

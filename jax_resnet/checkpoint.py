@@ -68,7 +68,7 @@ class Checkpoints:
         """The step meant by "best" (the latest if none was evaluated), "latest" or a number; UserError if not there."""
         named = {"best": self.best_step() or self.latest_step(), "latest": self.latest_step()}
         if which not in named and not which.isdigit():
-            raise UserError(f"--checkpoint={which}: must be best, latest or a step")
+            raise UserError(f"checkpoint {which!r}: must be best, latest or a step")
         step = named[which] if which in named else int(which)
         if step is None or step not in self.steps():
             known = ", ".join(map(str, self.steps())) or "none"
@@ -78,7 +78,7 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, config: dict[str, Any], metrics: dict[str, float] | None) -> None:
         """Starts saving; returns when the state's values have been copied. A step that is saved already is left."""
         if step not in self._manager.all_steps():
-            items = ocp.args.Composite(state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(config))
+            items = ocp.args.Composite(state=ocp.args.StandardSave(_fields(state)), config=ocp.args.JsonSave(config))
             with jax.transfer_guard("allow"), self._one_line("written"):  # Orbax copies to the host as it sees fit
                 self._manager.save(step, args=items, metrics=metrics, force=True)
 
@@ -113,9 +113,8 @@ class Checkpoints:
             _check_same_tree(_shapes(found), _shapes(like), f"{self.directory}/{step}")
         try:
             with jax.transfer_guard("allow"):
-                return self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))[
-                    "state"
-                ]
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(_fields(like)))
+                return TrainState(**self._manager.restore(step, args=args)["state"])
         except Exception as e:
             raise self._damaged(step, e) from None
 
@@ -142,6 +141,11 @@ class Checkpoints:
         steps = [s for s in self._manager.all_steps() if s != step]
         rest = f"to go on from step {max(steps)}, move that folder away" if steps else "no other step is saved"
         return UserError(f"{self.directory}/{step}: this checkpoint cannot be read ({first_line(error)}); {rest}")
+
+
+def _fields(state: TrainState) -> dict[str, Any]:
+    """The state by the names of its fields, without a running average where none is kept."""
+    return {name: value for name, value in vars(state).items() if name != "ema" or value}
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -67,9 +67,13 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "at least 0 and at most 1",
         lambda v: 0 <= v <= 1,
-        "schedule.warmup_from schedule.final schedule.factor data.erase data.max_broken data.mix_until distill.alpha",
+        "schedule.warmup_from schedule.final schedule.factor data.erase data.max_broken",
     ),
-    ("more than 0 and at most 1", lambda v: 0 < v <= 1, "optimizer.layer_decay data.eval_crop"),
+    (
+        "more than 0 and at most 1",
+        lambda v: 0 < v <= 1,
+        "optimizer.layer_decay data.eval_crop data.mix_until distill.alpha",
+    ),
     ("at least 0 and less than 2**32", lambda v: 0 <= v < 2**32, "seed"),
     (
         "numbers",
@@ -95,7 +99,9 @@ CHOICES = {
 MAY_CHANGE = (
     "stop_after_steps",
     "log_every",
-    "eval",
+    "accumulate",
+    "eval.every",
+    "eval.batch_size",
     "checkpoint",
     "data.data_dir",
     "data.decoder",
@@ -117,7 +123,10 @@ def default() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # seeds the parameters, the order of the data and every augmentation
     c.batch_size = 256  # examples in one update, over all devices
-    c.accumulate = 1  # parts in which a batch is computed, one after another, to save memory: the update is the same
+    c.accumulate = (
+        1  # parts in which a batch is computed, one after another, to save memory: the update is the same, but
+    )
+    # for what dropout, drop_path and drop_block draw
     c.train = duration(epochs=90)  # the whole schedule
     c.stretch = 1.0  # the recipe made so many times as long: train, warmups and cooldown; all else is in shares of it
     c.progressive = ()  # of training images: ((0, 128), (0.5, 224)) begins with 128 pixels a side, halfway come 224;
@@ -247,12 +256,13 @@ def default() -> ConfigDict:
     c.schedule.power = 2.0  # polynomial
     c.schedule.boundaries = (30 / 90, 60 / 90, 80 / 90)  # step: shares of the whole training, each ×factor
     c.schedule.factor = 0.1
-    c.schedule.knots = ((0.0, 0.0), (0.2, 1.0), (1.0, 0.0))  # piecewise: shares of the training and of the peak
+    c.schedule.knots = ((0.0, 0.0), (0.2, 1.0), (1.0, 0.0))  # piecewise: shares of the training and of the peak; the
+    # warmup, which is in them, must be 0
 
     c.ema = ConfigDict()
     c.ema.decay = 0.0  # of a running average of weights and statistics, evaluated beside them; 0: none is kept
     c.ema.every = 1  # steps between its updates
-    c.ema.warmup = duration(epochs=0)  # until then it is a copy
+    c.ema.warmup = duration(epochs=0)  # until then each update makes it a copy
     c.ema.ramp = False  # decay at most (1 + n) / (10 + n) at the n-th update after that
 
     c.eval = ConfigDict()
@@ -305,6 +315,10 @@ def validate(c: ConfigDict) -> None:
     _check_batches(c)
     _check_optimizer(c.optimizer)
     _check_schedule(c.schedule)
+    if c.loss.name != "bce" and (c.loss.bce_threshold or c.loss.bce_sum):
+        raise UserError(
+            f"config.loss.bce_threshold and bce_sum: say how bce is done, but config.loss.name={c.loss.name}"
+        )
     if c.distill.model and not c.distill.teacher:
         raise UserError(f"config.distill.model={c.distill.model}: whose weights? Give config.distill.teacher")
     for what in DURATIONS:
@@ -352,6 +366,10 @@ def _check_optimizer(c: ConfigDict) -> None:
 
 
 def _check_schedule(c: ConfigDict) -> None:
+    if c.name == "piecewise" and any(c.warmup.values()):
+        raise UserError(
+            "config.schedule.warmup: a piecewise schedule has it in its knots; give --config.schedule.warmup.steps=0"
+        )
     if c.name == "exponential" and c.final <= 0:
         raise UserError("config.schedule.final: an exponential schedule needs more than 0")
     boundaries = c.boundaries
@@ -418,6 +436,11 @@ def check_crop_resize(c: ConfigDict, size: int) -> None:
         raise UserError(
             f"config.data.crop_resize={c.crop_resize}: is less than the {size} pixels of a crop; images are resized to "
             f"at least those for config.data.crop={c.crop}"
+        )
+    if c.crop in ("scaled", "stretched") and c.crop_resize[0] > 4 * size:
+        raise UserError(
+            f"config.data.crop_resize={c.crop_resize}: of images so large the {size} pixels of a crop show next to "
+            f"nothing; give what goes with config.data.crop={c.crop}, such as ({size * 8 // 7}, {size * 15 // 7})"
         )
 
 

@@ -109,9 +109,9 @@ def hub_config(
         "pretrained_cfg": {
             "input_size": [channels, height, width],
             "fixed_input_size": False,
-            "interpolation": "bilinear",
-            "crop_pct": data.eval_crop if data.crop == "random_resized" else 1.0,
-            "crop_mode": "center",
+            "interpolation": data.interpolation,
+            "crop_pct": data.eval_crop if data.crop in ("random_resized", "scaled") else 1.0,
+            "crop_mode": "squash" if data.crop == "stretched" else "center",
             "mean": list(data.mean),
             "std": list(data.std),
             "num_classes": classes,

@@ -1,5 +1,6 @@
 """A config made ready to run on the devices at hand."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,10 @@ class Job:
         for batch_size in batch_sizes:
             parallel.check_divides(batch_size, self.mesh, key, c.accumulate)
         if c.accumulate > 1 and spec.norm == "batch" and not c.model.bn_group_size:
+            part = math.gcd(*(batch_size // c.accumulate for _, _, batch_size in rows))
             raise UserError(
                 f"config.accumulate={c.accumulate}: the statistics of batch norm cannot be over all of a batch that is "
-                f"computed in parts; give --config.model.bn_group_size={c.batch_size // c.accumulate}, or less"
+                f"computed in parts; give --config.model.bn_group_size={part}, or less"
             )
         data = self.data = data or open_dataset(c.data)
         sides = [("data.image_size", min(data.train.image_shape[:2])), *(("progressive", size) for _, size, _ in rows)]
@@ -116,7 +118,7 @@ class Job:
             optimizer,
             c,
             mix_stop=plan.step_at(c.data.mix_until) if c.data.mix_until < 1 else None,
-            ema_start=plan.ema_warmup_steps,
+            ema_start=plan.update_at(plan.ema_warmup_steps),
             teacher=teacher,
             parts=parallel.parts_sharding(self.mesh),
         )
@@ -173,7 +175,7 @@ class Job:
         height, width, channels = data.train.image_shape
         parameters = sum(p.size for p in jax.tree.leaves(self.abstract_state.params))
         device, count = jax.devices()[0], jax.device_count()
-        group = c.model.bn_group_size
+        group, norm = c.model.bn_group_size, self.spec.norm
         batches = {phase.batch_size for phase in plan.phases}
         ends = sorted({min(batches), max(batches)})
         batch, per_device = (" to ".join(f"{size // by:,}" for size in ends) for by in (1, count))
@@ -186,9 +188,8 @@ class Job:
             "input": f"{data.train.source}, {Readers.of(c.data, data.train)}",
             "devices": f"{count} × {device.device_kind}, activations {c.dtype}",
             "batch": f"{batch} ({per_device} per device"
-            + (f", in {c.accumulate} parts), " if c.accumulate > 1 else "), ")
-            + "batch norm over "
-            + (f"groups of {group}" if group else "all of it"),
+            + (f", in {c.accumulate} parts)" if c.accumulate > 1 else ")")
+            + (f", batch norm over {f'groups of {group}' if group else 'all of it'}" if norm == "batch" else ""),
             "steps": f"{plan.steps:,} ({epochs:.4g} epochs), evaluated every "
             + (f"{every:.4g} epochs" if plan.changes_batch else f"{plan.eval_every:,.4g}")
             + f", {c.optimizer.name} with {c.schedule.name} schedule",

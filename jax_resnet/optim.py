@@ -212,7 +212,7 @@ def _rule(
     rule = []
     if c.l1:
         rule.append(optax.masked(optax.stateless(partial(_add_signs, c.l1)), mask))
-    if name == "lars" and c.weight_decay:
+    if name == "lars":
         rule.append(optax.masked(optax.stateless(partial(_lars, c, coupled_decay)), mask))
     elif coupled_decay:
         rule.append(optax.add_decayed_weights(coupled_decay, mask))
@@ -231,7 +231,7 @@ def _rule(
         rule.append(optax.stateless(partial(_orthogonalised, c)))
     if decoupled_decay:
         rule.append(optax.add_decayed_weights(decoupled_decay, mask))
-    if name == "lamb" and c.weight_decay:
+    if name == "lamb":
         rule.append(optax.masked(optax.scale_by_trust_ratio(), mask))
     return optax.chain(*rule, rate)
 

@@ -165,11 +165,11 @@ def _steps(job: Job) -> Iterator[Row]:
 
 
 def _warmed_up(plan: Plan) -> int:
-    return plan.step_at(plan.warmup_steps / plan.position(plan.steps))
+    return plan.update_at(plan.warmup_steps)
 
 
 def _cools_down(plan: Plan) -> int:
-    return plan.step_at(1 - plan.cooldown_steps / plan.position(plan.steps))
+    return plan.update_at(plan.position(plan.steps) - plan.cooldown_steps)
 
 
 def _learning_rate(job: Job) -> Iterator[Row]:
@@ -227,7 +227,7 @@ def _optimizer(job: Job) -> Iterator[Row]:
         yield "rest", f"{c.rest.name}, {c.rest.learning_rate / c.learning_rate:.4g} × the rate, {values}"
     yield "sam_rho", f"{c.sam_rho:g}{_every(c.sam_every)}" if c.sam_rho else ""
     ramp = ", at most (1 + n) / (10 + n)" if ema.ramp else ""
-    copied = f", a copy until step {plan.ema_warmup_steps:,}" if plan.ema_warmup_steps else ""
+    copied = f", a copy until step {plan.update_at(plan.ema_warmup_steps):,}" if plan.ema_warmup_steps else ""
     yield "ema", f"{ema.decay:g}{ramp}{_every(ema.every)}{copied}" if ema.decay else ""
 
 

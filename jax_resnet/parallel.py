@@ -35,6 +35,7 @@ def check_divides(batch_size: int, mesh: Mesh, what: str, accumulate: int = 1) -
         parts = f" in {accumulate} parts" if accumulate > 1 else ""
         raise UserError(
             f"{what}={batch_size} is not divisible by the {mesh.size} devices{parts}; the nearest is {nearest}"
+            + (", or lower config.accumulate" if accumulate > 1 else "")
         )
 
 

@@ -68,7 +68,11 @@ class Plan:
 
         Shares are of the examples, so that phases of other batches count for what they are.
         """
-        part = share * (1 - 1e-12) * self.position(self.steps)  # a product that is a whole number may be just above it
+        return self.update_at(share * self.position(self.steps))
+
+    def update_at(self, position: float) -> int:
+        """The first update, counted from 0, that begins at or after `position`, in steps of `batch_size` examples."""
+        part = (1 - 1e-12) * position  # a product that is a whole number may be just above it
         return bisect_left(range(self.steps), part, key=self.position)
 
     def evaluates(self, step: int) -> bool:

@@ -22,10 +22,13 @@ def main() -> None:
     flags.DEFINE_string("plot", None, "The learning rate over the epochs, as a PNG.", module_name=of)
     app.define_help_flags()
     argv = list(sys.argv)
+    given = any(re.match(r"--?config(=|$)", arg) for arg in argv)
     if len(argv) > 1 and not argv[1].startswith("-"):
-        if any(re.match(r"--?config(=|$)", arg) for arg in argv):
+        if given:
             raise UserError(f"{argv[1]!r} and --config: give one config")
         argv[1] = f"--config={argv[1]}"
+    elif not given and len(argv) > 1 and (later := [arg for arg in argv[1:] if not arg.startswith("-")]):
+        raise UserError(f"{later[0]!r}: the config comes first, flags after it")
     parse_flags(argv)
     c, plot = flags.FLAGS.config, flags.FLAGS.plot
     if c is None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,7 +40,8 @@ def make_train_step(
 
     Of a mixed image the label with more weight is the right one (of equals the lower), as torchvision counts too.
     The parts of the network in `config.freeze` normalise by their running statistics and leave them as they are.
-    All randomness comes from (seed, state.step) and the row in the global batch.
+    All randomness comes from (seed, state.step) and the row in the global batch; that of dropout, drop_path and
+    drop_block from the part and the row in it.
     """
     c, loss_of = config, make_loss(config.loss, training=True)
 
@@ -70,7 +72,9 @@ def make_train_step(
 
         grads, (batch_stats, sums) = gradients(state.params)
         if c.optimizer.sam_rho:
-            grads = _sharpness_aware(grads, gradients, state, c.optimizer.sam_rho, c.optimizer.sam_every)
+            grads = _sharpness_aware(
+                grads, gradients, state, c.optimizer.sam_rho, c.optimizer.sam_every, _on_cpu(parts)
+            )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         new = replace(state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
@@ -146,15 +150,19 @@ def _accumulated(
     pieces = jnp.arange(count), jax.tree.map(split, rows)
     shapes = jax.eval_shape(grad, jax.tree.map(lambda x: x[0], pieces[1]), key)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    platform = jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform
     # A convolution inside a loop misses the CPU's fast path.
-    (grads, (stats, sums)), _ = jax.lax.scan(add, zeros, pieces, unroll=platform == "cpu")
+    (grads, (stats, sums)), _ = jax.lax.scan(add, zeros, pieces, unroll=_on_cpu(sharding))
     grads, stats = jax.tree.map(lambda x: x / count, (grads, stats))
     return grads, (stats, sums)
 
 
+def _on_cpu(sharding: NamedSharding | None) -> bool:
+    """Whether the step is for CPUs, whatever the machine is that it is compiled on."""
+    return (jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform) == "cpu"
+
+
 def _sharpness_aware(
-    grads: Any, gradients: Callable[[Any], tuple[Any, Any]], state: TrainState, rho: float, every: int
+    grads: Any, gradients: Callable[[Any], tuple[Any, Any]], state: TrainState, rho: float, every: int, on_cpu: bool
 ) -> Any:
     """The gradients at `rho` uphill of the parameters, each `every` steps (Foret et al. 2020, equation 2).
 
@@ -165,7 +173,11 @@ def _sharpness_aware(
         scale = rho / (optax.tree.norm(grads) + 1e-12)
         return gradients(jax.tree.map(lambda p, g: p + scale * g, state.params, grads))[0]
 
-    return uphill(grads) if every == 1 else jax.lax.cond(state.step % every == 0, uphill, lambda same: same, grads)
+    if every == 1:
+        return uphill(grads)
+    if on_cpu:  # where a convolution misses the fast path inside a conditional
+        return jax.tree.map(partial(jnp.where, state.step % every == 0), uphill(grads), grads)
+    return jax.lax.cond(state.step % every == 0, uphill, lambda same: same, grads)
 
 
 def _averaged(new: TrainState, c: ConfigDict, start: int) -> Any:

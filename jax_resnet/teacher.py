@@ -35,8 +35,12 @@ class Teacher:
         Raises UserError, naming the key, for weights that cannot be read, of an unknown network, or for other classes.
         """
         try:
+            spec = model_spec(c.model) if c.model else None
+        except UserError as e:
+            raise UserError(f"config.distill.model: {e}") from None
+        try:
             found = read_weights(c.teacher)
-            spec = model_spec(c.model) if c.model else found.spec
+            spec = spec or found.spec
             if spec is None:
                 raise UserError("the weights do not say of which network they are; give config.distill.model")
             graph, abstract, _ = make_state(

@@ -18,6 +18,7 @@ from jax_resnet.plan import Plan
 from jax_resnet.workdir import write_json
 
 COLUMNS = ("step", "epoch", "split", "examples", "loss", "top-1", "top-5")
+WIDTHS = {"split": len("validation_ema")}
 LINES = 20  # of broken images
 
 
@@ -156,7 +157,7 @@ class Telemetry:
         """One row of the table of evaluations."""
         columns = [c for c in COLUMNS if c != "top-5" or "accuracy_top5" in metrics]
         if not self._table_begun:
-            self.say("  ".join(f"{c:>10}" for c in columns))
+            self.say("  ".join(f"{c:>{WIDTHS.get(c, 10)}}" for c in columns))
             self._table_begun = True
         values = {
             "step": f"{step:,}",
@@ -167,7 +168,7 @@ class Telemetry:
             "top-1": f"{100 * metrics['accuracy_top1']:.2f} %",
             "top-5": f"{100 * metrics.get('accuracy_top5', 0):.2f} %",
         }
-        self.say("  ".join(f"{values[c]:>10}" for c in columns))
+        self.say("  ".join(f"{values[c]:>{WIDTHS.get(c, 10)}}" for c in columns))
         self._record("eval", step, split=split, **metrics)
 
     def broken(self, split: str, name: str, reason: str) -> None:
@@ -206,9 +207,10 @@ class Telemetry:
             return
         row = {"step": step, "kind": kind, "seconds": round(self.seconds, 3), **values}
         self._lines.write(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n")
+        group = f"{kind}_ema" if values.get("split", "").endswith("_ema") else kind
         for name, value in values.items():
             if isinstance(value, int | float):
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+                self._events.add_scalar(f"{group}/{name}", value, step)
 
 
 def draw_curves(rows: list[dict[str, Any]], file: Path) -> None:

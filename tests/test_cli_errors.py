@@ -75,6 +75,16 @@ def test_command_line(args: list[str], expected: list[str]) -> None:
         (["schedule.warmup.steps=20"], ["config.schedule.warmup", "20"]),
         (["data.channels=2"], ["config.data.channels=2", "1 or 3"]),
         (["data.mean=(0.1,0.2)"], ["config.data.mean", "1 number"]),
+        (["schedule.name=piecewise"], ["config.schedule.warmup", "knots", "--config.schedule.warmup.steps=0"]),
+        (["schedule.name=piecewise", "schedule.knots=((0,1),(2,0))"], ["config.schedule", "0"]),
+        (["loss.bce_sum=True"], ["bce_sum", "config.loss.name=cross_entropy"]),
+        (["data.crop=scaled", "data.image_size=12"], ["config.data.crop_resize=(256, 480)", "12 pixels"]),
+        (["data.crop=stretched", "data.image_size=12", "data.crop_resize=(8,16)"], ["crop_resize=(8, 16)", "12"]),
+        (["optimizer.no_decay=('head/.*x',)"], ["config.optimizer.no_decay", "matches no parameter"]),
+        (["optimizer.rate_factors=(('head/.*',2.0),('bias',1.0))"], ["rate_factors", "both cover head/bias"]),
+        (["distill.teacher=/nowhere"], ["config.distill.teacher=/nowhere: no such file"]),
+        (["accumulate=3"], ["config.accumulate=3 does not divide config.batch_size=16"]),
+        (["schedule.cooldown.steps=16"], ["config.schedule.warmup is 4 steps and cooldown 16", "20"]),
     ],
 )
 def test_config_values(tiny_npz: Path, tmp_path: Path, args: list[str], expected: list[str]) -> None:

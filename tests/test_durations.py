@@ -122,6 +122,14 @@ def test_the_update_at_a_share_of_the_training_counts_examples():
     ]
 
 
+def test_the_update_at_a_position_in_the_data_where_batches_change():
+    c = plan_config(16, train={"examples": 320}, ema_warmup={"examples": 192})
+    c.progressive = ((0.0, 6, 32), (0.5, 10))  # five updates of 32, then ten of 16
+    plan = Plan.of(c, 100)
+    assert [plan.update_at(position) for position in (0, 1, 4, 10, 12, 20)] == [0, 1, 2, 5, 7, 15]
+    assert plan.update_at(plan.ema_warmup_steps) == 7
+
+
 @pytest.mark.parametrize(
     "key", ["train", "schedule_warmup", "schedule_cooldown", "ema_warmup", "eval_every", "checkpoint_every"]
 )

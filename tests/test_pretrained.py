@@ -18,9 +18,11 @@ from numpy.testing import assert_array_equal
 from safetensors.numpy import load_file, save_file
 
 from jax_resnet.checkpoint import Checkpoints
+from jax_resnet.config import default
+from jax_resnet.data.split import Pixels
 from jax_resnet.errors import UserError
 from jax_resnet.evaluate import evaluate_checkpoint
-from jax_resnet.export import export, timm_name
+from jax_resnet.export import export, hub_config, timm_name
 from jax_resnet.job import Job
 from jax_resnet.models.torch_weights import flatten, to_torch
 from jax_resnet.models.zoo import create_model, model_spec
@@ -366,6 +368,25 @@ def test_rates_decay_by_layer(tiny_config: ConfigDict, tmp_path: Path) -> None:
 )
 def test_timm_knows_a_network_by_what_changes_its_answers(options: dict[str, Any], name: str | None) -> None:
     assert timm_name(model_spec("resnet50", **options)) == name
+
+
+@pytest.mark.parametrize(
+    ("crop", "expected"),
+    [
+        ("random_resized", (0.9, "center")),
+        ("scaled", (0.9, "center")),
+        ("stretched", (1.0, "squash")),
+        ("pad", (1.0, "center")),
+        ("none", (1.0, "center")),
+    ],
+)
+def test_what_is_exported_is_evaluated_by_timm_as_here(crop: str, expected: tuple[float, str]) -> None:
+    c = default()
+    c.data.update({"crop": crop, "eval_crop": 0.9, "interpolation": "bicubic", "image_size": 224})
+    assert Pixels.of(c.data, 224).eval_crop == expected[0]
+    facts = {"image_shape": [224, 224, 3], "class_names": ["a"]}
+    found = hub_config("resnet50", model_spec("resnet50"), c, 1, facts)["pretrained_cfg"]
+    assert (found["crop_pct"], found["crop_mode"], found["interpolation"]) == (*expected, "bicubic")
 
 
 def test_export_of_a_run(tiny_config: ConfigDict, tmp_path: Path) -> None:

@@ -100,10 +100,11 @@ def test_the_gradient_is_that_of_a_point_rho_uphill() -> None:
     gradient = curvature @ at
     expected = curvature @ (at + rho * gradient / np.linalg.norm(gradient))
     for step, every, sharp in ((0, 1, True), (7, 1, True), (6, 3, True), (7, 3, False)):
-        state = TrainState(np.int32(step), {"w": at}, {}, None)
-        gradients = lambda params: ({"w": curvature @ params["w"]}, None)  # noqa: E731
-        found = _sharpness_aware({"w": gradient}, gradients, state, rho, every)
-        np.testing.assert_allclose(found["w"], expected if sharp else gradient, rtol=1e-6)
+        for on_cpu in (True, False):
+            state = TrainState(np.int32(step), {"w": at}, {}, None)
+            gradients = lambda params: ({"w": curvature @ params["w"]}, None)  # noqa: E731
+            found = _sharpness_aware({"w": gradient}, gradients, state, rho, every, on_cpu)
+            np.testing.assert_allclose(found["w"], expected if sharp else gradient, rtol=1e-6)
 
 
 def test_a_sharpness_aware_update_is_two_plain_ones(tiny_config: ConfigDict) -> None:
@@ -179,6 +180,8 @@ def test_running_average_of_a_training_is_evaluated_and_checkpointed(tiny_config
     assert_close(raw, (reached.params, reached.batch_stats), rtol=1e-5, atol=1e-6)
     rows = [row for row in read_metrics(tmp_path) if row.get("split") == "test_ema"]
     assert [row["step"] for row in rows] == [8, 16, 20]
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"eval_ema/accuracy_top1" in events.read_bytes()
     top = max(row["accuracy_top1"] for row in rows)
     assert best in [row["step"] for row in rows if row["accuracy_top1"] == top]
 
@@ -206,7 +209,6 @@ WITHOUT_EFFECT = {  # what says how a thing is done, where it is not done
     "optimizer": {"sam_every": 3},
     "data": {"mix_until": 0.5},
     "distill": {"temperature": 4.0, "alpha": 0.9},
-    "loss": {"bce_threshold": 0.3, "bce_sum": True},
 }
 WITH_EFFECT: list[tuple[str, str, Any]] = [
     ("ema", "decay", 0.9),
@@ -250,3 +252,24 @@ def test_running_average_and_teacher_take_no_place_where_there_is_none(tiny_conf
     job = Job(tiny_config)
     assert jax.tree.leaves(job.abstract_state.ema) == []
     assert job.teacher_weights == ()
+
+
+def test_a_procedure_that_is_stopped_ends_as_one_that_is_not(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    """Bit for bit: running average, steps uphill every third step, the end of mixing, residuals left out."""
+    from jax_resnet.checkpoint import Checkpoints
+    from jax_resnet.train import train
+
+    c = procedure(tiny_config)
+    c.model.drop_path, c.optimizer.sam_every, c.data.mix_until, c.ema.ramp = 0.2, 3, 0.7, True
+    results = [train(c, tmp_path / "whole")]
+    c.stop_after_steps = 11
+    train(c, tmp_path / "stopped")
+    c.stop_after_steps = None
+    results.append(train(c, tmp_path / "stopped"))
+    assert results[0] == results[1]
+    for averaged in (True, False):
+        trees = []
+        for name in ("whole", "stopped"):
+            with Checkpoints(tmp_path / name) as saved:
+                trees.append(saved.weights(20, averaged=averaged))
+        jax.tree.map(np.testing.assert_array_equal, *trees)

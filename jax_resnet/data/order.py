@@ -43,7 +43,9 @@ def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
 @lru_cache(maxsize=1)
 def _mirrored_first(seed: int, num_examples: int) -> np.ndarray:
     key = np.array([seed, 3 << 62], np.uint64)  # no epoch's key, nor a record's
-    return np.random.Generator(np.random.Philox(key=key)).integers(2, size=num_examples, dtype=bool)
+    first = np.random.Generator(np.random.Philox(key=key)).integers(2, size=num_examples, dtype=bool)
+    first.setflags(write=False)
+    return first
 
 
 def mirrored(seed: int, indices: np.ndarray, epochs: np.ndarray, num_examples: int) -> np.ndarray:
