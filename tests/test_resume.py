@@ -193,7 +193,7 @@ def test_an_unreadable_evaluation_image_loses_no_steps(
         raise UserError("test split: record 5: not an image")
 
     with monkeypatch.context() as patch:
-        patch.setattr("jax_resnet.train.evaluate", broken)
+        patch.setattr("jax_resnet.train.evaluate_all", broken)
         with pytest.raises(UserError, match="record 5"):
             train(tiny_config, tmp_path)
     train(tiny_config, tmp_path)
