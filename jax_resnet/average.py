@@ -67,6 +67,7 @@ def average(
     if batches and jax.tree.leaves(state.batch_stats):
         state = replace(state, batch_stats=estimate_statistics(job, state, batches))
     metrics = evaluate(job, state)
+    assert metrics
     folder = Path(out).expanduser() if out else workdir / "average"
     trees = jax.device_get((state.params, state.batch_stats))
     print(f"mean of steps {', '.join(f'{step:,}' for step in steps)}", end=": ")

@@ -1,68 +1,98 @@
-"""The one place that knows Orbax: checkpoints of (state, config) in a workdir, saved while training goes on."""
+"""The one place that knows Orbax: checkpoints of (state, config) in a workdir, saved while training goes on.
+
+    python -m jax_resnet.checkpoint verify runs/mine      # or inspect, which does not read the arrays
+
+Orbax writes a step whole or not at all, but keeps no checksums: flipped bits load in silence. Here each step has a
+record with a digest of every array and of itself, and nothing is used that does not agree with it.
+"""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+from etils import epath
+from jax.experimental import multihost_utils
 
+from jax_resnet.command import Parser, run
 from jax_resnet.errors import UserError, first_line
+from jax_resnet.journal import evaluations
+from jax_resnet.parallel import all_agree, of_first_process
 from jax_resnet.state import TrainState
 
-BEST_BY = "accuracy_top1"
+BEST_BY = {"accuracy_top1": 1, "accuracy_top5": 1, "loss": -1}  # times what is largest for the best
+FORMAT = 1  # of the record
+# What tensorstore says where nothing is damaged, but the file system or the network does not give it.
+NOT_DAMAGE = re.compile("PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|CANCELLED")
 
 
-def _best(metrics: Mapping[str, float]) -> float:
-    return metrics[BEST_BY]
+class Damaged(UserError):
+    """A checkpoint whose files are not what was saved."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay: the `latest`, the `best` by `metric` of those evaluated, and those that `always` says."""
+
+    latest: int = 2
+    best: int = 1
+    metric: str = "accuracy_top1"
+    always: Callable[[int], bool] = lambda step: False
+
+    def of(self, steps: Sequence[int], scores: Mapping[int, float]) -> set[int]:
+        """Those of `steps` that stay, where the evaluated ones have those scores, the larger the better."""
+        evaluated = sorted((step for step in steps if step in scores), key=lambda step: (scores[step], step))
+        kept = {*sorted(steps)[-self.latest :], *(step for step in steps if self.always(step))}
+        return kept | (set(evaluated[-self.best :]) if self.best else set())
 
 
 class Checkpoints:
-    """The checkpoints under workdir/checkpoints: the latest `keep_latest`, and the best by evaluated accuracy.
+    """The checkpoints under workdir/checkpoints. Without `keep` they are only read, also beside a process that saves.
 
-    Without `keep_latest` they are only read, also beside a process that is still saving. A context manager: leaving it
-    waits until what was saved is on disk.
+    A context manager: leaving it waits until what was saved is on disk.
     """
 
-    def __init__(self, workdir: Path, keep_latest: int | None = None):
+    def __init__(self, workdir: Path, keep: Keep | None = None):
         self.directory = workdir.absolute() / "checkpoints"
-        # best_fn makes Orbax write the metrics, without which the best step is forgotten at a restart.
-        options: dict[str, Any] = {"best_fn": _best, "best_mode": "max"}
-        if keep_latest is None:
-            options["read_only"] = True
-        else:
-            options["cleanup_tmp_directories"] = True
-            options["preservation_policy"] = keep.AnyPreservationPolicy(
-                [
-                    keep.LatestN(keep_latest),
-                    keep.BestN(get_metric_fn=_best, n=1, keep_checkpoints_without_metrics=False),
-                ]
-            )
-        handlers = {"state": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=ocp.CheckpointManagerOptions(**options), item_handlers=handlers
-        )
+        self._workdir, self._keep = workdir, keep
+        self._evaluations: dict[int, Mapping[str, Mapping[str, Any]]] = dict(evaluations(workdir))
+        self._writer: Any = None
+        self.blocked = 0.0  # seconds for which saving has held up its caller
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._one_line("written"):
-            self._manager.close()
+        if self._writer:
+            with self._one_line("written"):
+                self._writer.close()
 
-    def latest_step(self) -> int | None:
-        """The newest step saved whole, None if there is none."""
-        return self._manager.latest_step()
+    # -- what there is
 
     def steps(self) -> list[int]:
         """All steps saved whole, ascending."""
-        return sorted(self._manager.all_steps())
+        with self._one_line("listed"):
+            return sorted(ocp.utils.checkpoint_steps(self.directory))
+
+    def latest_step(self) -> int | None:
+        """The newest step saved whole, None if there is none."""
+        return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """The step with the highest accuracy of those that were evaluated, None if none was."""
-        return self._manager.best_step()
+        """The step with the best evaluation that metrics.jsonl knows of, None if it knows none."""
+        scores, steps = self._scores(), self.steps()
+        return max((step for step in steps if step in scores), key=lambda step: (scores[step], step), default=None)
 
     def find(self, which: str) -> int:
         """The step meant by "best" (the latest if none was evaluated), "latest" or a number; UserError if not there."""
@@ -75,72 +105,190 @@ class Checkpoints:
             raise UserError(f"{self.directory.parent}: no checkpoint at step {which}; saved: {known}")
         return step
 
-    def save(self, step: int, state: TrainState, config: dict[str, Any], metrics: dict[str, float] | None) -> None:
-        """Starts saving; returns when the state's values have been copied. A step that is saved already is left."""
-        if step not in self._manager.all_steps():
-            items = ocp.args.Composite(state=ocp.args.StandardSave(_fields(state)), config=ocp.args.JsonSave(config))
+    # -- saving
+
+    def save(self, step: int, state: TrainState, config: dict[str, Any]) -> None:
+        """Starts saving; returns when the state's values have been copied. A step that is saved already is left.
+
+        Raises UserError if an earlier save has failed, or the folder has gone.
+        """
+        began = time.monotonic()
+        if step not in self.steps():
+            if not os.path.isdir(self._workdir):
+                raise UserError(
+                    f"--workdir={self._workdir}: is no longer there; it was moved or deleted during the run"
+                )
             with jax.transfer_guard("allow"), self._one_line("written"):  # Orbax copies to the host as it sees fit
-                self._manager.save(step, args=items, metrics=metrics, force=True)
+                fields = _fields(state)
+                items = {
+                    "state": ocp.args.StandardSave(fields),
+                    "record": ocp.args.JsonSave(_record(fields, config)),
+                }
+                self._manager().save(step, args=ocp.args.Composite(**items), force=True)
+        self.blocked += time.monotonic() - began
+
+    def evaluated(self, step: int, splits: Mapping[str, Mapping[str, Any]]) -> None:
+        """Takes note of how good the state at `step` is: what is best stays."""
+        self._evaluations[step] = splits
+
+    def check(self) -> None:
+        """Raises UserError if what is being saved could not be written. Takes no time."""
+        if self._writer:
+            with self._one_line("written"):
+                self._writer.check_for_errors()
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises UserError if it could not be written."""
-        with self._one_line("written"):
-            self._manager.wait_until_finished()
+        began = time.monotonic()
+        if self._writer:
+            with self._one_line("written"):
+                self._writer.wait_until_finished()
+                self._writer.check_for_errors()
+        self.blocked += time.monotonic() - began
 
-    def config(self, step: int) -> dict[str, Any]:
-        """The config that was saved with the state at `step`."""
-        with self._one_line("read"):
-            return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax's question which of `checkpoints` to keep."""
+        del context
+        assert self._keep
+        kept = self._keep.of([found.step for found in checkpoints], self._scores())
+        return [found.step in kept for found in checkpoints]
+
+    def _manager(self) -> Any:
+        if not self._writer:
+            options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, preservation_policy=self)
+            handlers = {"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
+            self._writer = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        return self._writer
+
+    def _scores(self) -> dict[int, float]:
+        """Of each evaluated step, larger for better."""
+        metric = Keep.metric
+        if self._keep:
+            metric = self._keep.metric
+        else:
+            with contextlib.suppress(UserError, KeyError, ValueError):  # as the run says
+                metric = self.record(max(self.steps()))["config"]["checkpoint"]["best_by"]
+        # Of the weights and their running average the latter is what a run is good for: it comes last.
+        last = {step: list(splits.values())[-1] for step, splits in self._evaluations.items()}
+        return {step: BEST_BY[metric] * metrics[metric] for step, metrics in last.items() if metric in metrics}
 
     @contextlib.contextmanager
     def _one_line(self, done: str) -> Iterator[None]:
         try:
             yield
+        except UserError:
+            raise
         except Exception as e:  # Orbax, tensorstore and the file system have no error in common
-            raise UserError(f"{self.directory}: a checkpoint could not be {done} ({first_line(e)})") from None
+            whole = ""
+            if done == "written":
+                newest = (
+                    max(ocp.utils.checkpoint_steps(self.directory), default=None) if self.directory.exists() else None
+                )
+                whole = "; no step is saved" if newest is None else f"; the newest whole one is of step {newest:,}"
+            raise UserError(f"{self.directory}: a checkpoint could not be {done} ({first_line(e)}){whole}") from None
+
+    # -- reading
+
+    def config(self, step: int) -> dict[str, Any]:
+        """The config that was saved with the state at `step`. Raises Damaged."""
+        return self.record(step)["config"]
+
+    def record(self, step: int) -> dict[str, Any]:
+        """{"config", "arrays": {name: {"shape", "dtype", "sha256"}}, "sha256"}: what is known of `step`.
+
+        Raises Damaged if the record does not agree with itself.
+        """
+        with self._reading(step):
+            folder = epath.Path(self.directory) / str(step) / "record"
+            found = ocp.JsonCheckpointHandler().restore(folder, ocp.args.JsonRestore())
+            if found["format"] != FORMAT or found["sha256"] != _digest_of_record(found):
+                raise ValueError("its record does not agree with its own digest")
+            return found
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state at `step`, on the devices and in the shardings of the abstract state `like`.
 
-        Raises UserError naming the parameters that differ when the network is another one, or the step when its files
-        are damaged.
+        Raises UserError naming the parameters that differ when the network is another one, and Damaged when the files
+        are not what was saved.
         """
-        try:
-            found = self._manager.item_metadata(step)["state"]
-        except Exception as e:  # whatever Orbax meets in damaged files
-            raise self._damaged(step, e) from None
-        if found is not None:
-            _check_same_tree(_shapes(found), _shapes(like), f"{self.directory}/{step}")
-        try:
-            with jax.transfer_guard("allow"):
-                args = ocp.args.Composite(state=ocp.args.StandardRestore(_fields(like)))
-                return TrainState(**self._manager.restore(step, args=args)["state"])
-        except Exception as e:
-            raise self._damaged(step, e) from None
+        record, fields = self.record(step), _fields(like)
+        saved = {name: tuple(array["shape"]) for name, array in record["arrays"].items()}
+        _check_same_tree(saved, _shapes(fields), f"{self.directory}/{step}")
+        with self._reading(step), jax.transfer_guard("allow"):
+            # Not by Orbax's manager: there the processes wait for each other, also for one that has met an error.
+            folder = epath.Path(self.directory) / str(step) / "state"
+            found = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(fields))
+            _check_digests(found, record["arrays"])
+            return TrainState(**found)
+
+    def restore_newest(self, like: TrainState, say: Callable[[str], None]) -> tuple[int, TrainState] | None:
+        """The newest sound checkpoint, as `restore`: its step and state. None if nothing has been saved.
+
+        Damaged ones that are newer are moved to workdir/damaged, and `say` gets a line about each. Processes agree.
+        Raises Damaged, with everything left where it is, when none is sound.
+        """
+        reasons: dict[int, str] = {}
+        for step in reversed(of_first_process(self.steps())):
+            try:
+                state = self.restore(step, like)
+            except Damaged as e:
+                state, reasons[step] = None, str(e)
+            if all_agree(state is not None):
+                break
+            reasons.setdefault(step, f"{self.directory}/{step}: another process finds it damaged")
+        else:
+            if reasons:
+                first, count = next(iter(reasons.values())), len(reasons)
+                raise Damaged(f"{first}; none of the {count} saved is sound: choose another workdir to begin anew")
+            return None
+        assert state is not None
+        for damaged, reason in reasons.items():
+            aside = self._workdir / "damaged" / f"{damaged}-{time.strftime('%Y%m%d-%H%M%S')}"
+            if jax.process_index() == 0:
+                with self._one_line("set aside"):
+                    aside.parent.mkdir(exist_ok=True)
+                    os.rename(self.directory / str(damaged), aside)
+            say(f"damaged  {reason}; set aside as {aside}")
+        if reasons:
+            say(f"damaged  going on from step {step:,}, the newest that is sound")
+            all_agree(True)
+        return step, state
+
+    def arrays(self, step: int) -> Any:
+        """The state at `step` as numpy arrays in nested dicts, of whatever network. Raises Damaged."""
+        record = self.record(step)
+        with self._reading(step), jax.transfer_guard("allow"):
+            folder, handler = epath.Path(self.directory) / str(step) / "state", ocp.StandardCheckpointHandler()
+            metadata = handler.metadata(folder)
+            tree = metadata.tree if hasattr(metadata, "tree") else metadata
+            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
+            found = jax.device_get(handler.restore(folder, args=ocp.args.StandardRestore(like)))
+            _check_digests(found, record["arrays"])
+            return found
 
     def weights(self, step: int, *, averaged: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
         """The parameters and batch statistics at `step`, numpy arrays in nested dicts, of whatever network.
 
-        Where a running average was kept, they are that, unless `averaged` is False.
-        Raises UserError if the files are damaged.
+        Where a running average was kept, they are that, unless `averaged` is False. Raises Damaged.
         """
-        try:
-            found = self._manager.item_metadata(step)["state"]
-            tree = found.tree if hasattr(found, "tree") else found
-            device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
-            with jax.transfer_guard("allow"):
-                args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-                state = self._manager.restore(step, args=args)["state"]
-                found = (averaged and state.get("ema")) or state
-                return jax.device_get((found["params"], found["batch_stats"]))
-        except Exception as e:
-            raise self._damaged(step, e) from None
+        state = self.arrays(step)
+        found = (averaged and state.get("ema")) or state
+        return found["params"], found["batch_stats"]
 
-    def _damaged(self, step: int, error: Exception) -> UserError:
-        steps = [s for s in self._manager.all_steps() if s != step]
-        rest = f"to go on from step {max(steps)}, move that folder away" if steps else "no other step is saved"
-        return UserError(f"{self.directory}/{step}: this checkpoint cannot be read ({first_line(error)}); {rest}")
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as e:  # whatever Orbax meets in damaged files
+            where = f"{self.directory}/{step}"
+            if isinstance(e, PermissionError | MemoryError | ConnectionError) or NOT_DAMAGE.search(str(e)):
+                raise UserError(
+                    f"{where}: cannot be read now ({first_line(e)}); this may pass, or need a permission"
+                ) from None
+            raise Damaged(f"{where}: this checkpoint is damaged ({first_line(e)})") from None
 
 
 def _fields(state: TrainState) -> dict[str, Any]:
@@ -148,16 +296,52 @@ def _fields(state: TrainState) -> dict[str, Any]:
     return {name: value for name, value in vars(state).items() if name != "ema" or value}
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _named(tree: Any) -> dict[str, Any]:
+    """The arrays of a tree by name: params/stage1/block0/conv1/kernel."""
+
     def name(path: Any) -> str:
         return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
-    tree = tree.tree if hasattr(tree, "tree") else tree
-    return {
-        name(path): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        if hasattr(leaf, "shape")
-    }
+    return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if hasattr(leaf, "shape")}
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in _named(tree).items()}
+
+
+def _record(fields: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    record = {"format": FORMAT, "config": config, "arrays": _digests(fields)}
+    return record | {"sha256": _digest_of_record(record)}
+
+
+def _digest_of_record(record: Mapping[str, Any]) -> str:
+    rest = {name: value for name, value in record.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _digests(tree: Any) -> dict[str, dict[str, Any]]:
+    """Shape, dtype and SHA-256 of the bytes (in C order) of each array, whole, wherever its parts are."""
+
+    def digest(array: Any) -> dict[str, Any]:
+        sha256 = hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+        return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": sha256}
+
+    named = _named(tree)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets go of Python's lock
+        return dict(zip(named, pool.map(digest, map(_whole, named.values())), strict=True))
+
+
+def _whole(array: Any) -> np.ndarray:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def _check_digests(tree: Any, saved: Mapping[str, Mapping[str, Any]]) -> None:
+    found = _digests(tree)
+    for name in found.keys() | saved.keys():
+        if found.get(name) != saved.get(name):
+            raise ValueError(f"the digest of {name} does not agree")
 
 
 def _check_same_tree(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], where: str) -> None:
@@ -169,3 +353,68 @@ def _check_same_tree(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[
                 f"{where}: of another network: {name} is {there} there, {here} here "
                 f"({count} arrays differ); choose another workdir or the config it was made with"
             )
+
+
+def inspect(workdir: Path, *, verify: bool) -> list[dict[str, Any]]:
+    """A row for each step saved in `workdir`: step, bytes, saved (its time), metrics, sha256, sound, fault.
+
+    `sound` is None where only the record was looked at, and agrees with itself. With `verify` the arrays are read too.
+    """
+    with Checkpoints(workdir) as checkpoints:
+        found = evaluations(workdir)
+        rows = []
+        for step in checkpoints.steps():
+            files = [file for file in (checkpoints.directory / str(step)).rglob("*") if file.is_file()]
+            row: dict[str, Any] = {"step": step, "bytes": sum(file.stat().st_size for file in files)}
+            row |= {
+                "saved": max((file.stat().st_mtime for file in files), default=None),
+                "metrics": found.get(step, {}),
+            }
+            row |= {"sha256": None, "sound": None, "fault": None}
+            try:
+                row["sha256"] = checkpoints.record(step)["sha256"]
+                if verify:
+                    checkpoints.arrays(step)
+                    row["sound"] = True
+            except Damaged as e:
+                row |= {"sound": False, "fault": str(e)}
+            rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Runs the command; exits with status 1 when something is damaged."""
+    parser = Parser(
+        prog="python -m jax_resnet.checkpoint",
+        description="Lists the checkpoints of a run. A step's digest covers its config and the digest of every array.",
+    )
+    parser.add_argument("what", choices=("inspect", "verify"), help="verify: read the arrays, compare their digests")
+    parser.add_argument("workdir", help="the run, as it was given to jax_resnet.main")
+    parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
+    args = parser.parse_args()
+    workdir = Path(args.workdir).expanduser()
+    rows = inspect(workdir, verify=args.what == "verify")
+    if not rows and not args.json:
+        raise UserError(f"{workdir}: no checkpoint has been saved here")
+    print(json.dumps(rows, indent=2) if args.json else _table(rows))
+    if any(row["sound"] is False for row in rows):
+        sys.exit(1)
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    sound = {True: "sound", False: "damaged", None: "not read"}
+    lines = [f"{'step':>10}  {'MB':>9}  {'saved':19}  {'digest':12}  {'arrays':8}  evaluated"]
+    for row in rows:
+        saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["saved"])) if row["saved"] else ""
+        metrics = ", ".join(
+            f"{split} {values['accuracy_top1']:.2%}".replace("%", " %")
+            for split, values in row["metrics"].items()
+            if "accuracy_top1" in values
+        )
+        columns = f"{row['step']:>10,}  {row['bytes'] / 1e6:>9,.2f}  {saved:19}  {(row['sha256'] or '')[:12]:12}"
+        lines.append(f"{columns}  {sound[row['sound']]:8}  {metrics}")
+    return "\n".join(lines + [row["fault"] for row in rows if row["fault"]])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -33,8 +33,11 @@ SCHEDULES = (
     "inverse_sqrt",
 )
 PARAMETER_KINDS = ("kernel", "norm", "bias")
-DURATIONS = ("train", "schedule.warmup", "schedule.cooldown", "ema.warmup", "eval.every", "checkpoint.every")
-MAY_BE_0 = ("schedule.warmup", "schedule.cooldown", "ema.warmup")
+DURATIONS = (
+    *("train", "schedule.warmup", "schedule.cooldown", "ema.warmup", "eval.every"),
+    *("checkpoint.every", "checkpoint.keep_every"),
+)
+MAY_BE_0 = ("schedule.warmup", "schedule.cooldown", "ema.warmup", "checkpoint.keep_every")
 
 # What a value must be, in words and as a test, and the keys that it holds for. None is left to others.
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -56,7 +59,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: 0 <= v < math.inf,
         "optimizer.epsilon optimizer.weight_decay optimizer.l1 optimizer.reference_batch optimizer.clip_norm "
         "optimizer.clip_value optimizer.clip_adaptive optimizer.sam_rho data.pad data.mixup data.cutmix data.pca_noise "
-        "data.workers model.head_std",
+        "data.workers model.head_std checkpoint.keep_best stuck_after",
     ),
     (
         "at least 0 and less than 1",
@@ -93,12 +96,14 @@ CHOICES = {
     "data.pad_mode": ("zeros", "reflect"),
     "data.interpolation": ("bilinear", "bicubic"),
     "data.augment_interpolation": ("nearest", "bilinear"),
+    "checkpoint.best_by": ("accuracy_top1", "accuracy_top5", "loss"),
 }
 
 # What may differ when a run goes on in its workdir: nothing here changes what is computed from whole files.
 MAY_CHANGE = (
     "stop_after_steps",
     "log_every",
+    "stuck_after",
     "accumulate",
     "eval.every",
     "eval.batch_size",
@@ -136,6 +141,10 @@ def default() -> ConfigDict:
     c.freeze = ()  # parts that keep their weights and statistics: stem, stage1, …, norm, head
     c.dtype = "auto"  # of activations: bfloat16 on TPU and GPU, float32 on CPU. The rest is always float32
     c.log_every = 50  # steps
+    c.stuck_after = (
+        900.0  # seconds in which no step is done, four times so many where one is compiled: the process then
+    )
+    # ends, and says where each of its threads is. 0: it waits for ever
 
     c.model = ConfigDict()
     c.model.name = "resnet50"  # jax_resnet/models/zoo.py has the table; None below means: as the table says
@@ -272,7 +281,10 @@ def default() -> ConfigDict:
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = duration(epochs=1)  # besides every evaluation and the last step
-    c.checkpoint.keep = 2  # the latest; the best by accuracy is kept besides
+    c.checkpoint.keep = 2  # the latest
+    c.checkpoint.keep_best = 1  # of those evaluated, besides
+    c.checkpoint.best_by = "accuracy_top1"  # or accuracy_top5, loss
+    c.checkpoint.keep_every = duration(steps=0)  # besides; 0: none. One is saved, and stays, each time so much is done
     return c
 
 

@@ -4,6 +4,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -30,11 +31,13 @@ def to_stderr(split: str, name: str, reason: str) -> None:
     print(f"{split} split: {name}: {reason}; left out", file=sys.stderr)
 
 
-def evaluate(job: Job, state: TrainState, report: Report = to_stderr) -> dict[str, Any]:
+def evaluate(
+    job: Job, state: TrainState, report: Report = to_stderr, stop: Callable[[], bool] = lambda: False
+) -> dict[str, Any] | None:
     """examples, correct_top1, accuracy_top1, accuracy_top5 (more than 5 classes) and loss over the evaluation split.
 
-    What cannot be decoded is left out, counted as undecodable, and reported. Raises UserError if that is too much, or
-    the network's answers are no numbers.
+    What cannot be decoded is left out, counted as undecodable, and reported. `stop` is asked after every batch; None if
+    it said so. Raises UserError if too much cannot be decoded, or the network's answers are no numbers.
     """
     split = job.data.eval
     sums: list[Sums] = []
@@ -49,6 +52,8 @@ def evaluate(job: Job, state: TrainState, report: Report = to_stderr) -> dict[st
         for batch in batches:
             sums.append(job.eval_step(state.params, state.batch_stats, batch))
             jax.block_until_ready(sums[-IN_FLIGHT:][0])
+            if stop():
+                return None
     totals = total(sums)
     undecodable, most = totals.pop("undecodable"), job.config.data.max_broken
     if undecodable > most * len(split):
@@ -66,11 +71,19 @@ def evaluate(job: Job, state: TrainState, report: Report = to_stderr) -> dict[st
     return summary(totals) | ({"undecodable": undecodable} if undecodable else {})
 
 
-def evaluate_all(job: Job, state: TrainState, report: Report = to_stderr) -> dict[str, dict[str, Any]]:
+def evaluate_all(
+    job: Job, state: TrainState, report: Report = to_stderr, stop: Callable[[], bool] = lambda: False
+) -> dict[str, dict[str, Any]] | None:
     """{split: metrics} as `evaluate` gives them, and where there is a running average {split_ema: its metrics}."""
     split = job.data.eval.name
-    found = {split: evaluate(job, state, report)}
-    return found | ({f"{split}_ema": evaluate(job, state.averaged(), report)} if state.ema else {})
+    states = {split: state} | ({f"{split}_ema": state.averaged()} if state.ema else {})
+    found = {}
+    for name, weights in states.items():
+        metrics = evaluate(job, weights, report, stop)
+        if metrics is None:
+            return None
+        found[name] = metrics
+    return found
 
 
 def evaluate_checkpoint(
@@ -107,6 +120,7 @@ def evaluate_checkpoint(
             step = checkpoints.find(which)
             state = checkpoints.restore(step, job.abstract_state)
     splits = evaluate_all(job, state)
+    assert splits
     result = {
         "step": step,
         "splits": splits,

@@ -28,8 +28,11 @@ def run() -> None:
     if FLAGS.config is not None:
         validate(FLAGS.config)
     workdir = FLAGS.workdir or default_workdir()
+    from jax_resnet.parallel import join_job  # loads JAX, for which a mistyped flag should not wait
+
+    join_job()
     if FLAGS.mode == "eval":
-        from jax_resnet.evaluate import evaluate_checkpoint  # loads JAX, for which a mistyped flag should not wait
+        from jax_resnet.evaluate import evaluate_checkpoint
 
         evaluate_checkpoint(workdir, config=FLAGS.config, which=FLAGS.checkpoint)
     else:

@@ -1,10 +1,90 @@
-"""Devices: the mesh, what is spread over it, and global batches from what one process has read."""
+"""Devices and processes: the mesh, what is spread over it, and what the processes of a job tell each other."""
+
+import os
+from collections import deque
+from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_resnet.errors import UserError
+from jax_resnet.errors import UserError, first_line
+
+HEARTBEAT = 20  # seconds without a sign of life after which a process is taken for dead
+PATIENCE = 30  # seconds for which a process that is done waits for the others
+
+
+def join_job() -> None:
+    """Makes this process one of a job, if the environment says that it is one. Before JAX is used for anything.
+
+    JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES, JAX_PROCESS_ID. Raises UserError if they are
+    incomplete, or the others are not found.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if not address or jax.distributed.is_initialized():
+        return
+    numbers = [os.environ.get(name, "") for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
+    if not all(number.isdigit() for number in numbers) or not 0 <= int(numbers[1]) < int(numbers[0]):
+        raise UserError(
+            f"JAX_COORDINATOR_ADDRESS={address}: needs JAX_NUM_PROCESSES and JAX_PROCESS_ID (from 0) beside it; "
+            f"found {numbers[0] or 'none'!r} and {numbers[1] or 'none'!r}"
+        )
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            address,
+            int(numbers[0]),
+            int(numbers[1]),
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=PATIENCE,
+            initialization_timeout=int(os.environ.get("JAX_INITIALIZATION_TIMEOUT", "300")),
+        )
+    except Exception as e:
+        raise UserError(
+            f"JAX_COORDINATOR_ADDRESS={address}: the job's processes do not meet ({first_line(e)})"
+        ) from None
+
+
+def all_agree(holds: bool) -> bool:
+    """Whether it holds in every process. All wait for each other."""
+    if jax.process_count() == 1:
+        return holds
+    return bool(multihost_utils.process_allgather(np.array(holds)).all())
+
+
+def of_first_process(numbers: Sequence[int]) -> list[int]:
+    """What process 0 gives. All wait for it."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    length = int(multihost_utils.broadcast_one_to_all(np.array(len(numbers))))
+    mine = np.resize(np.array(list(numbers) or [0]), length) if length else np.zeros(0, int)
+    return multihost_utils.broadcast_one_to_all(mine).tolist() if length else []
+
+
+class Agreement:
+    """Whether any process wants something, asked in step with the devices, so that no process waits for the others."""
+
+    def __init__(self, mesh: Mesh, lag: int):
+        self._lag, self._asked = lag, deque[jax.Array]()
+        if jax.process_count() > 1:
+            local = jax.local_device_count()
+            sharding = batch_sharding(mesh)
+            self._votes = [
+                jax.make_array_from_process_local_data(sharding, np.full(local, vote, np.int32)) for vote in (0, 1)
+            ]
+            self._any = jax.jit(lambda votes: votes.max(), out_shardings=replicated(mesh))
+
+    def ask(self, wanted: bool) -> bool:
+        """Takes whether this process wants it; gives whether any had, `lag` calls ago: the same answer in each.
+
+        Every process must call it equally often. A process alone is answered at once.
+        """
+        if jax.process_count() == 1:
+            return wanted
+        self._asked.append(self._any(self._votes[wanted]))
+        return len(self._asked) > self._lag and bool(jax.device_get(self._asked.popleft()))
 
 
 def data_mesh() -> Mesh:

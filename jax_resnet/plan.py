@@ -25,6 +25,7 @@ class Plan:
     ema_warmup_steps: int
     eval_every: float
     save_every: float
+    keep_every: float  # 0: never
     steps_per_epoch: float
 
     @classmethod
@@ -42,6 +43,7 @@ class Plan:
             ema_warmup_steps=round(c.stretch * length(c.ema.warmup, "ema.warmup")),
             eval_every=length(c.eval.every, "eval.every"),
             save_every=length(c.checkpoint.every, "checkpoint.every"),
+            keep_every=length(c.checkpoint.keep_every, "checkpoint.keep_every"),
             steps_per_epoch=num_examples / c.batch_size,
         )
 
@@ -81,7 +83,11 @@ class Plan:
 
     def saves(self, step: int) -> bool:
         """Whether it is saved; what is evaluated always is, so that the best can be restored."""
-        return self.evaluates(step) or self._passes(step, self.save_every)
+        return self.evaluates(step) or self._passes(step, self.save_every) or self.keeps(step)
+
+    def keeps(self, step: int) -> bool:
+        """Whether what is saved then stays for good."""
+        return bool(self.keep_every) and self._passes(step, self.keep_every)
 
     def _passes(self, step: int, period: float) -> bool:
         whole = 1 + 1e-12  # a quotient that is a whole number must not be rounded to just below it

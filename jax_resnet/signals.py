@@ -5,20 +5,28 @@ import os
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
 COMPILER = "compiler"  # the name of a thread that compiles what is not needed yet
-
-
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+BLOCKED = 5.0  # seconds after which the main thread is taken to be inside the compiler, where Python's handlers wait
+IMPATIENT = 2.0  # seconds that a KeyboardInterrupt has, after the second signal, to end the process by itself
 
 
 class Signals:
-    """Notes the first SIGINT, SIGTERM or SIGHUP, so that the loop can save and leave; a second one acts at once."""
+    """Notes the first SIGINT, SIGTERM or SIGHUP, so that the loop can save and leave; a second one acts at once.
 
-    def __init__(self) -> None:
+    `otherwise` is what leaves in place of a main thread that does not come back to Python: it is called with the
+    signal, on another thread, BLOCKED seconds after it. To be None while something would be lost.
+    """
+
+    def __init__(self, otherwise: Callable[[int], Any] | None = None) -> None:
         self.received = 0
+        self.otherwise = otherwise
+        self._left = False
 
     def __enter__(self) -> "Signals":
         self._previous: dict[int, Any] = {}
@@ -26,17 +34,43 @@ class Signals:
             for signum in HANDLED:
                 if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup wants it
                     self._previous[signum] = signal.signal(signum, self._note)
+            # Python's handlers wait until C++ code returns; what is written here does not.
+            self._read, self._write = os.pipe()
+            os.set_blocking(self._write, False)
+            self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, args=(self._read,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.otherwise, self._left = None, True
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(self._wakeup)
+            os.close(self._write)  # which ends the thread
 
     def _note(self, signum: int, _: Any) -> None:
         self.received = signum
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         os.write(2, b"\nstopping: the step at hand ends, then its state is saved; once more to leave at once\n")
+
+    def _watch(self, pipe: int) -> None:
+        received: list[int] = []
+        while got := os.read(pipe, 1):
+            received += [signum for signum in got if signum in self._previous]
+            if len(received) == 1:
+                threading.Thread(target=self._leave, args=(received[0],), daemon=True).start()
+            elif len(received) > 1:
+                time.sleep(IMPATIENT)
+                if not self._left:
+                    os._exit(128 + received[-1])
+        os.close(pipe)
+
+    def _leave(self, signum: int) -> None:
+        time.sleep(BLOCKED)
+        if leave := self.otherwise:
+            leave(signum)
 
 
 def follow_parent(*_: int) -> None:
@@ -51,7 +85,15 @@ def follow_parent(*_: int) -> None:
 
 
 def leave(status: int) -> int:
-    """`status`, to exit with; or exits with it at once where a COMPILER thread would keep the process for minutes."""
+    """`status`, to exit with; or exits with it at once where a COMPILER thread would keep the process for minutes.
+
+    Of a job of several processes each leaves together with the others.
+    """
+    jax: Any = sys.modules.get("jax")  # a mistyped flag ends before JAX is loaded
+    if jax and jax.distributed.is_initialized():
+        from jax_resnet.peers import part
+
+        part(status)
     if any(thread.name == COMPILER for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()

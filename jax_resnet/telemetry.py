@@ -1,6 +1,5 @@
 """What a run shows and leaves behind: a bar or lines, metrics.jsonl, TensorBoard events, a picture, result.json."""
 
-import contextlib
 import json
 import os
 import sys
@@ -13,31 +12,13 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jax_resnet.errors import UserError
+from jax_resnet.journal import read_metrics
 from jax_resnet.plan import Plan
 from jax_resnet.workdir import write_json
 
 COLUMNS = ("step", "epoch", "split", "examples", "loss", "top-1", "top-5")
 WIDTHS = {"split": len("validation_ema")}
 LINES = 20  # of broken images
-
-
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that are whole: a killed process may have left half of one."""
-    rows = []
-    file = workdir / "metrics.jsonl"
-    try:
-        text = file.read_text(errors="replace")
-    except FileNotFoundError:
-        return []
-    except OSError as e:
-        raise UserError(f"{file}: cannot be read ({e.strerror})") from None
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and row.keys() >= {"step", "kind", "seconds"}:
-                rows.append(row)
-    return rows
 
 
 class _Console(Console):
@@ -170,6 +151,12 @@ class Telemetry:
         }
         self.say("  ".join(f"{values[c]:>{WIDTHS.get(c, 10)}}" for c in columns))
         self._record("eval", step, split=split, **metrics)
+
+    def saving(self, step: int, blocked: float, seconds: float) -> None:
+        """How long saving has held up the loop, of the seconds that this process has trained."""
+        if blocked > 0:
+            self.say(f"saving took {blocked:.2f} s, {blocked / seconds:.2%} of the time".replace("%", " %"))
+            self._record("save", step, blocked_seconds=round(blocked, 4), share=round(blocked / seconds, 6))
 
     def broken(self, split: str, name: str, reason: str) -> None:
         """An image that cannot be decoded, named once. The first LINES are printed, by the process that read them."""

@@ -1,57 +1,80 @@
 """The main job: a config and a workdir in, a trained network, its checkpoints and its result out."""
 
 import os
+import signal
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from jax_resnet.ahead import StepsAhead
-from jax_resnet.checkpoint import Checkpoints
+from jax_resnet.checkpoint import Checkpoints, Keep
 from jax_resnet.config import to_json
 from jax_resnet.data.loader import Feed, train_batches
 from jax_resnet.errors import Interrupted, UserError
 from jax_resnet.evaluate import IN_FLIGHT, evaluate_all
 from jax_resnet.job import Job
+from jax_resnet.journal import evaluations
 from jax_resnet.metrics import Sums, accuracy_text, total
-from jax_resnet.models.torch_weights import Arrays
+from jax_resnet.parallel import Agreement, all_agree
+from jax_resnet.peers import end, one_fate
+from jax_resnet.plan import Plan
 from jax_resnet.pretrained import placed
 from jax_resnet.signals import Signals
+from jax_resnet.state import TrainState
 from jax_resnet.telemetry import Telemetry
+from jax_resnet.watchdog import COMPILING, Watchdog
 from jax_resnet.workdir import claimed, has_checkpoints, local_path, write_json
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Trains as `config` says, going on from the newest checkpoint in `workdir` if there is one.
+    """Trains as `config` says, going on from the newest sound checkpoint in `workdir` if there is one.
 
     Leaves in workdir: config.json, data.json, checkpoints/, metrics.jsonl, tensorboard/; at the end curves.png and
     result.json.
     Returns {"step": updates done, "splits": {split: metrics}}, with metrics as `evaluate` gives them.
 
-    Raises UserError for what the user can mend, and Interrupted, with everything saved, after SIGINT or SIGTERM.
+    Raises UserError for what the user can mend, and Interrupted, with everything saved, after SIGINT or SIGTERM. In a
+    job of several processes any other end of one is the end of all, without an exception.
     """
-    job, workdir = Job(config), local_path(workdir)
-    weights, about_weights = ({}, {}) if has_checkpoints(workdir) else job.weights_to_begin_with()
-    with (
-        claimed(workdir, job.config),
-        Checkpoints(workdir, config.checkpoint.keep) as checkpoints,
-        Signals() as signals,
-        Telemetry(workdir, job.plan, start := checkpoints.latest_step() or 0) as telemetry,
-    ):
-        if jax.process_index() == 0:
-            facts = {"class_names": job.data.class_names, "image_shape": job.data.train.image_shape}
-            write_json(workdir / "data.json", facts)
-        telemetry.header(job.header(workdir, start) | about_weights)
-        with (
-            StepsAhead(job.train_step, job.plan.between(start, job.last_step), job.shapes) as steps,
-            closing(_batches(job, start, telemetry)) as batches,
-            jax.transfer_guard("disallow"),  # what moves between host and devices does so by name
-        ):
-            return _run(job, workdir, start, weights, steps, batches, checkpoints, telemetry, signals)
+    with one_fate(), Signals(_leave_at_once) as signals:
+        job, workdir = Job(config), local_path(workdir)
+        weights, about_weights = ({}, {}) if has_checkpoints(workdir) else job.weights_to_begin_with()
+        with claimed(workdir, job.config) as stored, Checkpoints(workdir, _keep(job)) as checkpoints:
+            notes: list[str] = []
+            found = checkpoints.restore_newest(job.abstract_state, notes.append)
+            start, state = found or (0, placed(job.fresh_state(), weights))
+            check_same_past(stored, job, start, workdir)
+            with (
+                Watchdog(config.stuck_after) as watchdog,
+                Telemetry(workdir, job.plan, start) as telemetry,
+                StepsAhead(job.train_step, job.plan.between(start, job.last_step), job.shapes) as steps,
+                closing(_batches(job, start, telemetry)) as batches,
+            ):
+                telemetry.header(job.header(workdir, start) | about_weights)
+                for note in notes:
+                    telemetry.say(note)
+                if jax.process_index() == 0:
+                    facts = {"class_names": job.data.class_names, "image_shape": job.data.train.image_shape}
+                    write_json(workdir / "data.json", facts)
+                with jax.transfer_guard("disallow"):  # what moves between host and devices does so by name
+                    run = Run(job, workdir, steps, batches, checkpoints, telemetry, signals, watchdog)
+                    return run.from_step(start, state)
+
+
+def _leave_at_once(signum: int) -> NoReturn:
+    end("stopped before the first step; the same command begins again", 128 + signum)
+
+
+def _keep(job: Job) -> Keep:
+    c = job.config.checkpoint
+    return Keep(latest=c.keep, best=c.keep_best, metric=c.best_by, always=job.plan.keeps)
 
 
 def _batches(job: Job, start: int, telemetry: Telemetry) -> Feed:
@@ -68,70 +91,147 @@ def _batches(job: Job, start: int, telemetry: Telemetry) -> Feed:
     )
 
 
-def _run(
-    job: Job,
-    workdir: Path,
-    start: int,
-    weights: Arrays,
-    steps: StepsAhead,
-    batches: Feed,
-    checkpoints: Checkpoints,
-    telemetry: Telemetry,
-    signals: Signals,
-) -> dict[str, Any]:
-    config, plan = job.config, job.plan
-    state = checkpoints.restore(start, job.abstract_state) if start else placed(job.fresh_state(), weights)
-    step, splits, window, train_step = start, {}, Window(batches), steps.at(start)
+@dataclass
+class Run:
+    """One process's way through a training."""
 
-    def save(step: int, splits: dict[str, Any]) -> None:
-        check_finite(bool(jax.device_get(job.all_finite(state))), "the state", step)
-        # Of the weights and their running average, this is what a run is good for: it comes last.
-        checkpoints.save(step, state, to_json(config), list(splits.values())[-1] if splits else None)
+    job: Job
+    workdir: Path
+    steps: StepsAhead
+    batches: Feed
+    checkpoints: Checkpoints
+    telemetry: Telemetry
+    signals: Signals
+    watchdog: Watchdog
 
-    def rescue(step: int) -> None:  # from files at fault: mended, the run goes on from here
-        if step > start and jax.process_count() == 1:  # saving takes all processes
-            save(step, {})
+    def __post_init__(self) -> None:
+        self._agreement = Agreement(self.job.mesh, IN_FLIGHT)
+        self._began = time.monotonic()
 
-    for step in range(start + 1, job.last_step + 1):
-        try:
-            batch = next(batches)
-        except UserError:
-            rescue(step - 1)
-            raise
-        state, sums = train_step(state, batch, *job.teacher_weights)
-        window.add(sums)
-        train_step = steps.at(step, stopped=lambda: signals.received)
-        leaving = step == job.last_step or bool(signals.received)
-        saves = plan.saves(step) or leaving
-        if saves or step % config.log_every == 0 or step == start + 1:
-            rate = float(jax.device_get(job.learning_rate(jax.device_put(np.int32(step - 1)))))
-            telemetry.train(step, learning_rate=rate, **window.close(step))
-        if saves:
+    def from_step(self, start: int, state: TrainState) -> dict[str, Any]:
+        """Trains on from `state`, which is that of `start` and is saved. Returns what `train` does."""
+        job, plan, telemetry = self.job, self.job.plan, self.telemetry
+        step = saved = start
+        splits: dict[str, Any] = {}
+        window, stop = Window(self.batches), False
+        if start and plan.evaluates(start) and start < plan.steps:
+            splits, stop = self._evaluate(start, state, again=False)
+        while step < job.last_step and not stop:
+            train_step = self.steps.at(step, stopped=self._asked)
             try:
-                splits = evaluate_all(job, state, telemetry.broken) if plan.evaluates(step) else {}
-            except UserError:
-                rescue(step)
+                batch = self.batches.take(stopped=self._asked)
+            except UserError:  # from files at fault: mended, the run goes on from here
+                if step > saved and jax.process_count() == 1:  # saving takes all processes
+                    self._save(step, state)
                 raise
-            for split, metrics in splits.items():
-                telemetry.evaluation(step, split, metrics)
-            save(step, splits)
-            window.restart()
-        if leaving:
-            break
-    checkpoints.wait()
+            if batch is None:
+                break
+            with self._nothing_unsaved("compiling the step", step) if step == start else nullcontext():
+                state, sums = train_step(state, batch, *job.teacher_weights)
+            step += 1
+            window.add(sums)
+            self.watchdog.beat(f"step {step + 1:,}")
+            self.checkpoints.check()
+            stop = self._agreement.ask(bool(self.signals.received))
+            saves = plan.saves(step) or step == job.last_step
+            if saves or stop or step % job.config.log_every == 0 or step == start + 1:
+                rate = float(jax.device_get(job.learning_rate(jax.device_put(np.int32(step - 1)))))
+                telemetry.train(step, learning_rate=rate, **window.close(step))
+            if saves:
+                self._save(saved := step, state)
+                splits = {}
+                if plan.evaluates(step) and not stop:
+                    splits, stop = self._evaluate(step, state)
+                window.restart()
+        if step > saved:
+            self._save(step, state)
+        self.checkpoints.wait()
+        telemetry.saving(step, self.checkpoints.blocked, time.monotonic() - self._began)
 
-    if step < plan.steps:
-        text = f"stopped after step {step:,} of {plan.steps:,}, saved in {workdir}; the same command"
-        if signals.received:
-            raise Interrupted(f"{text} goes on from there", signals.received)
-        telemetry.say(f"{text} without --config.stop_after_steps goes on from there")
-        return {"step": step, "splits": {}}
-    if not splits:  # a finished run that is started again has taken no step
-        splits = evaluate_all(job, state, telemetry.broken)
-    telemetry.result(step, splits, to_json(config))
-    found = ", ".join(f"{split} accuracy {accuracy_text(metrics)}" for split, metrics in splits.items())
-    telemetry.say(f"done: step {step:,}, {found}, in {workdir}")
-    return {"step": step, "splits": splits}
+        if not (splits or stop) and step == plan.steps:  # a finished run that is started again has taken no step
+            splits, stop = self._evaluate(step, state, again=False)
+        if stop or (self.signals.received and not splits):
+            raise Interrupted(f"{self._stopped(step)} goes on from there", self.signals.received or signal.SIGTERM)
+        if step < plan.steps:
+            telemetry.say(f"{self._stopped(step)} without --config.stop_after_steps goes on from there")
+            return {"step": step, "splits": {}}
+        telemetry.result(step, splits, to_json(job.config))
+        found = ", ".join(f"{split} accuracy {accuracy_text(metrics)}" for split, metrics in splits.items())
+        telemetry.say(f"done: step {step:,}, {found}, in {self.workdir}")
+        return {"step": step, "splits": splits}
+
+    def _asked(self) -> bool:
+        """Whether to stop without asking the other processes, which are not waited for here: there are none."""
+        return bool(self.signals.received) and jax.process_count() == 1
+
+    def _save(self, step: int, state: TrainState) -> None:
+        check_finite(bool(jax.device_get(self.job.all_finite(state))), "the state", step)
+        self.watchdog.beat(f"saving step {step:,}", COMPILING)
+        self.checkpoints.save(step, state, to_json(self.job.config))
+
+    def _evaluate(self, step: int, state: TrainState, *, again: bool = True) -> tuple[dict[str, Any], bool]:
+        """The metrics of every split, recorded; and whether the run is to stop, in which case there are none.
+
+        Unless `again`, what is recorded already is not evaluated: a run was ended between saving and evaluating.
+        """
+        names = [self.job.data.eval.name] + ([f"{self.job.data.eval.name}_ema"] if state.ema else [])
+        recorded = evaluations(self.workdir).get(step, {})
+        if not again and all_agree(set(names) <= recorded.keys()):
+            return {name: recorded[name] for name in names}, False
+
+        def each_batch() -> bool:
+            self.watchdog.beat("a batch of the evaluation")
+            return self._agreement.ask(bool(self.signals.received))
+
+        with self._nothing_unsaved("the evaluation", step):
+            splits = evaluate_all(self.job, state, self.telemetry.broken, each_batch)
+        if splits is None:
+            return {}, True
+        for split, metrics in splits.items():
+            if again or split not in recorded:
+                self.telemetry.evaluation(step, split, metrics)
+        self.checkpoints.evaluated(step, splits)
+        return splits, False
+
+    @contextmanager
+    def _nothing_unsaved(self, doing: str, step: int) -> Iterator[None]:
+        """What may take as long as compiling does, and can be left at once: the state is that of `step`, and saved."""
+
+        def leave(signum: int) -> NoReturn:
+            self.checkpoints.wait()
+            end(f"{self._stopped(step)} goes on from there", 128 + signum)
+
+        self.watchdog.beat(doing, COMPILING)
+        self.signals.otherwise = leave
+        try:
+            yield
+        finally:
+            self.signals.otherwise = None
+            self.watchdog.beat("the next step")
+
+    def _stopped(self, step: int) -> str:
+        return f"stopped after step {step:,} of {self.job.plan.steps:,}, saved in {self.workdir}; the same command"
+
+
+def check_same_past(stored: ConfigDict | None, job: Job, start: int, workdir: Path) -> None:
+    """What is still to come may have other phases than when the run was begun: config.json then takes them.
+
+    Raises UserError if the phases of the `start` steps that are done are not those they were done in.
+    """
+    if stored is None or stored.progressive == job.config.progressive:
+        return
+    side = min(job.data.train.image_shape[:2])
+    then, now = (
+        [(p.first_step, min(p.end, start), p.image_size or side, p.batch_size) for p in plan.between(0, start)]
+        for plan in (Plan.of(stored, len(job.data.train)), job.plan)
+    )
+    if then != now:
+        raise UserError(
+            f"config.progressive: the {start:,} steps that are done were not in these phases; only those to come may "
+            f"change: {', '.join(f'steps to {end:,} at {size} px × {batch:,}' for _, end, size, batch in then)}"
+        )
+    if jax.process_index() == 0:
+        write_json(workdir / "config.json", to_json(job.config))
 
 
 def check_finite(finite: bool, what: str, step: int) -> None:

@@ -56,11 +56,12 @@ def read_config(workdir: Path) -> ConfigDict | None:
 
 
 @contextlib.contextmanager
-def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
+def claimed(workdir: Path, config: ConfigDict) -> Iterator[ConfigDict | None]:
     """Makes the folder and keeps other runs out of it; writes config.json, or checks that the run there is the same.
 
-    A folder in which nothing has been saved yet takes the new config. Raises UserError if the folder cannot be written,
-    is in use, or names what differs.
+    Gives the config of the run that is there, None if nothing has been saved yet: then the folder takes the new one.
+    Its `progressive` may differ, see train.check_same_past. Raises UserError if the folder cannot be written, is in
+    use, or names what differs.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -79,16 +80,24 @@ def claimed(workdir: Path, config: ConfigDict) -> Iterator[None]:
             raise UserError(f"--workdir={workdir}: cannot be written ({e.strerror}); choose another") from None
         stored = read_config(workdir) if has_checkpoints(workdir) else None
         if stored is not None:
-            check_same_config(stored, config, workdir)
+            compared = stored.copy_and_resolve_references()
+            compared.progressive = config.progressive
+            check_same_config(compared, config, workdir)
         if jax.process_index() == 0 and (stored is None or not (workdir / "config.json").exists()):
             write_json(workdir / "config.json", to_json(config))
-        yield
+        yield stored
 
 
 def check_same_config(stored: ConfigDict, config: ConfigDict, workdir: Path, group: str = "") -> None:
     """Raises UserError naming every key, of those that begin with `group`, that makes the two compute other things."""
     if different := [text for text in differences(stored, config) if text.startswith(group)]:
+        hint = ""
+        if different[0].startswith("batch_size:"):
+            hint = (
+                f"; to change it from some share of the training on, give --config.batch_size={stored.batch_size} and "
+                f"--config.progressive='((0, SIZE, {stored.batch_size}), (SHARE, SIZE, {config.batch_size}))'"
+            )
         raise UserError(
             f"--workdir={workdir}: holds a run of another config ({'; '.join(different)}); "
-            "choose another workdir, or delete this one"
+            f"choose another workdir, or delete this one{hint}"
         )

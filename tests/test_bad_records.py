@@ -16,7 +16,7 @@ from jax_resnet.data.order import Phase, train_indices
 from jax_resnet.data.source import open_dataset
 from jax_resnet.data.split import Split
 from jax_resnet.errors import UserError
-from jax_resnet.telemetry import read_metrics
+from jax_resnet.journal import read_metrics
 
 TINY = ROOT / "tests" / "tiny.py"
 

@@ -26,9 +26,10 @@ from jax_resnet.data.order import Phase, train_indices
 from jax_resnet.data.source import open_dataset
 from jax_resnet.errors import UserError
 from jax_resnet.job import Job
+from jax_resnet.journal import read_metrics
 from jax_resnet.plan import Plan, describe
 from jax_resnet.signals import COMPILER
-from jax_resnet.telemetry import Telemetry, read_metrics
+from jax_resnet.telemetry import Telemetry
 from jax_resnet.train import train
 
 ROWS = ((0.0, 6, 32), (0.4, 10), (0.75, 12, 8))

@@ -19,10 +19,10 @@ from safetensors.numpy import save_file
 
 from jax_resnet.config import UNITS, duration, find_config, model_overrides, validate
 from jax_resnet.errors import UserError
+from jax_resnet.journal import read_metrics
 from jax_resnet.models.torch_weights import flatten, to_torch
 from jax_resnet.models.zoo import create_model, model_spec
 from jax_resnet.plan import Plan
-from jax_resnet.telemetry import read_metrics
 from jax_resnet.train import train
 
 ARGUMENTS = {

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.errors import UserError
 from jax_resnet.job import Job
-from jax_resnet.telemetry import read_metrics
+from jax_resnet.journal import read_metrics
 from jax_resnet.train import train
 from jax_resnet.workdir import claimed, read_config
 

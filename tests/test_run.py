@@ -16,7 +16,7 @@ import jax_resnet
 from jax_resnet.config import default
 from jax_resnet.errors import UserError
 from jax_resnet.evaluate import evaluate_checkpoint
-from jax_resnet.telemetry import read_metrics
+from jax_resnet.journal import read_metrics
 from jax_resnet.train import train
 
 TINY = ROOT / "tests" / "tiny.py"

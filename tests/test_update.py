@@ -14,9 +14,9 @@ from ml_collections import ConfigDict
 from jax_resnet.data.loader import train_batches
 from jax_resnet.errors import UserError
 from jax_resnet.job import Job
+from jax_resnet.journal import read_metrics
 from jax_resnet.state import TrainState
 from jax_resnet.step import _averaged, _sharpness_aware
-from jax_resnet.telemetry import read_metrics
 
 TINY = ROOT / "tests" / "tiny.py"
 

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import resource_tracker
+from typing import Any
 
 import grain
 import jax
@@ -111,13 +112,20 @@ class Feed:
         return self
 
     def __next__(self) -> dict[str, jax.Array]:
+        if (batch := self.take()) is None:
+            raise StopIteration
+        return batch
+
+    def take(self, stopped: Callable[[], Any] = lambda: False) -> dict[str, jax.Array] | None:
+        """The next batch; None after the last, or if `stopped()` while it is waited for."""
         while len(self._coming) <= ON_DEVICE:
             self._coming.append(self._thread.submit(self._put))
         began = time.monotonic()
-        found = self._coming.popleft().result()
+        while not stopped() and wait([self._coming[0]], timeout=0.2).not_done:
+            pass
         self.waited += time.monotonic() - began
-        if found is None:
-            raise StopIteration
+        if stopped() or (found := self._coming.popleft().result()) is None:
+            return None
         batch, broken, read = found
         self._ledger.add(broken, read)
         return batch

@@ -1,0 +1,97 @@
+"""One fate: when a process of a job ends by a fault, all of them end, in seconds, with its error as their last line.
+
+JAX ends the others only when a process has been silent for the length of a heartbeat, and one that leaves orderly
+waits for them. Here what ended a process is left with JAX's coordination service, which each looks up twice a second.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import jax
+from jax._src import distributed  # jax.distributed has no public key-value store
+
+from jax_resnet.errors import Interrupted, UserError, first_line
+
+KEY, EVERY, LINGER = "jax_resnet/end", 0.5, 3.0  # seconds
+_watching = threading.Lock()
+
+
+@contextlib.contextmanager
+def one_fate() -> Iterator[None]:
+    """Ends the process, and its peers, when what is inside ends by an exception other than Interrupted.
+
+    Where there is one process only, this does nothing: the exception goes on to the caller.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    if _watching.acquire(blocking=False):
+        threading.Thread(target=_watch, args=(_client(),), daemon=True).start()
+    try:
+        yield
+    except (Interrupted, GeneratorExit):
+        raise
+    except UserError as e:
+        end(f"error: {e}", 2)
+    except BaseException as e:
+        traceback.print_exc()
+        end(f"{type(e).__name__}: {first_line(e)}", 130 if isinstance(e, KeyboardInterrupt) else 1)
+
+
+def end(text: str, status: int) -> NoReturn:
+    """Ends this process with `text` as its last line, at once, and those of its job with the same.
+
+    If another has ended before, it is that one's text.
+    """
+    if jax.process_count() > 1:
+        text = text if status == 2 else f"process {jax.process_index()} on {socket.gethostname()}: {text}"
+        with contextlib.suppress(Exception):  # set already, or the service is gone
+            _client().key_value_set(KEY, json.dumps([text, status]))
+        with contextlib.suppress(Exception):
+            text, status = json.loads(_client().key_value_try_get(KEY))
+        if jax.process_index() == 0:  # where the service lives: the others must have time to ask
+            time.sleep(LINGER)
+    _leave(text, status)
+
+
+def part(status: int) -> None:
+    """Leaves the job in an orderly way, then the process: by `status`."""
+    with contextlib.suppress(Exception):
+        jax.distributed.shutdown()  # waits for the others, so that none finds the service gone
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _client() -> Any:
+    return distributed.global_state.client
+
+
+def _watch(client: Any) -> None:
+    while True:
+        time.sleep(EVERY)
+        try:
+            text, status = json.loads(client.key_value_try_get(KEY))
+        except Exception as e:
+            if "NOT_FOUND" in str(e):
+                continue
+            if distributed.global_state.client is None:  # the job is over
+                return
+            text, status = f"process {jax.process_index()}: the others are lost ({first_line(e)})", 1
+        _leave(text, status)
+
+
+def _leave(text: str, status: int) -> NoReturn:
+    with contextlib.suppress(Exception):
+        show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # which a progress bar hides
+        sys.stdout.flush()
+        print(f"{show_cursor}\n{text}", file=sys.stderr, flush=True)
+    os._exit(status)
