@@ -51,7 +51,8 @@ def all_agree(holds: bool) -> bool:
     """Whether it holds in every process. All wait for each other."""
     if jax.process_count() == 1:
         return holds
-    return bool(multihost_utils.process_allgather(np.array(holds)).all())
+    with jax.transfer_guard("allow"):
+        return bool(multihost_utils.process_allgather(np.array(holds)).all())
 
 
 def of_first_process(numbers: Sequence[int]) -> list[int]:
@@ -69,11 +70,8 @@ class Agreement:
     def __init__(self, mesh: Mesh, lag: int):
         self._lag, self._asked = lag, deque[jax.Array]()
         if jax.process_count() > 1:
-            local = jax.local_device_count()
-            sharding = batch_sharding(mesh)
-            self._votes = [
-                jax.make_array_from_process_local_data(sharding, np.full(local, vote, np.int32)) for vote in (0, 1)
-            ]
+            local = (np.full(jax.local_device_count(), vote, np.int32) for vote in (0, 1))
+            self._votes = [global_batch(batch_sharding(mesh), {"vote": votes})["vote"] for votes in local]
             self._any = jax.jit(lambda votes: votes.max(), out_shardings=replicated(mesh))
 
     def ask(self, wanted: bool) -> bool:
