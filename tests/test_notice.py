@@ -20,7 +20,7 @@ WAITING = "from jax_resnet.notice import watch; import time; watch(); print('beg
 
 
 class Metadata(ThreadingHTTPServer):
-    """Answers instance/preempted as documented: at once for another etag than today's, else after a change or in time."""
+    """Answers instance/preempted as documented: another etag than today's at once, else at a change or in time."""
 
     daemon_threads = True
 
