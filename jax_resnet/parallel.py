@@ -1,14 +1,25 @@
 """Devices: the mesh, what is spread over it, and global batches from what one process has read."""
 
+import os
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_resnet.errors import UserError
+from jax_resnet.errors import UserError, first_line
 
 
 def data_mesh() -> Mesh:
-    """All devices of all processes on one axis, `data`."""
+    """All devices of all processes on one axis, `data`. Raises UserError if there are none of the kind asked for."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as e:
+        asked = {name: os.environ[name] for name in ("JAX_PLATFORMS", "XLA_FLAGS") if name in os.environ}
+        given = " ".join(f"{name}={value}" for name, value in asked.items())
+        why = first_line(e).partition(" (set JAX_PLATFORMS=")[0]
+        raise UserError(
+            f"{given or 'JAX'}: no such devices here ({why}); JAX_PLATFORMS=cpu takes the processor"
+        ) from None
     # Auto: shardings are propagated by XLA; jax.make_mesh would make the axis Explicit.
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
