@@ -112,8 +112,8 @@ class Checkpoints:
 
         Raises UserError if an earlier save has failed, or the folder has gone.
         """
-        began = time.monotonic()
         if step not in self.steps():
+            began = time.monotonic()
             if not os.path.isdir(self._workdir):
                 raise UserError(
                     f"--workdir={self._workdir}: is no longer there; it was moved or deleted during the run"
@@ -125,7 +125,7 @@ class Checkpoints:
                     "record": ocp.args.JsonSave(_record(fields, config)),
                 }
                 self._manager().save(step, args=ocp.args.Composite(**items), force=True)
-        self.blocked += time.monotonic() - began
+            self.blocked += time.monotonic() - began
 
     def evaluated(self, step: int, splits: Mapping[str, Mapping[str, Any]]) -> None:
         """Takes note of how good the state at `step` is: what is best stays."""
@@ -139,12 +139,12 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything is on disk; raises UserError if it could not be written."""
-        began = time.monotonic()
         if self._writer:
+            began = time.monotonic()
             with self._one_line("written"):
                 self._writer.wait_until_finished()
                 self._writer.check_for_errors()
-        self.blocked += time.monotonic() - began
+            self.blocked += time.monotonic() - began
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Orbax's question which of `checkpoints` to keep."""

@@ -51,7 +51,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "more than 0",
         lambda v: 0 < v < math.inf,
-        "stretch optimizer.learning_rate optimizer.rest.learning_rate optimizer.trust_coefficient model.bn_epsilon "
+        "optimizer.learning_rate optimizer.rest.learning_rate optimizer.trust_coefficient model.bn_epsilon "
         "distill.temperature schedule.power",
     ),
     (
@@ -77,6 +77,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: 0 < v <= 1,
         "optimizer.layer_decay data.eval_crop data.mix_until distill.alpha",
     ),
+    ("more than 0 and at most 1000", lambda v: 0 < v <= 1000, "stretch"),
     ("at least 0 and less than 2**32", lambda v: 0 <= v < 2**32, "seed"),
     (
         "numbers",

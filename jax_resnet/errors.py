@@ -1,8 +1,12 @@
 """What a user did wrong, in one line."""
 
 import difflib
+import errno
+import re
 import sys
 from collections.abc import Iterable
+
+LACKING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE)  # what the machine has no more of
 
 
 class UserError(Exception):
@@ -25,6 +29,18 @@ def fail(error: UserError) -> int:
     """Prints the one line; returns the exit status of a command that a user's mistake has ended."""
     print(f"error: {error}", file=sys.stderr)
     return 2
+
+
+def lacking(error: Exception) -> UserError:
+    """As a user's mistake, that memory, disk or files ran out. Raises `error` again if it says nothing of the kind."""
+    if isinstance(error, MemoryError) or re.search(r"RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
+        return UserError(
+            f"memory ran out ({first_line(error)}); give a smaller config.batch_size, a larger config.accumulate or a "
+            "smaller network"
+        )
+    if isinstance(error, OSError) and error.errno in LACKING:
+        return UserError(f"{error.filename or 'a file'}: cannot be written or opened ({error.strerror})")
+    raise error
 
 
 def first_line(error: BaseException) -> str:

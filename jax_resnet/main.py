@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jax_resnet.config import parse_flags, validate
-from jax_resnet.errors import Interrupted, UserError, fail
+from jax_resnet.errors import Interrupted, UserError, fail, lacking
 from jax_resnet.signals import leave
 
 config_flags.DEFINE_config_file("config", None, "The config file, with `:argument` where it takes one.")
@@ -65,6 +65,8 @@ def main(_: list[str]) -> int:
     except Interrupted as e:
         print(e, file=sys.stderr)
         status = 128 + e.signum
+    except Exception as e:
+        status = fail(lacking(e))
     return leave(status)
 
 

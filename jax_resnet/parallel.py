@@ -86,7 +86,16 @@ class Agreement:
 
 
 def data_mesh() -> Mesh:
-    """All devices of all processes on one axis, `data`."""
+    """All devices of all processes on one axis, `data`. Raises UserError if there are none of the kind asked for."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as e:
+        asked = {name: os.environ[name] for name in ("JAX_PLATFORMS", "XLA_FLAGS") if name in os.environ}
+        given = " ".join(f"{name}={value}" for name, value in asked.items())
+        why = first_line(e).partition(" (set JAX_PLATFORMS=")[0]
+        raise UserError(
+            f"{given or 'JAX'}: no such devices here ({why}); JAX_PLATFORMS=cpu takes the processor"
+        ) from None
     # Auto: shardings are propagated by XLA; jax.make_mesh would make the axis Explicit.
     return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
