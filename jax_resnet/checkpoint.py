@@ -323,7 +323,7 @@ def _digests(tree: Any) -> dict[str, dict[str, Any]]:
     """Shape, dtype and SHA-256 of the bytes (in C order) of each array, whole, wherever its parts are."""
 
     def digest(array: Any) -> dict[str, Any]:
-        sha256 = hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+        sha256 = hashlib.sha256(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))).hexdigest()
         return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": sha256}
 
     named = _named(tree)
