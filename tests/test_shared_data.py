@@ -16,7 +16,7 @@ def splits(workdir: Path, *args: str) -> dict:
 
 @pytest.mark.parametrize(
     ("file", "examples", "steps"),
-    [("cifar10_lossless_subset.npz", 1_000, 40), ("fashion_mnist.npz", 10_000, 20)],
+    [("cifar10_lossless_subset.npz", 1_000, 40), ("fashion_mnist.npz", 10_000, 30)],
 )
 @pytest.mark.slow
 def test_resnet20_on_arrays(shared: Path, tmp_path: Path, file: str, examples: int, steps: int) -> None:
