@@ -296,6 +296,7 @@ CASES = [
         ("--workdir={tmp}/file: cannot be written",),
         lambda tmp, _: (tmp / "file").touch(),
     ),
+    Case("workdir", "a URL", "--config={tiny}:{npz} --workdir=gs://bucket/run", ("not a URL",)),
     Case(
         "workdir",
         "of the kernel's",
@@ -335,7 +336,7 @@ def saved_run(tiny_npz: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_this_process(args: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     """What `python -m jax_resnet.main ARGS` would exit with."""
     monkeypatch.setattr(sys, "argv", ["jax_resnet.main", *args])  # where ml_collections looks, too
-    monkeypatch.delitem(sys.modules, "config", raising=False)  # ml_collections loads each config file as this
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # the name of every config file's module
     with flagsaver.flagsaver():
         try:
             return main.main(main._parse(list(sys.argv)))
