@@ -39,7 +39,7 @@ def lacking(error: Exception) -> UserError:
             "smaller network"
         )
     if isinstance(error, OSError) and error.errno in LACKING:
-        return UserError(f"{error.filename or 'a file'}: cannot be written or opened ({error.strerror})")
+        return UserError(f"{error.filename or 'a file of the run'}: cannot be written or opened ({error.strerror})")
     raise error
 
 

@@ -43,11 +43,11 @@ class Job:
         config.data names, where that is open already.
         """
         validate(config)
+        self.mesh = parallel.data_mesh()
         c = self.config = config.copy_and_resolve_references()
         c.dtype = activation_dtype(c.dtype).name
         overrides = model_overrides(c)
         spec = self.spec = model_spec(c.model.name, **overrides)
-        self.mesh = parallel.data_mesh()
         self.sharding, whole = parallel.batch_sharding(self.mesh), parallel.replicated(self.mesh)
         rows, key = phase_rows(c), "config.progressive: batch_size" if c.progressive else "config.batch_size"
         batch_sizes = [batch_size for _, _, batch_size in rows] if training else []

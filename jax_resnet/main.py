@@ -53,7 +53,7 @@ def default_workdir() -> Path:
 
 def main(_: list[str]) -> int:
     """Runs; a user's mistake is one line on stderr and status 2, a signal 128 + its number."""
-    logging.set_verbosity(logging.ERROR)  # Orbax, TFDS and JAX report at length
+    logging.set_verbosity(logging.FATAL)  # Orbax, TFDS and JAX report at length, errors with their tracebacks too
     status = 0
     try:
         run()
