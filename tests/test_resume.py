@@ -145,7 +145,8 @@ def test_the_best_evaluation_survives_restarts(tiny_config: ConfigDict, tmp_path
         best = checkpoints.best_step()
         assert best is not None
         assert accuracies[best] == max(accuracies.values())
-        assert set(checkpoints.steps()) == {best, 56, 60}  # saved every 5 and every 8 steps
+        before = max((step for step in accuracies if step < 60), key=lambda step: (accuracies[step], step))
+        assert set(checkpoints.steps()) == {before, 56, 60}  # saved every 5 and every 8 steps, evaluated after that
 
 
 def test_a_checkpoint_of_another_network_names_the_parameter(tiny_config: ConfigDict, tmp_path: Path) -> None:
@@ -206,7 +207,7 @@ def test_a_damaged_checkpoint_is_named(tiny_config: ConfigDict, tmp_path: Path) 
     damaged = [f for f in (tmp_path / "checkpoints" / "1" / "state").rglob("*") if f.is_file()]
     for file in damaged:
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"checkpoints/1: this checkpoint cannot be read") as e:
+    with pytest.raises(UserError, match=r"checkpoints/1: this checkpoint is damaged") as e:
         train(tiny_config, tmp_path)
     assert "\n" not in str(e.value)
 
@@ -222,4 +223,4 @@ def test_half_a_line_of_metrics_is_left_out(tiny_config: ConfigDict, tmp_path: P
     steps = [json.loads(line)["step"] for line in lines if json.loads(line)["kind"] == "train"]
     assert steps == sorted(set(steps))
     assert 9 in steps  # recorded again, in full
-    assert all("loss" in json.loads(line) for line in lines)
+    assert all("loss" in json.loads(line) for line in lines if json.loads(line)["kind"] != "save")
