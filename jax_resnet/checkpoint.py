@@ -2,10 +2,12 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
 
@@ -102,6 +104,7 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state at `step`, on the devices and in the shardings of the abstract state `like`.
 
+        What a guard keeps need not have been saved: a run may go on with another one.
         Raises UserError naming the parameters that differ when the network is another one, or the step when its files
         are damaged.
         """
@@ -109,12 +112,14 @@ class Checkpoints:
             found = self._manager.item_metadata(step)["state"]
         except Exception as e:  # whatever Orbax meets in damaged files
             raise self._damaged(step, e) from None
+        there = like
         if found is not None:
-            _check_same_tree(_shapes(found), _shapes(like), f"{self.directory}/{step}")
+            there = _guard_as_in(found, like)
+            _check_same_tree(_shapes(found), _shapes(there), f"{self.directory}/{step}")
         try:
             with jax.transfer_guard("allow"):
-                args = ocp.args.Composite(state=ocp.args.StandardRestore(_fields(like)))
-                return TrainState(**self._manager.restore(step, args=args)["state"])
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(_fields(there)))
+                return _guard_like(TrainState(**self._manager.restore(step, args=args)["state"]), like)
         except Exception as e:
             raise self._damaged(step, e) from None
 
@@ -144,8 +149,22 @@ class Checkpoints:
 
 
 def _fields(state: TrainState) -> dict[str, Any]:
-    """The state by the names of its fields, without a running average where none is kept."""
-    return {name: value for name, value in vars(state).items() if name != "ema" or value}
+    """The state by the names of its fields, without a running average or a guard where there is none."""
+    return {name: value for name, value in vars(state).items() if name not in ("ema", "guard") or value}
+
+
+def _guard_as_in(tree: Any, like: TrainState) -> TrainState:
+    """The abstract state `like`, with a guard like that in `tree`, which is what was saved, if in any."""
+    there = getattr(tree, "tree", tree).get("guard", {})
+    as_there = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.step.sharding), there)
+    return replace(like, guard=as_there)
+
+
+def _guard_like(state: TrainState, like: TrainState) -> TrainState:
+    """`state` with a guard like that of the abstract state `like`; what was not saved of it begins at 0."""
+    zeros = {name: np.zeros(x.shape, x.dtype) for name, x in like.guard.items() if name not in state.guard}
+    new = jax.device_put(zeros, like.step.sharding)
+    return replace(state, guard={name: state.guard.get(name, new.get(name)) for name in like.guard})
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

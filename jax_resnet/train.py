@@ -1,5 +1,6 @@
 """The main job: a config and a workdir in, a trained network, its checkpoints and its result out."""
 
+import math
 import os
 import time
 from contextlib import closing
@@ -21,6 +22,7 @@ from jax_resnet.metrics import Sums, accuracy_text, total
 from jax_resnet.models.torch_weights import Arrays
 from jax_resnet.pretrained import placed
 from jax_resnet.signals import Signals
+from jax_resnet.study import Skipped
 from jax_resnet.telemetry import Telemetry
 from jax_resnet.workdir import claimed, has_checkpoints, local_path, write_json
 
@@ -82,6 +84,7 @@ def _run(
     config, plan = job.config, job.plan
     state = checkpoints.restore(start, job.abstract_state) if start else placed(job.fresh_state(), weights)
     step, splits, window, train_step = start, {}, Window(batches), steps.at(start)
+    skipped = Skipped(job, state, start, telemetry)
 
     def save(step: int, splits: dict[str, Any]) -> None:
         check_finite(bool(jax.device_get(job.all_finite(state))), "the state", step)
@@ -89,7 +92,9 @@ def _run(
         checkpoints.save(step, state, to_json(config), list(splits.values())[-1] if splits else None)
 
     def rescue(step: int) -> None:  # from files at fault: mended, the run goes on from here
-        if step > start and jax.process_count() == 1:  # saving takes all processes
+        skipped.read()
+        # Saving takes all processes; and weights with which updates are skipped may be past mending.
+        if step > start and jax.process_count() == 1 and not skipped.row:
             save(step, {})
 
     for step in range(start + 1, job.last_step + 1):
@@ -100,10 +105,17 @@ def _run(
             raise
         state, sums = train_step(state, batch, *job.teacher_weights)
         window.add(sums)
+        skipped.add(step, sums)
         train_step = steps.at(step, stopped=lambda: signals.received)
         leaving = step == job.last_step or bool(signals.received)
-        saves = plan.saves(step) or leaving
-        if saves or step % config.log_every == 0 or step == start + 1:
+        reports = plan.saves(step) or leaving or step % config.log_every == 0 or step == start + 1
+        if reports:
+            skipped.read()
+        if skipped.too_many:
+            raise skipped.study(state, workdir)
+        # What may be past mending takes the place of no good checkpoint, unless the run would leave without one.
+        saves = (plan.saves(step) and not skipped.row) or leaving
+        if reports:
             rate = float(jax.device_get(job.learning_rate(jax.device_put(np.int32(step - 1)))))
             telemetry.train(step, learning_rate=rate, **window.close(step))
         if saves:
@@ -159,12 +171,17 @@ class Window:
     def close(self, step: int) -> dict[str, Any]:
         """loss, accuracy, images_per_second and input_wait (a share of the time) of the window, which begins anew.
 
+        With a guard also skipped; loss and accuracy are None if that is every update.
         Raises UserError if the loss is no number.
         """
         totals = total(self._sums)
-        loss = totals["loss"] / totals["examples"]
-        check_finite(bool(np.isfinite(loss)), "the loss", step)
-        means = {"loss": loss, "accuracy": totals["correct_top1"] / totals["examples"]}
+        loss, accuracy = (totals[name] / (totals["examples"] or math.nan) for name in ("loss", "correct_top1"))
+        means: dict[str, Any] = {"loss": loss, "accuracy": accuracy}
+        if "skipped" in totals:
+            means["skipped"] = totals["skipped"]
+        if not totals["examples"]:
+            means.update(loss=None, accuracy=None)
+        check_finite(not totals["examples"] or math.isfinite(loss), "the loss", step)
         if self._began is not None:
             seconds = time.monotonic() - self._began
             means["images_per_second"] = totals["examples"] / seconds
