@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -208,18 +208,20 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state at `step`, on the devices and in the shardings of the abstract state `like`.
 
+        What a guard keeps need not have been saved: a run may go on with another one.
         Raises UserError naming the parameters that differ when the network is another one, and Damaged when the files
         are not what was saved.
         """
-        record, fields = self.record(step), _fields(like)
+        record = self.record(step)
         saved = {name: tuple(array["shape"]) for name, array in record["arrays"].items()}
+        fields = _fields(_guard_as_in(record["arrays"], like))
         _check_same_tree(saved, _shapes(fields), f"{self.directory}/{step}")
         with self._reading(step), jax.transfer_guard("allow"):
             # Not by Orbax's manager: there the processes wait for each other, also for one that has met an error.
             folder = epath.Path(self.directory) / str(step) / "state"
             found = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(fields))
             _check_digests(found, record["arrays"])
-            return TrainState(**found)
+            return _guard_like(TrainState(**found), like)
 
     def restore_newest(self, like: TrainState, say: Callable[[str], None]) -> tuple[int, TrainState] | None:
         """The newest sound checkpoint, as `restore`: its step and state. None if nothing has been saved.
@@ -292,8 +294,24 @@ class Checkpoints:
 
 
 def _fields(state: TrainState) -> dict[str, Any]:
-    """The state by the names of its fields, without a running average where none is kept."""
-    return {name: value for name, value in vars(state).items() if name != "ema" or value}
+    """The state by the names of its fields, without a running average or a guard where there is none."""
+    return {name: value for name, value in vars(state).items() if name not in ("ema", "guard") or value}
+
+
+def _guard_as_in(arrays: Mapping[str, Mapping[str, Any]], like: TrainState) -> TrainState:
+    """The abstract state `like`, with a guard like that which is among the saved `arrays`, if in any."""
+    there = {name.removeprefix("guard/"): of for name, of in arrays.items() if name.startswith("guard/")}
+    shapes = {
+        name: jax.ShapeDtypeStruct(of["shape"], of["dtype"], sharding=like.step.sharding) for name, of in there.items()
+    }
+    return replace(like, guard=shapes)
+
+
+def _guard_like(state: TrainState, like: TrainState) -> TrainState:
+    """`state` with a guard like that of the abstract state `like`; what was not saved of it begins at 0."""
+    zeros = {name: np.zeros(x.shape, x.dtype) for name, x in like.guard.items() if name not in state.guard}
+    new = jax.device_put(zeros, like.step.sharding)
+    return replace(state, guard={name: state.guard.get(name, new.get(name)) for name in like.guard})
 
 
 def _named(tree: Any) -> dict[str, Any]:
@@ -323,7 +341,7 @@ def _digests(tree: Any) -> dict[str, dict[str, Any]]:
     """Shape, dtype and SHA-256 of the bytes (in C order) of each array, whole, wherever its parts are."""
 
     def digest(array: Any) -> dict[str, Any]:
-        sha256 = hashlib.sha256(memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))).hexdigest()
+        sha256 = hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
         return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": sha256}
 
     named = _named(tree)

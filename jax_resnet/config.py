@@ -59,8 +59,9 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         lambda v: 0 <= v < math.inf,
         "optimizer.epsilon optimizer.weight_decay optimizer.l1 optimizer.reference_batch optimizer.clip_norm "
         "optimizer.clip_value optimizer.clip_adaptive optimizer.sam_rho data.pad data.mixup data.cutmix data.pca_noise "
-        "data.workers model.head_std checkpoint.keep_best stuck_after",
+        "data.workers model.head_std guard.max_skipped checkpoint.keep_best stuck_after",
     ),
+    ("0, or more than 1", lambda v: v == 0 or 1 < v < math.inf, "guard.loss_spike"),
     (
         "at least 0 and less than 1",
         lambda v: 0 <= v < 1,
@@ -109,6 +110,7 @@ MAY_CHANGE = (
     "eval.every",
     "eval.batch_size",
     "checkpoint",
+    "guard.max_skipped",
     "data.data_dir",
     "data.decoder",
     "data.threads",
@@ -275,6 +277,13 @@ def default() -> ConfigDict:
     c.ema.warmup = duration(epochs=0)  # until then each update makes it a copy
     c.ema.ramp = False  # decay at most (1 + n) / (10 + n) at the n-th update after that
 
+    c.guard = (
+        ConfigDict()
+    )  # an update whose loss or gradients are no numbers is skipped: all but the step stays as it is
+    c.guard.max_skipped = 10  # so many skipped in a row end the run; 0: no guard, the run ends at the next report
+    c.guard.loss_spike = 0.0  # an update is also skipped whose loss is more than so many times the running mean of the
+    # losses before it, once that is of 100; 0: none is
+
     c.eval = ConfigDict()
     c.eval.every = duration(epochs=1)
     c.eval.batch_size = placeholder(int)  # None: batch_size
@@ -334,6 +343,10 @@ def validate(c: ConfigDict) -> None:
         )
     if c.distill.model and not c.distill.teacher:
         raise UserError(f"config.distill.model={c.distill.model}: whose weights? Give config.distill.teacher")
+    if c.guard.loss_spike and not c.guard.max_skipped:
+        raise UserError(
+            f"config.guard.loss_spike={c.guard.loss_spike}: needs config.guard.max_skipped, which is 0; give 1 or more"
+        )
     for what in DURATIONS:
         if not in_steps(_get(c, what), what, batch_size=1, num_examples=1) and what not in MAY_BE_0:
             raise UserError(f"config.{what} is 0: must be more")

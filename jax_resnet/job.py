@@ -26,7 +26,7 @@ from jax_resnet.plan import Plan, describe
 from jax_resnet.pretrained import fitting
 from jax_resnet.schedule import make_schedule, over_phases, peak_learning_rate
 from jax_resnet.state import make_state
-from jax_resnet.step import make_eval_step, make_train_step
+from jax_resnet.step import make_eval_step, make_gradients, make_train_step
 from jax_resnet.teacher import Teacher
 
 
@@ -103,7 +103,13 @@ class Job:
             **overrides,
         )
         self.graph, self.abstract_state, self.fresh_state = make_state(
-            lambda rngs: make_model(rngs=rngs), optimizer, c.seed, whole, ema=bool(c.ema.decay)
+            lambda rngs: make_model(rngs=rngs),
+            optimizer,
+            c.seed,
+            whole,
+            ema=bool(c.ema.decay),
+            guard=bool(c.guard.max_skipped),
+            loss_spike=bool(c.guard.loss_spike),
         )
         for part in c.freeze:
             choose("config.freeze", part, self.abstract_state.params)
@@ -113,19 +119,16 @@ class Job:
         if training and c.distill.teacher:
             teacher = Teacher.of(c.distill, c.data, data.num_classes, jnp.dtype(c.dtype), whole)
         self.teacher_weights = (teacher.weights,) if teacher else ()
-        train_step = make_train_step(
-            self.graph,
-            optimizer,
-            c,
-            mix_stop=plan.step_at(c.data.mix_until) if c.data.mix_until < 1 else None,
-            ema_start=plan.update_at(plan.ema_warmup_steps),
-            teacher=teacher,
-            parts=parallel.parts_sharding(self.mesh),
-        )
+        given: dict[str, Any] = {
+            "mix_stop": plan.step_at(c.data.mix_until) if c.data.mix_until < 1 else None,
+            "teacher": teacher,
+            "parts": parallel.parts_sharding(self.mesh),
+        }
+        train_step = make_train_step(self.graph, optimizer, c, ema_start=plan.update_at(plan.ema_warmup_steps), **given)
         constant = [whole] * len(self.teacher_weights)
-        self.train_step = jax.jit(
-            train_step, in_shardings=(whole, self.sharding, *constant), out_shardings=whole, donate_argnums=0
-        )
+        shardings: dict[str, Any] = {"in_shardings": (whole, self.sharding, *constant), "out_shardings": whole}
+        self.train_step = jax.jit(train_step, donate_argnums=0, **shardings)
+        self.gradients = jax.jit(make_gradients(self.graph, c, **given), **shardings)
         self.eval_step = jax.jit(
             make_eval_step(self.graph, c), in_shardings=(whole, whole, self.sharding), out_shardings=whole
         )

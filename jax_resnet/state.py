@@ -21,6 +21,9 @@ class TrainState:
     batch_stats: Any  # running mean and var, in the same places
     opt_state: Any
     ema: Any = field(default_factory=dict)  # running average of `weights`, {} where none is kept
+    # row: int32, updates skipped since the last that was not; with a rule for spikes also loss, float32, the running
+    # mean, and losses, int32, of how many. {} where there is no guard
+    guard: Any = field(default_factory=dict)
 
     @property
     def weights(self) -> dict[str, Any]:
@@ -51,11 +54,14 @@ def make_state(
     sharding: Sharding,
     *,
     ema: bool = False,
+    guard: bool = False,
+    loss_spike: bool = False,
 ) -> tuple[nnx.GraphDef, TrainState, Callable[[], TrainState]]:
     """The model's graph, the abstract state (shapes with shardings), and what makes the state on the devices.
 
-    With `ema` the state has a running average, at first a copy of the weights. Nothing is computed here: a restored run
-    never makes the parameters it would throw away.
+    With `ema` the state has a running average, at first a copy of the weights, with `guard` what that keeps, and with
+    `loss_spike` too what the rule for spikes does. Nothing is computed here: a restored run never makes the parameters
+    it would throw away.
     """
     graphs: list[nnx.GraphDef] = []
 
@@ -67,7 +73,9 @@ def make_state(
         graphs.append(graph)
         pure = nnx.to_pure_dict(params)
         state = TrainState(jnp.zeros((), jnp.int32), pure, nnx.to_pure_dict(stats), optimizer.init(pure))
-        return replace(state, ema=state.weights) if ema else state
+        count = {"row": jnp.zeros((), jnp.int32)} if guard else {}
+        mean = {"loss": jnp.zeros(()), "losses": jnp.zeros((), jnp.int32)} if guard and loss_spike else {}
+        return replace(state, ema=state.weights if ema else {}, guard=count | mean)
 
     def fresh() -> TrainState:
         return jax.jit(lambda: init(jax.random.key(seed)), out_shardings=sharding)()

@@ -15,10 +15,12 @@ from ml_collections import ConfigDict
 from jax_resnet.data import device
 from jax_resnet.loss import distillation, make_loss
 from jax_resnet.metrics import Sums, classification_sums
+from jax_resnet.optim import at_step
 from jax_resnet.state import TrainState
 from jax_resnet.teacher import Teacher
 
 Batch = dict[str, jax.Array]
+MEAN_OF = 100  # losses in the running mean: as many are waited for before it tells spikes; then it decays by 0.99
 STEPS = 2**32 - 1  # folded into the seed's key: the parameters are drawn from the same key, with counts from 0
 
 
@@ -35,8 +37,39 @@ def make_train_step(
     """The update: (state, {image uint8 [N, H, W, C], label int32 [N]}) → (new state, sums over the batch).
 
     With data.flip_alternate the batch also has mirrored, bool [N]; with a `teacher` its weights are a third argument.
-    `mix_stop` is the step from which images are not mixed (None: they are to the end), `ema_start` the one until which
-    the average is a copy, `parts` the sharding of arrays [config.accumulate, N / config.accumulate, …].
+    `ema_start` is the step until which the average is a copy; the rest is as in `make_gradients`.
+
+    Where the state has a guard, an update whose loss or gradients, before clipping, are no numbers is skipped: of the
+    state only step and guard change. So are those whose loss is more than `config.guard.loss_spike` times the running
+    mean of the losses before it, once there are MEAN_OF, and all after `config.guard.max_skipped` in a row. The sums
+    then also have skipped, int32 0 or 1, and skipped_loss, float32, the mean loss of what was; all others are 0.
+    """
+    c, gradients = config, make_gradients(graph, config, mix_stop=mix_stop, teacher=teacher, parts=parts)
+
+    def train_step(state: TrainState, batch: Batch, *teacher_weights: Any) -> tuple[TrainState, Sums]:
+        grads, batch_stats, sums = gradients(state, batch, *teacher_weights)
+        opt_state = at_step(state.opt_state, state.step) if state.guard else state.opt_state
+        updates, opt_state = optimizer.update(grads, opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        new = replace(state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
+        new = replace(new, ema=_averaged(new, c.ema, ema_start)) if c.ema.decay else new
+        return _guarded(state, new, grads, sums, c.guard) if state.guard else (new, sums)
+
+    return train_step
+
+
+def make_gradients(
+    graph: nnx.GraphDef,
+    config: ConfigDict,
+    *,
+    mix_stop: int | None = None,
+    teacher: Teacher | None = None,
+    parts: NamedSharding | None = None,
+) -> Callable[..., tuple[Any, Any, Sums]]:
+    """(state, batch) → what an update is made of: gradients, the new batch statistics, sums over the batch.
+
+    With a `teacher` its weights are a third argument. `mix_stop` is the step from which images are not mixed (None:
+    they are to the end), `parts` the sharding of arrays [config.accumulate, N / config.accumulate, …].
 
     Of a mixed image the label with more weight is the right one (of equals the lower), as torchvision counts too.
     The parts of the network in `config.freeze` normalise by their running statistics and leave them as they are.
@@ -45,7 +78,7 @@ def make_train_step(
     """
     c, loss_of = config, make_loss(config.loss, training=True)
 
-    def train_step(state: TrainState, batch: Batch, *teacher_weights: Any) -> tuple[TrainState, Sums]:
+    def of_batch(state: TrainState, batch: Batch, *teacher_weights: Any) -> tuple[Any, Any, Sums]:
         rows, whole, dropout_key = _drawn(batch, state.step, c, mix_stop)
 
         def loss(params: Any, rows: Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Sums]]:
@@ -75,12 +108,9 @@ def make_train_step(
             grads = _sharpness_aware(
                 grads, gradients, state, c.optimizer.sam_rho, c.optimizer.sam_every, _on_cpu(parts)
             )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        new = replace(state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
-        return (replace(new, ema=_averaged(new, c.ema, ema_start)) if c.ema.decay else new), sums
+        return grads, batch_stats, sums
 
-    return train_step
+    return of_batch
 
 
 def make_statistics_step(
@@ -191,6 +221,25 @@ def _averaged(new: TrainState, c: ConfigDict, start: int) -> Any:
     if c.every > 1:
         decay = jnp.where(new.step % c.every == 0, decay, 1.0)
     return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, new.ema, new.weights)
+
+
+def _guarded(old: TrainState, new: TrainState, grads: Any, sums: Sums, c: ConfigDict) -> tuple[TrainState, Sums]:
+    """`new` and `sums`, or where the update is to be skipped `old`, a step on, and sums that leave it out."""
+    loss, row = sums["loss"] / sums["examples"], old.guard["row"]
+    taken = jnp.isfinite(loss) & (row < c.max_skipped)
+    for grad in jax.tree.leaves(grads):
+        taken &= jnp.isfinite(grad).all()
+    mean = {}
+    if c.loss_spike:
+        before, losses = old.guard["loss"], old.guard["losses"]
+        taken &= (losses < MEAN_OF) | (loss <= c.loss_spike * before)
+        after = before + (loss - before) / jnp.minimum(losses + 1, MEAN_OF)
+        mean = {"loss": jnp.where(taken, after, before), "losses": losses + taken}
+    guard = mean | {"row": jnp.where(taken, 0, row + 1)}
+    state = jax.tree.map(partial(jnp.where, taken), replace(new, guard={}), replace(old, step=new.step, guard={}))
+    sums = {name: jnp.where(taken, value, 0) for name, value in sums.items()}
+    skipped = {"skipped": 1 - taken.astype(jnp.int32), "skipped_loss": jnp.where(taken, 0.0, loss)}
+    return replace(state, guard=guard), sums | skipped
 
 
 def make_eval_step(graph: nnx.GraphDef, config: ConfigDict) -> Callable[[Any, Any, Batch], Sums]:

@@ -108,18 +108,22 @@ class Telemetry:
         self,
         step: int,
         *,
-        loss: float,
-        accuracy: float,
+        loss: float | None,
+        accuracy: float | None,
         learning_rate: float,
         images_per_second: float | None = None,
         input_wait: float | None = None,
+        skipped: int = 0,
     ) -> None:
         """Means over the steps since the last call; no speed for the first, whose time is the compiler's.
 
-        `input_wait` is the share of that time that was spent waiting for batches.
+        `input_wait` is the share of that time that was spent waiting for batches. Of the updates `skipped` were
+        skipped, which the means leave out: if that is all of them, they are None.
         """
-        speed = f"{images_per_second:,.0f} images/s  input wait {input_wait:.1%}" if images_per_second else "compiled"
-        text = f"loss {loss:.4f}  accuracy {accuracy:.2%}  {speed}".replace("%", " %")
+        timed = images_per_second is not None
+        speed = f"{images_per_second:,.0f} images/s  input wait {input_wait:.1%}" if timed else "compiled"
+        means = "no update  " if loss is None else f"loss {loss:.4f}  accuracy {accuracy:.2%}  "
+        text = f"{means}{f'{skipped:,} skipped  ' if skipped else ''}{speed}".replace("%", " %")
         if self._progress:
             self._progress.update(self._task, completed=step, description=text)
         else:
@@ -132,6 +136,7 @@ class Telemetry:
             learning_rate=learning_rate,
             images_per_second=images_per_second,
             input_wait=input_wait and round(input_wait, 5),
+            skipped=skipped or None,
         )
 
     def evaluation(self, step: int, split: str, metrics: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """The main job: a config and a workdir in, a trained network, its checkpoints and its result out."""
 
+import math
 import os
 import signal
 import time
@@ -28,6 +29,7 @@ from jax_resnet.plan import Plan
 from jax_resnet.pretrained import placed
 from jax_resnet.signals import Signals
 from jax_resnet.state import TrainState
+from jax_resnet.study import Skipped
 from jax_resnet.telemetry import Telemetry
 from jax_resnet.watchdog import COMPILING, Watchdog
 from jax_resnet.workdir import claimed, has_checkpoints, local_path, write_json
@@ -114,6 +116,7 @@ class Run:
         step = saved = start
         splits: dict[str, Any] = {}
         window, stop = Window(self.batches), False
+        skipped = Skipped(job, state, start, telemetry)
         if start and plan.evaluates(start) and start < plan.steps:
             splits, stop = self._evaluate(start, state, again=False)
         while step < job.last_step and not stop:
@@ -121,7 +124,9 @@ class Run:
             try:
                 batch = self.batches.take(stopped=self._asked)
             except UserError:  # from files at fault: mended, the run goes on from here
-                if step > saved and jax.process_count() == 1:  # saving takes all processes
+                skipped.read()
+                # Saving takes all processes; and weights with which updates are skipped may be past mending.
+                if step > saved and jax.process_count() == 1 and not skipped.row:
                     self._save(step, state)
                 raise
             if batch is None:
@@ -130,11 +135,19 @@ class Run:
                 state, sums = train_step(state, batch, *job.teacher_weights)
             step += 1
             window.add(sums)
+            skipped.add(step, sums)
             self.watchdog.beat(f"step {step + 1:,}")
             self.checkpoints.check()
             stop = self._agreement.ask(bool(self.signals.received))
             saves = plan.saves(step) or step == job.last_step
-            if saves or stop or step % job.config.log_every == 0 or step == start + 1:
+            reports = saves or stop or step % job.config.log_every == 0 or step == start + 1
+            if reports:
+                skipped.read()
+            if skipped.too_many:
+                raise skipped.study(state, self.workdir)
+            # What may be past mending takes the place of no good checkpoint, unless the run would leave without one.
+            saves = saves and (not skipped.row or step == job.last_step)
+            if reports:
                 rate = float(jax.device_get(job.learning_rate(jax.device_put(np.int32(step - 1)))))
                 telemetry.train(step, learning_rate=rate, **window.close(step))
             if saves:
@@ -259,12 +272,17 @@ class Window:
     def close(self, step: int) -> dict[str, Any]:
         """loss, accuracy, images_per_second and input_wait (a share of the time) of the window, which begins anew.
 
+        With a guard also skipped; loss and accuracy are None if that is every update.
         Raises UserError if the loss is no number.
         """
         totals = total(self._sums)
-        loss = totals["loss"] / totals["examples"]
-        check_finite(bool(np.isfinite(loss)), "the loss", step)
-        means = {"loss": loss, "accuracy": totals["correct_top1"] / totals["examples"]}
+        loss, accuracy = (totals[name] / (totals["examples"] or math.nan) for name in ("loss", "correct_top1"))
+        means: dict[str, Any] = {"loss": loss, "accuracy": accuracy}
+        if "skipped" in totals:
+            means["skipped"] = totals["skipped"]
+        if not totals["examples"]:
+            means.update(loss=None, accuracy=None)
+        check_finite(not totals["examples"] or math.isfinite(loss), "the loss", step)
         if self._began is not None:
             seconds = time.monotonic() - self._began
             means["images_per_second"] = totals["examples"] / seconds

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from jax_resnet.data import device
 from jax_resnet.data.loader import train_batches
+from jax_resnet.errors import UserError
 from jax_resnet.job import Job
 from jax_resnet.models.zoo import create_model
 from jax_resnet.train import train
@@ -84,11 +85,14 @@ def test_bfloat16_keeps_parameters_statistics_and_optimizer_in_float32(tiny_conf
     assert all("bf16[" in line for line in convolutions)
 
 
-def test_a_nan_ends_the_run_in_one_line(tiny_config: ConfigDict, tmp_path: Path) -> None:
-    tiny_config.optimizer.learning_rate = 1e20
-    with pytest.raises(Exception, match=r"the (loss|state) is no longer finite at step \d+.*learning_rate") as e:
+@pytest.mark.parametrize(("guard", "words"), [
+    (0, r"the (loss|state) is no longer finite at step \d+.*learning_rate"),
+    (10, r"the updates of steps 3 to 12 were all skipped.*learning_rate"),
+])  # fmt: skip
+def test_a_nan_ends_the_run_in_one_line(tiny_config: ConfigDict, tmp_path: Path, guard: int, words: str) -> None:
+    tiny_config.optimizer.learning_rate, tiny_config.guard.max_skipped = 1e20, guard
+    with pytest.raises(UserError, match=words):
         train(tiny_config, tmp_path)
-    assert type(e.value).__name__ == "UserError"
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))  # nothing that is no number is saved
     tiny_config.optimizer.learning_rate = 0.1
     assert train(tiny_config, tmp_path)["step"] == 20  # and the advice can be followed in the same workdir

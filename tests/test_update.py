@@ -211,6 +211,7 @@ WITHOUT_EFFECT = {  # what says how a thing is done, where it is not done
 }
 WITH_EFFECT: list[tuple[str, str, Any]] = [
     ("ema", "decay", 0.9),
+    ("guard", "max_skipped", 10),
     ("optimizer", "sam_rho", 0.1),
     ("data", "mixup", 0.2),
     ("data", "cutmix", 1.0),
@@ -234,6 +235,7 @@ def program(c: ConfigDict) -> str:
 
 
 def test_what_is_off_is_not_in_the_program(tiny_config: ConfigDict) -> None:
+    tiny_config.guard.max_skipped = 0
     plain = program(tiny_config)
     assert "stablehlo.case" not in plain  # no choice is made in it
     for group, values in WITHOUT_EFFECT.items():
@@ -245,11 +247,18 @@ def test_what_is_off_is_not_in_the_program(tiny_config: ConfigDict) -> None:
         assert program(tiny_config) != plain, key
         tiny_config[group][key] = before
     assert program(tiny_config) == plain
+    guarded = [program(tiny_config) for tiny_config.guard.max_skipped, tiny_config.guard.loss_spike in
+               ((10, 0.0), (9, 0.0), (10, 3.0), (10, 2.0))]  # fmt: skip
+    assert len({plain, *guarded}) == 5
+    checks = [text.count("stablehlo.is_finite") for text in (plain, guarded[0])]
+    leaves = jax.tree.leaves(Job(tiny_config).abstract_state.params)
+    assert checks[1] - checks[0] == 1 + len(leaves)  # of the loss, and of each gradient
 
 
-def test_running_average_and_teacher_take_no_place_where_there_is_none(tiny_config: ConfigDict) -> None:
+def test_running_average_guard_and_teacher_take_no_place_where_there_is_none(tiny_config: ConfigDict) -> None:
+    tiny_config.guard.max_skipped = 0
     job = Job(tiny_config)
-    assert jax.tree.leaves(job.abstract_state.ema) == []
+    assert jax.tree.leaves((job.abstract_state.ema, job.abstract_state.guard)) == []
     assert job.teacher_weights == ()
 
 
