@@ -2,14 +2,16 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as keep
+from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
+from jax_resnet import s3
 from jax_resnet.errors import UserError, first_line
+from jax_resnet.paths import AnyPath, absolute, is_remote
 from jax_resnet.state import TrainState
 
 BEST_BY = "accuracy_top1"
@@ -26,8 +28,8 @@ class Checkpoints:
     waits until what was saved is on disk.
     """
 
-    def __init__(self, workdir: Path, keep_latest: int | None = None):
-        self.directory = workdir.absolute() / "checkpoints"
+    def __init__(self, workdir: AnyPath, keep_latest: int | None = None):
+        self.directory = absolute(workdir) / "checkpoints"
         # best_fn makes Orbax write the metrics, without which the best step is forgotten at a restart.
         options: dict[str, Any] = {"best_fn": _best, "best_mode": "max"}
         if keep_latest is None:
@@ -40,6 +42,10 @@ class Checkpoints:
                     keep.BestN(get_metric_fn=_best, n=1, keep_checkpoints_without_metrics=False),
                 ]
             )
+        if is_remote(workdir):  # to rename a folder takes as long as to copy it, and may be cut short
+            options["atomicity_options"] = AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
+        if str(workdir).startswith("s3://"):
+            s3.teach_orbax()
         handlers = {"state": ocp.StandardCheckpointHandler(), "config": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(
             self.directory, options=ocp.CheckpointManagerOptions(**options), item_handlers=handlers

@@ -3,7 +3,6 @@
 import os
 import time
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,10 +18,11 @@ from jax_resnet.evaluate import IN_FLIGHT, evaluate_all
 from jax_resnet.job import Job
 from jax_resnet.metrics import Sums, accuracy_text, total
 from jax_resnet.models.torch_weights import Arrays
+from jax_resnet.paths import AnyPath, open_path
 from jax_resnet.pretrained import placed
 from jax_resnet.signals import Signals
 from jax_resnet.telemetry import Telemetry
-from jax_resnet.workdir import claimed, has_checkpoints, local_path, write_json
+from jax_resnet.workdir import claimed, has_checkpoints, write_json
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
 
     Raises UserError for what the user can mend, and Interrupted, with everything saved, after SIGINT or SIGTERM.
     """
-    job, workdir = Job(config), local_path(workdir)
+    workdir, job = open_path(workdir), Job(config)
     weights, about_weights = ({}, {}) if has_checkpoints(workdir) else job.weights_to_begin_with()
     with (
         claimed(workdir, job.config),
@@ -70,7 +70,7 @@ def _batches(job: Job, start: int, telemetry: Telemetry) -> Feed:
 
 def _run(
     job: Job,
-    workdir: Path,
+    workdir: AnyPath,
     start: int,
     weights: Arrays,
     steps: StepsAhead,
@@ -85,6 +85,7 @@ def _run(
 
     def save(step: int, splits: dict[str, Any]) -> None:
         check_finite(bool(jax.device_get(job.all_finite(state))), "the state", step)
+        telemetry.upload()  # before the checkpoint: no step is saved of which the lines could be lost
         # Of the weights and their running average, this is what a run is good for: it comes last.
         checkpoints.save(step, state, to_json(config), list(splits.values())[-1] if splits else None)
 
