@@ -30,7 +30,8 @@ def open_path(path: str | os.PathLike[str]) -> AnyPath:
         return Path(path).expanduser()
     if scheme not in BACKENDS:
         raise UserError(f"{path}: must be a folder of this machine or one mounted there, gs://… or s3://…")
-    if not rest.strip("/").partition("/")[2]:
+    bucket, _, folder = rest.partition("/")
+    if not bucket or not folder.strip("/"):
         raise UserError(f"{path}: must name a bucket and a folder in it, {scheme}://BUCKET/FOLDER")
     if importlib.util.find_spec(BACKENDS[scheme]) is None:
         extra = "gcs" if scheme == "gs" else scheme
@@ -92,8 +93,7 @@ def move(path: AnyPath, to: AnyPath) -> None:
     """Renames a folder or file within one file system; `to` must not exist.
 
     In an object store each object is copied there, by the store itself, and then deleted. A process that dies meanwhile
-    leaves both, of which neither counts as a whole checkpoint from the first deletion to the last copy but one: what
-    marks one as whole is copied last and deleted first. Raises FileExistsError, or what `write` raises.
+    leaves both; what marks a checkpoint as whole is copied last and deleted first. Raises FileExistsError, or what `write` raises.
     """
     if to.exists():
         raise FileExistsError(17, f"{to} exists")
