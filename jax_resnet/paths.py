@@ -93,7 +93,9 @@ def move(path: AnyPath, to: AnyPath) -> None:
     """Renames a folder or file within one file system; `to` must not exist.
 
     In an object store each object is copied there, by the store itself, and then deleted. A process that dies meanwhile
-    leaves both; what marks a checkpoint as whole is copied last and deleted first. Raises FileExistsError, or what `write` raises.
+    leaves both; what marks a checkpoint as whole is copied last and deleted first.
+
+    Raises FileExistsError, FileNotFoundError, or what `write` raises.
     """
     if to.exists():
         raise FileExistsError(17, f"{to} exists")
