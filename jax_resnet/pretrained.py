@@ -22,7 +22,7 @@ from jax_resnet.errors import UserError, did_you_mean, first_line
 from jax_resnet.models.resnet import ResNetSpec
 from jax_resnet.models.torch_weights import Arrays, Report, flatten, from_torch, to_torch
 from jax_resnet.models.zoo import model_spec
-from jax_resnet.paths import AnyPath, is_remote, names, open_path, read
+from jax_resnet.paths import BACKENDS, AnyPath, is_remote, names, open_path, read
 from jax_resnet.state import TrainState
 
 TORCH_SUFFIXES = (".pth", ".pt", ".th", ".bin", ".tar")
@@ -85,6 +85,8 @@ def read_weights(path: str) -> Weights:
     """What `fitting` describes, from a file, folder or the hub. Raises UserError, which the path is to precede."""
     if path.startswith("hf://"):
         return _from_hub(path.removeprefix("hf://"))
+    if "://" in path and path.partition("://")[0] not in BACKENDS:
+        raise UserError("must be a path, gs://… or s3://…, or hf://ORGANISATION/NAME")
     file = open_path(path)
     if file.is_dir():
         if (file / "checkpoints").is_dir() or file.parent.name == "checkpoints":
