@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial, reduce
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,10 +26,11 @@ from jax_resnet.job import Job
 from jax_resnet.metrics import accuracy_text
 from jax_resnet.models.torch_weights import flatten
 from jax_resnet.parallel import parts_sharding
+from jax_resnet.paths import AnyPath, open_path
 from jax_resnet.pretrained import place
 from jax_resnet.state import TrainState
 from jax_resnet.step import make_statistics_step
-from jax_resnet.workdir import has_checkpoints, local_path, read_config
+from jax_resnet.workdir import has_checkpoints, read_config
 
 BATCHES = 100
 
@@ -41,14 +41,14 @@ def average(
     checkpoints: Sequence[str] = (),
     batches: int = BATCHES,
     out: str | None = None,
-) -> tuple[dict[str, Any], list[Path]]:
+) -> tuple[dict[str, Any], list[AnyPath]]:
     """Averages the weights of `checkpoints` ("best", "latest" or steps; none: all that are saved) of `workdir`.
 
     Batch statistics are estimated over `batches` training batches that follow the run's. Returns the metrics over the
     evaluation split, as `evaluate` gives them, and the files that are written, as `export` does, to `out`, by default
     WORKDIR/average. Raises UserError for a workdir without those checkpoints, or a folder that cannot be written.
     """
-    workdir = local_path(workdir)
+    workdir = open_path(workdir)
     if read_config(workdir) is None or not has_checkpoints(workdir):
         raise UserError(f"{workdir}: no checkpoint has been saved here")
     with Checkpoints(workdir) as saved:
@@ -68,7 +68,7 @@ def average(
         state = replace(state, batch_stats=estimate_statistics(job, state, batches))
     metrics = evaluate(job, state)
     assert metrics
-    folder = Path(out).expanduser() if out else workdir / "average"
+    folder = open_path(out) if out else workdir / "average"
     trees = jax.device_get((state.params, state.batch_stats))
     print(f"mean of steps {', '.join(f'{step:,}' for step in steps)}", end=": ")
     print(f"{job.data.eval.name} accuracy {accuracy_text(metrics)}, loss {metrics['loss']:.4f}")

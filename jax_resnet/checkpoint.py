@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,11 +23,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
+from jax_resnet import s3
 from jax_resnet.command import Parser, run
 from jax_resnet.errors import UserError, first_line
 from jax_resnet.journal import evaluations
 from jax_resnet.parallel import all_agree, of_first_process
+from jax_resnet.paths import COMMITTED, AnyPath, absolute, is_remote, make_folder, move, names, open_path
 from jax_resnet.state import TrainState
 
 BEST_BY = {"accuracy_top1": 1, "accuracy_top5": 1, "loss": -1}  # times what is largest for the best
@@ -63,11 +65,13 @@ class Checkpoints:
     A context manager: leaving it waits until what was saved is on disk.
     """
 
-    def __init__(self, workdir: Path, keep: Keep | None = None):
-        self.directory = workdir.absolute() / "checkpoints"
+    def __init__(self, workdir: AnyPath, keep: Keep | None = None):
+        self.directory = absolute(workdir) / "checkpoints"
         self._workdir, self._keep = workdir, keep
         self._evaluations: dict[int, Mapping[str, Mapping[str, Any]]] = dict(evaluations(workdir))
         self._writer: Any = None
+        if str(workdir).startswith("s3://"):
+            s3.teach_orbax()
         self.blocked = 0.0  # seconds for which saving has held up its caller
 
     def __enter__(self) -> "Checkpoints":
@@ -82,8 +86,10 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """All steps saved whole, ascending."""
-        with self._one_line("listed"):
-            return sorted(ocp.utils.checkpoint_steps(self.directory))
+        found = [name for name in names(self.directory) if name.isdigit()]
+        if is_remote(self.directory):  # where folders are not renamed when they are whole
+            found = [name for name in found if (self.directory / name / COMMITTED).exists()]
+        return sorted(map(int, found))
 
     def latest_step(self) -> int | None:
         """The newest step saved whole, None if there is none."""
@@ -114,7 +120,7 @@ class Checkpoints:
         """
         if step not in self.steps():
             began = time.monotonic()
-            if not os.path.isdir(self._workdir):
+            if not self._workdir.is_dir():
                 raise UserError(
                     f"--workdir={self._workdir}: is no longer there; it was moved or deleted during the run"
                 )
@@ -155,7 +161,11 @@ class Checkpoints:
 
     def _manager(self) -> Any:
         if not self._writer:
-            options = ocp.CheckpointManagerOptions(cleanup_tmp_directories=True, preservation_policy=self)
+            # To rename a folder of an object store takes as long as to copy it, and may be cut short.
+            atomicity = AtomicityOptions(mode=AtomicityMode.COMMIT_FILE) if is_remote(self._workdir) else None
+            options = ocp.CheckpointManagerOptions(
+                cleanup_tmp_directories=True, preservation_policy=self, atomicity_options=atomicity
+            )
             handlers = {"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()}
             self._writer = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
         return self._writer
@@ -181,9 +191,7 @@ class Checkpoints:
         except Exception as e:  # Orbax, tensorstore and the file system have no error in common
             whole = ""
             if done == "written":
-                newest = (
-                    max(ocp.utils.checkpoint_steps(self.directory), default=None) if self.directory.exists() else None
-                )
+                newest = self.latest_step()
                 whole = "; no step is saved" if newest is None else f"; the newest whole one is of step {newest:,}"
             raise UserError(f"{self.directory}: a checkpoint could not be {done} ({first_line(e)}){whole}") from None
 
@@ -248,8 +256,8 @@ class Checkpoints:
             aside = self._workdir / "damaged" / f"{damaged}-{time.strftime('%Y%m%d-%H%M%S')}"
             if jax.process_index() == 0:
                 with self._one_line("set aside"):
-                    aside.parent.mkdir(exist_ok=True)
-                    os.rename(self.directory / str(damaged), aside)
+                    make_folder(aside.parent)
+                    move(self.directory / str(damaged), aside)
             say(f"damaged  {reason}; set aside as {aside}")
         if reasons:
             say(f"damaged  going on from step {step:,}, the newest that is sound")
@@ -373,7 +381,7 @@ def _check_same_tree(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[
             )
 
 
-def inspect(workdir: Path, *, verify: bool) -> list[dict[str, Any]]:
+def inspect(workdir: AnyPath, *, verify: bool) -> list[dict[str, Any]]:
     """A row for each step saved in `workdir`: step, bytes, saved (its time), metrics, sha256, sound, fault.
 
     `sound` is None where only the record was looked at, and agrees with itself. With `verify` the arrays are read too.
@@ -382,10 +390,10 @@ def inspect(workdir: Path, *, verify: bool) -> list[dict[str, Any]]:
         found = evaluations(workdir)
         rows = []
         for step in checkpoints.steps():
-            files = [file for file in (checkpoints.directory / str(step)).rglob("*") if file.is_file()]
-            row: dict[str, Any] = {"step": step, "bytes": sum(file.stat().st_size for file in files)}
+            files = [f.stat() for f in epath.Path(checkpoints.directory / str(step)).rglob("*") if f.is_file()]
+            row: dict[str, Any] = {"step": step, "bytes": sum(file.length for file in files)}
             row |= {
-                "saved": max((file.stat().st_mtime for file in files), default=None),
+                "saved": max((file.mtime for file in files), default=None),
                 "metrics": found.get(step, {}),
             }
             row |= {"sha256": None, "sound": None, "fault": None}
@@ -410,7 +418,7 @@ def main() -> None:
     parser.add_argument("workdir", help="the run, as it was given to jax_resnet.main")
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
     args = parser.parse_args()
-    workdir = Path(args.workdir).expanduser()
+    workdir = open_path(args.workdir)
     rows = inspect(workdir, verify=args.what == "verify")
     if not rows and not args.json:
         raise UserError(f"{workdir}: no checkpoint has been saved here")

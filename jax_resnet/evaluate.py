@@ -19,9 +19,10 @@ from jax_resnet.data.loader import eval_batches
 from jax_resnet.errors import UserError
 from jax_resnet.job import Job
 from jax_resnet.metrics import Sums, accuracy_text, summary, total
+from jax_resnet.paths import make_folder, open_path
 from jax_resnet.pretrained import placed
 from jax_resnet.state import TrainState
-from jax_resnet.workdir import check_same_config, has_checkpoints, local_path, read_config, write_json
+from jax_resnet.workdir import check_same_config, has_checkpoints, read_config, write_json
 
 IN_FLIGHT = 4  # steps the host may run ahead: enough to hide it, few enough that their batches fit on the device
 
@@ -95,7 +96,7 @@ def evaluate_checkpoint(
     "init" evaluates the weights of `config.init_from` instead: step 0, for which nothing need be in the workdir.
     Raises UserError for a workdir without that checkpoint, or a config that does not fit it.
     """
-    workdir = local_path(workdir)
+    workdir = open_path(workdir)
     stored = read_config(workdir)
     if stored is None and which != "init":
         raise UserError(f"{workdir}: no run has been begun here")
@@ -111,7 +112,7 @@ def evaluate_checkpoint(
         state = replace(placed(job.fresh_state(), weights), ema={})
         if jax.process_index() == 0:
             print("\n".join(f"{name:<8}  {text}" for name, text in rows.items()))
-            workdir.mkdir(parents=True, exist_ok=True)
+            make_folder(workdir)
     else:
         if not has_checkpoints(workdir):
             raise UserError(f"{workdir}: no checkpoint has been saved yet")

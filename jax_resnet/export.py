@@ -8,7 +8,6 @@ import dataclasses
 import json
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 import safetensors.numpy
@@ -21,7 +20,8 @@ from jax_resnet.errors import UserError
 from jax_resnet.models.resnet import ResNetSpec
 from jax_resnet.models.torch_weights import flatten, to_torch, torch_name
 from jax_resnet.models.zoo import ZOO, model_spec
-from jax_resnet.workdir import has_checkpoints, local_path, read_config, write_json
+from jax_resnet.paths import AnyPath, make_folder, open_path, read, write
+from jax_resnet.workdir import has_checkpoints, read_config, write_json
 
 NOT_IN_TIMM = re.compile(r"cifar_|wrn_|.*_v1$|resnetv2_200$")
 WITHOUT_EFFECT = (  # on trained weights
@@ -32,7 +32,7 @@ WITHOUT_EFFECT = (  # on trained weights
 
 def export(
     workdir: str | os.PathLike[str], *, checkpoint: str = "best", averaged: bool = True, out: str | None = None
-) -> list[Path]:
+) -> list[AnyPath]:
     """Writes the weights of a checkpoint ("best", "latest" or a step) of `workdir`; returns the files.
 
     They are the running average where the run kept one, unless `averaged` is False. `out` is the folder, by default
@@ -40,16 +40,18 @@ def export(
     Raises UserError for a workdir without that checkpoint, a folder that cannot be written, or one given as `out` in
     which there is a model already.
     """
-    workdir = local_path(workdir)
+    workdir = open_path(workdir)
     if read_config(workdir) is None or not has_checkpoints(workdir):
         raise UserError(f"{workdir}: no checkpoint has been saved here")
     with Checkpoints(workdir) as checkpoints:
         step = checkpoints.find(checkpoint)
         config, trees = from_json(checkpoints.config(step)), checkpoints.weights(step, averaged=averaged)
-    return write_model(trees, config, workdir, Path(out).expanduser() if out else workdir / "export", new=bool(out))
+    return write_model(trees, config, workdir, open_path(out) if out else workdir / "export", new=bool(out))
 
 
-def write_model(trees: tuple[Any, Any], config: ConfigDict, workdir: Path, folder: Path, *, new: bool) -> list[Path]:
+def write_model(
+    trees: tuple[Any, Any], config: ConfigDict, workdir: AnyPath, folder: AnyPath, *, new: bool
+) -> list[AnyPath]:
     """Writes `trees`, parameters and batch statistics of a run in `workdir`, to `folder`; returns the files.
 
     Raises UserError if it cannot be written, or is to be `new` and has a model in it already.
@@ -61,15 +63,13 @@ def write_model(trees: tuple[Any, Any], config: ConfigDict, workdir: Path, folde
         if new and file.exists():
             raise UserError(f"{file}: is there already; choose another --out")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        part = weights.with_name(weights.name + ".part")
-        part.write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))  # save_file ignores the umask
-        os.replace(part, weights)
+        make_folder(folder)
+        write(weights, safetensors.numpy.save(tensors, metadata={"format": "pt"}))  # save_file ignores the umask
         architecture = timm_name(spec)
         if architecture is None:
             description.unlink(missing_ok=True)
             return [weights]
-        facts = json.loads((workdir / "data.json").read_text())
+        facts = json.loads(read(workdir / "data.json"))
         classes = len(tensors[torch_name("head/bias", spec)])
         write_json(description, hub_config(architecture, spec, config, classes, facts))
     except (OSError, safetensors.SafetensorError) as e:
@@ -133,7 +133,7 @@ def main() -> None:
     print_files(export(args.workdir, checkpoint=args.checkpoint, averaged=args.weights == "ema", out=args.out))
 
 
-def print_files(files: list[Path]) -> None:
+def print_files(files: list[AnyPath]) -> None:
     """Says what `write_model` has written."""
     print("\n".join(map(str, files)))
     if len(files) == 1:

@@ -2,7 +2,6 @@
 
 import math
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,6 +21,7 @@ from jax_resnet.models.cost import multiply_adds
 from jax_resnet.models.torch_weights import Arrays
 from jax_resnet.models.zoo import create_model, model_spec
 from jax_resnet.optim import make_optimizer
+from jax_resnet.paths import AnyPath
 from jax_resnet.plan import Plan, describe
 from jax_resnet.pretrained import fitting
 from jax_resnet.schedule import make_schedule, over_phases, peak_learning_rate
@@ -172,7 +172,7 @@ class Job:
 
         return 2 * multiply_adds(forward, self.abstract_state.params, self.abstract_state.batch_stats, image)
 
-    def header(self, workdir: Path, start: int) -> dict[str, str]:
+    def header(self, workdir: AnyPath, start: int) -> dict[str, str]:
         """What is about to run, a line for each heading."""
         c, data, plan = self.config, self.data, self.plan
         height, width, channels = data.train.image_shape

@@ -2,20 +2,20 @@
 
 import contextlib
 import json
-from pathlib import Path
 from typing import Any
 
 from jax_resnet.errors import UserError
+from jax_resnet.paths import AnyPath, read
 
 FILE = "metrics.jsonl"
 
 
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+def read_metrics(workdir: AnyPath) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that are whole: a killed process may have left half of one."""
     rows = []
     file = workdir / FILE
     try:
-        text = file.read_text(errors="replace")
+        text = read(file).decode(errors="replace")
     except FileNotFoundError:
         return []
     except OSError as e:
@@ -28,7 +28,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def evaluations(workdir: Path) -> dict[int, dict[str, dict[str, Any]]]:
+def evaluations(workdir: AnyPath) -> dict[int, dict[str, dict[str, Any]]]:
     """{step: {split: metrics}} of all evaluations that are recorded; of a step that was evaluated again, the last."""
     found: dict[int, dict[str, dict[str, Any]]] = {}
     for row in read_metrics(workdir):

@@ -1,5 +1,6 @@
 """Weights from elsewhere into a fresh state: safetensors and torch files, our own runs, the Hugging Face hub."""
 
+import io
 import json
 import os
 import pickle
@@ -21,6 +22,7 @@ from jax_resnet.errors import UserError, did_you_mean, first_line
 from jax_resnet.models.resnet import ResNetSpec
 from jax_resnet.models.torch_weights import Arrays, Report, flatten, from_torch, to_torch
 from jax_resnet.models.zoo import model_spec
+from jax_resnet.paths import BACKENDS, AnyPath, is_remote, names, open_path, read
 from jax_resnet.state import TrainState
 
 TORCH_SUFFIXES = (".pth", ".pt", ".th", ".bin", ".tar")
@@ -83,9 +85,9 @@ def read_weights(path: str) -> Weights:
     """What `fitting` describes, from a file, folder or the hub. Raises UserError, which the path is to precede."""
     if path.startswith("hf://"):
         return _from_hub(path.removeprefix("hf://"))
-    if "://" in path:
-        raise UserError("must be a path, or hf://ORGANISATION/NAME")
-    file = Path(path).expanduser()
+    if "://" in path and path.partition("://")[0] not in BACKENDS:
+        raise UserError("must be a path, gs://… or s3://…, or hf://ORGANISATION/NAME")
+    file = open_path(path)
     if file.is_dir():
         if (file / "checkpoints").is_dir() or file.parent.name == "checkpoints":
             return _from_run(file)
@@ -94,15 +96,15 @@ def read_weights(path: str) -> Weights:
             raise UserError(f"a folder without checkpoints, {' or '.join(HUB_FILES)}")
         file = inside[0]
     if not file.is_file():
-        siblings = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
+        siblings = names(file.parent)
         raise UserError("no such file" + (f"; {did_you_mean(file.name, siblings)}" if siblings else ""))
     return _described(_tensors(file), file.with_name("config.json"))
 
 
-def _tensors(file: Path) -> Mapping[str, Any]:
+def _tensors(file: AnyPath) -> Mapping[str, Any]:
     if file.suffix == ".safetensors":
         try:
-            return safetensors.numpy.load_file(file)
+            return safetensors.numpy.load(read(file)) if is_remote(file) else safetensors.numpy.load_file(file)
         except (safetensors.SafetensorError, OSError) as e:
             raise UserError(f"not a whole safetensors file ({e})") from None
     if file.suffix not in TORCH_SUFFIXES:
@@ -114,7 +116,7 @@ def _tensors(file: Path) -> Mapping[str, Any]:
             "to read a torch file, pip install 'jax-resnet-training[torch]'; a .safetensors file needs nothing"
         ) from None
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(io.BytesIO(read(file)) if is_remote(file) else file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         unsafe = str(e).rpartition("Unsupported")[2].splitlines()[0].strip() or "more than tensors"
         raise UserError(
@@ -127,7 +129,7 @@ def _tensors(file: Path) -> Mapping[str, Any]:
     return content
 
 
-def _described(tensors: Mapping[str, Any], description: Path) -> Weights:
+def _described(tensors: Mapping[str, Any], description: AnyPath) -> Weights:
     """With what a config.json of the hub's form says; without, if there is none."""
     try:
         content = json.loads(description.read_text())
@@ -147,7 +149,7 @@ def _spec(name: str | None, model_args: dict[str, Any]) -> ResNetSpec | None:
         return None
 
 
-def _from_run(path: Path) -> Weights:
+def _from_run(path: AnyPath) -> Weights:
     workdir, step = (path.parent.parent, path.name) if path.parent.name == "checkpoints" else (path, "best")
     with Checkpoints(workdir) as checkpoints:
         chosen = checkpoints.find(step)

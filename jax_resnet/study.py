@@ -4,7 +4,6 @@ import math
 from collections import deque
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from jax_resnet.errors import UserError
 from jax_resnet.evaluate import IN_FLIGHT
 from jax_resnet.job import Job
 from jax_resnet.metrics import Sums
+from jax_resnet.paths import AnyPath
 from jax_resnet.state import TrainState
 from jax_resnet.telemetry import Telemetry
 from jax_resnet.workdir import write_json
@@ -59,7 +59,7 @@ class Skipped:
             )
             self._telemetry.say(f"step {self._last:,}: update skipped: loss {loss:.4g}{why}")
 
-    def study(self, state: TrainState, workdir: Path) -> UserError:
+    def study(self, state: TrainState, workdir: AnyPath) -> UserError:
         """Writes skipped-STEP.json, of the row's updates computed once more; returns the error that ends the run.
 
         `state` is any after the first of them: it has the same parameters as they had. The file holds first_step and

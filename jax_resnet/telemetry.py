@@ -1,8 +1,11 @@
 """What a run shows and leaves behind: a bar or lines, metrics.jsonl, TensorBoard events, a picture, result.json."""
 
+import io
 import json
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,7 +15,9 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jax_resnet.errors import UserError
 from jax_resnet.journal import read_metrics
+from jax_resnet.paths import AnyPath, is_remote, write
 from jax_resnet.plan import Plan
 from jax_resnet.workdir import write_json
 
@@ -49,7 +54,7 @@ class Telemetry:
     each step stands once.
     """
 
-    def __init__(self, workdir: Path, plan: Plan, start_step: int):
+    def __init__(self, workdir: AnyPath, plan: Plan, start_step: int):
         self.active = jax.process_index() == 0
         self.console = _Console(highlight=False, soft_wrap=True, quiet=not self.active)
         self._workdir, self._plan = workdir, plan
@@ -62,11 +67,13 @@ class Telemetry:
         rows = [r for r in read_metrics(workdir) if r["step"] <= start_step] if start_step else []
         self._before = rows[-1]["seconds"] if rows else 0.0
         self._broken = {(r["split"], r["name"]) for r in rows if r["kind"] == "broken"}
-        part = workdir / "metrics.jsonl.part"
-        part.write_text("".join(json.dumps(r) + "\n" for r in rows))
-        os.replace(part, workdir / "metrics.jsonl")
-        self._lines = (workdir / "metrics.jsonl").open("a", buffering=1)
-        self._events = _summary_writer(workdir / "tensorboard", start_step + 1)
+        # What is appended to is kept here, for an object store takes whole files.
+        self._scratch = Path(tempfile.mkdtemp(prefix="jax_resnet-")) if is_remote(workdir) else None
+        folder = self._scratch or workdir
+        self._uploaded: dict[Path, int] = {}
+        write(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in rows).encode())
+        self._lines = (folder / "metrics.jsonl").open("a", buffering=1)
+        self._events = _summary_writer(folder / "tensorboard", start_step + 1)
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("step {task.completed:,} of {task.total:,}"),
@@ -93,6 +100,24 @@ class Telemetry:
         if self.active:
             self._lines.close()
             self._events.close()
+            if self._scratch and self.upload(at_end=True):
+                shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def upload(self, *, at_end: bool = False) -> bool:
+        """Copies to a remote workdir what has grown since the last time; says so and returns False if it cannot."""
+        if not self.active or self._scratch is None:
+            return True
+        if not at_end:
+            self._events.flush()
+        try:
+            for file in self._scratch.rglob("*"):
+                if file.is_file() and self._uploaded.get(file) != (size := file.stat().st_size):
+                    write(self._workdir / str(file.relative_to(self._scratch)), file.read_bytes())
+                    self._uploaded[file] = size
+        except UserError as e:  # the run matters more; a checkpoint that cannot be written will end it
+            self.say(f"{e}; {f'left in {self._scratch}' if at_end else 'tried again at the next save'}")
+            return False
+        return True
 
     def say(self, text: str) -> None:
         """Prints a line, above the bar if there is one."""
@@ -186,7 +211,7 @@ class Telemetry:
                 self._workdir / "result.json",
                 {"step": step, "splits": splits, "wall_seconds": round(self.seconds, 1), "config": config},
             )
-            draw_curves(read_metrics(self._workdir), self._workdir / "curves.png")
+            draw_curves(read_metrics(self._scratch or self._workdir), self._workdir / "curves.png")
         if counts := Counter(split for split, _ in self._broken):
             self.say(
                 "images that cannot be decoded: "
@@ -205,7 +230,7 @@ class Telemetry:
                 self._events.add_scalar(f"{group}/{name}", value, step)
 
 
-def draw_curves(rows: list[dict[str, Any]], file: Path) -> None:
+def draw_curves(rows: list[dict[str, Any]], file: AnyPath) -> None:
     """Loss, accuracy and learning rate over the steps, as one PNG."""
     from matplotlib.figure import Figure
 
@@ -223,4 +248,6 @@ def draw_curves(rows: list[dict[str, Any]], file: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines and name != "learning_rate":
             axes.legend()
-    figure.savefig(file, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write(file, picture.getvalue())

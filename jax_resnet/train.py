@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -24,6 +23,7 @@ from jax_resnet.job import Job
 from jax_resnet.journal import evaluations
 from jax_resnet.metrics import Sums, accuracy_text, total
 from jax_resnet.parallel import Agreement, all_agree
+from jax_resnet.paths import AnyPath, open_path
 from jax_resnet.peers import end, one_fate
 from jax_resnet.plan import Plan
 from jax_resnet.pretrained import placed
@@ -32,7 +32,7 @@ from jax_resnet.state import TrainState
 from jax_resnet.study import Skipped
 from jax_resnet.telemetry import Telemetry
 from jax_resnet.watchdog import COMPILING, Watchdog
-from jax_resnet.workdir import claimed, has_checkpoints, local_path, write_json
+from jax_resnet.workdir import claimed, has_checkpoints, write_json
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     job of several processes any other end of one is the end of all, without an exception.
     """
     with one_fate(), Signals(_leave_at_once) as signals:
-        job, workdir = Job(config), local_path(workdir)
+        job, workdir = Job(config), open_path(workdir)
         weights, about_weights = ({}, {}) if has_checkpoints(workdir) else job.weights_to_begin_with()
         with claimed(workdir, job.config) as stored, Checkpoints(workdir, _keep(job)) as checkpoints:
             notes: list[str] = []
@@ -98,7 +98,7 @@ class Run:
     """One process's way through a training."""
 
     job: Job
-    workdir: Path
+    workdir: AnyPath
     steps: StepsAhead
     batches: Feed
     checkpoints: Checkpoints
@@ -180,6 +180,7 @@ class Run:
     def _save(self, step: int, state: TrainState) -> None:
         check_finite(bool(jax.device_get(self.job.all_finite(state))), "the state", step)
         self.watchdog.beat(f"saving step {step:,}", COMPILING)
+        self.telemetry.upload()  # before the checkpoint: no step is saved of which the lines could be lost
         self.checkpoints.save(step, state, to_json(self.job.config))
 
     def _evaluate(self, step: int, state: TrainState, *, again: bool = True) -> tuple[dict[str, Any], bool]:
@@ -226,7 +227,7 @@ class Run:
         return f"stopped after step {step:,} of {self.job.plan.steps:,}, saved in {self.workdir}; the same command"
 
 
-def check_same_past(stored: ConfigDict | None, job: Job, start: int, workdir: Path) -> None:
+def check_same_past(stored: ConfigDict | None, job: Job, start: int, workdir: AnyPath) -> None:
     """What is still to come may have other phases than when the run was begun: config.json then takes them.
 
     Raises UserError if the phases of the `start` steps that are done are not those they were done in.

@@ -5,7 +5,6 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,35 +13,29 @@ from ml_collections import ConfigDict
 from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.config import differences, from_json, to_json
 from jax_resnet.errors import UserError
+from jax_resnet.paths import COMMITTED, AnyPath, is_remote, make_folder, names, read, write
 
 
-def write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: AnyPath, content: dict[str, Any]) -> None:
     """Writes all of it or nothing. Raises ValueError for a number that JSON does not have (nan, infinity)."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(part, file)
+    write(file, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
-def local_path(workdir: str | os.PathLike[str]) -> Path:
-    """The folder that is meant, ~ expanded. Raises UserError for a URL: workdirs are folders so far."""
-    if "://" in str(workdir):
-        raise UserError(f"--workdir={workdir}: must be a folder of this machine or one mounted there, not a URL")
-    return Path(workdir).expanduser()
-
-
-def has_checkpoints(workdir: Path) -> bool:
+def has_checkpoints(workdir: AnyPath) -> bool:
     """Whether something has been saved whole."""
-    return any(d.name.isdigit() for d in (workdir / "checkpoints").glob("*"))
+    folder = workdir / "checkpoints"
+    steps = [folder / name for name in names(folder) if name.isdigit()]
+    return any((step / COMMITTED).exists() for step in steps) if is_remote(workdir) else bool(steps)
 
 
-def read_config(workdir: Path) -> ConfigDict | None:
+def read_config(workdir: AnyPath) -> ConfigDict | None:
     """The config a workdir was begun with, from config.json or else the newest checkpoint; None if there is neither.
 
     Raises UserError if what is there is damaged.
     """
     file = workdir / "config.json"
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(read(file))
         if not isinstance(values, dict) or not values:
             raise ValueError("it holds no config")
         return from_json(values)
@@ -56,20 +49,20 @@ def read_config(workdir: Path) -> ConfigDict | None:
 
 
 @contextlib.contextmanager
-def claimed(workdir: Path, config: ConfigDict) -> Iterator[ConfigDict | None]:
+def claimed(workdir: AnyPath, config: ConfigDict) -> Iterator[ConfigDict | None]:
     """Makes the folder and keeps other runs out of it; writes config.json, or checks that the run there is the same.
 
     Gives the config of the run that is there, None if nothing has been saved yet: then the folder takes the new one.
-    Its `progressive` may differ, see train.check_same_past. Raises UserError if the folder cannot be written, is in
-    use, or names what differs.
+    Its `progressive` may differ, see train.check_same_past. An object store has no locks: nothing keeps another run
+    out of one. Raises UserError if the folder cannot be written, is in use, or names what differs.
     """
     with contextlib.ExitStack() as stack:
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
-            for folder in (workdir, *(d for d in (workdir / "checkpoints",) if d.exists())):
-                if not os.access(folder, os.W_OK):
-                    raise PermissionError(13, "Permission denied")
-            if jax.process_index() == 0:
+            make_folder(workdir)
+            local = [] if is_remote(workdir) else [workdir, workdir / "checkpoints"]
+            if any(folder.exists() and not os.access(folder, os.W_OK) for folder in local):
+                raise PermissionError(13, "Permission denied")
+            if local and jax.process_index() == 0:
                 lock = stack.enter_context((workdir / "lock").open("w"))
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -88,7 +81,7 @@ def claimed(workdir: Path, config: ConfigDict) -> Iterator[ConfigDict | None]:
         yield stored
 
 
-def check_same_config(stored: ConfigDict, config: ConfigDict, workdir: Path, group: str = "") -> None:
+def check_same_config(stored: ConfigDict, config: ConfigDict, workdir: AnyPath, group: str = "") -> None:
     """Raises UserError naming every key, of those that begin with `group`, that makes the two compute other things."""
     if different := [text for text in differences(stored, config) if text.startswith(group)]:
         hint = ""

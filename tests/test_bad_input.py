@@ -296,7 +296,7 @@ CASES = [
         ("--workdir={tmp}/file: cannot be written",),
         lambda tmp, _: (tmp / "file").touch(),
     ),
-    Case("workdir", "a URL", "--config={tiny}:{npz} --workdir=gs://bucket/run", ("not a URL",)),
+    Case("workdir", "a URL", "--config={tiny}:{npz} --workdir=az://bucket/run", ("gs://… or s3://…",)),
     Case(
         "workdir",
         "of the kernel's",
