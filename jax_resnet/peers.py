@@ -20,7 +20,9 @@ from jax._src import distributed  # jax.distributed has no public key-value stor
 
 from jax_resnet.errors import Interrupted, UserError, first_line
 
-KEY, EVERY, LINGER = "jax_resnet/end", 0.5, 3.0  # seconds
+KEY, HEARD = "jax_resnet/end", "jax_resnet/heard/"
+EVERY = 0.5  # seconds between looking it up
+LINGER = 10.0  # seconds that the process with the service stays, at most, for the others to have looked it up
 _watching = threading.Lock()
 
 
@@ -57,8 +59,13 @@ def end(text: str, status: int) -> NoReturn:
             _client().key_value_set(KEY, json.dumps([text, status]))
         with contextlib.suppress(Exception):
             text, status = json.loads(_client().key_value_try_get(KEY))
-        if jax.process_index() == 0:  # where the service lives: the others must have time to ask
-            time.sleep(LINGER)
+        _heard(_client())
+        deadline = time.monotonic() + LINGER
+        while jax.process_index() == 0 and time.monotonic() < deadline:
+            with contextlib.suppress(Exception):
+                if len(_client().key_value_dir_get(HEARD)) == jax.process_count():
+                    break
+            time.sleep(0.1)
     _leave(text, status)
 
 
@@ -75,11 +82,17 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
+def _heard(client: Any) -> None:
+    with contextlib.suppress(Exception):
+        client.key_value_set(f"{HEARD}{jax.process_index()}", "")
+
+
 def _watch(client: Any) -> None:
     while True:
         time.sleep(EVERY)
         try:
             text, status = json.loads(client.key_value_try_get(KEY))
+            _heard(client)
         except Exception as e:
             if "NOT_FOUND" in str(e):
                 continue

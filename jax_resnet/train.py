@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from jax_resnet import notice
 from jax_resnet.ahead import StepsAhead
 from jax_resnet.checkpoint import Checkpoints, Keep
 from jax_resnet.config import to_json
@@ -46,6 +47,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
     job of several processes any other end of one is the end of all, without an exception.
     """
     with one_fate(), Signals(_leave_at_once) as signals:
+        notice.watch()
         job, workdir = Job(config), open_path(workdir)
         weights, about_weights = ({}, {}) if has_checkpoints(workdir) else job.weights_to_begin_with()
         with claimed(workdir, job.config) as stored, Checkpoints(workdir, _keep(job)) as checkpoints:
@@ -65,7 +67,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
                 if jax.process_index() == 0:
                     facts = {"class_names": job.data.class_names, "image_shape": job.data.train.image_shape}
                     write_json(workdir / "data.json", facts)
-                with jax.transfer_guard("disallow"):  # what moves between host and devices does so by name
+                # Told to the other processes from here: leaving what is open above may wait for them.
+                with one_fate(), jax.transfer_guard("disallow"):  # what moves to or from devices does so by name
                     run = Run(job, workdir, steps, batches, checkpoints, telemetry, signals, watchdog)
                     return run.from_step(start, state)
 
