@@ -23,7 +23,7 @@ from jax_resnet.errors import Interrupted, UserError, first_line
 KEY, HEARD = "jax_resnet/end", "jax_resnet/heard/"
 EVERY = 0.5  # seconds between looking it up
 LINGER = 10.0  # seconds that the process with the service stays, at most, for the others to have looked it up
-_watching = threading.Lock()
+_watching, _ending = threading.Lock(), threading.Lock()
 
 
 @contextlib.contextmanager
@@ -53,6 +53,7 @@ def end(text: str, status: int) -> NoReturn:
 
     If another has ended before, it is that one's text.
     """
+    _ending.acquire()  # for good: the thread that looks the end up has nothing to add
     if jax.distributed.is_initialized():
         text = text if status == 2 else f"process {jax.process_index()} on {socket.gethostname()}: {text}"
         with contextlib.suppress(Exception):  # set already, or the service is gone
@@ -99,6 +100,7 @@ def _watch(client: Any) -> None:
             if distributed.global_state.client is None:  # the job is over
                 return
             text, status = f"process {jax.process_index()}: the others are lost ({first_line(e)})", 1
+        _ending.acquire()
         _leave(text, status)
 
 

@@ -32,7 +32,7 @@ from jax_resnet.signals import Signals
 from jax_resnet.state import TrainState
 from jax_resnet.study import Skipped
 from jax_resnet.telemetry import Telemetry
-from jax_resnet.watchdog import COMPILING, Watchdog
+from jax_resnet.watchdog import COMPILING, WAITING, Watchdog
 from jax_resnet.workdir import claimed, has_checkpoints, write_json
 
 
@@ -134,12 +134,14 @@ class Run:
                 raise
             if batch is None:
                 break
+            # Who waits for a process that is stuck has more patience than that one: it is to say so itself.
+            self.watchdog.beat(f"step {step + 1:,} on the devices", WAITING)
             with self._nothing_unsaved("compiling the step", step) if step == start else nullcontext():
                 state, sums = train_step(state, batch, *job.teacher_weights)
             step += 1
             window.add(sums)
             skipped.add(step, sums)
-            self.watchdog.beat(f"step {step + 1:,}")
+            self.watchdog.beat(f"what comes before step {step + 1:,}")
             self.checkpoints.check()
             stop = self._agreement.ask(bool(self.signals.received))
             saves = plan.saves(step) or step == job.last_step

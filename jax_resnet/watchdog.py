@@ -8,6 +8,7 @@ import time
 from jax_resnet.peers import end
 
 COMPILING = 4  # times the patience, where a step is compiled
+WAITING = 1.25  # where the devices are waited for, and with them other processes
 SPARE = 30  # seconds until it is done without Python, which a library that keeps Python's lock keeps out
 
 
@@ -39,7 +40,7 @@ class Watchdog:
             return
         now = time.monotonic()
         self._doing, self._until = doing, now + times * self._limit
-        if now - self._armed > 1 or times != 1:
+        if now - self._armed > 1 or times == COMPILING:
             self._armed = now
             faulthandler.dump_traceback_later(times * self._limit + SPARE, exit=True, file=sys.__stderr__ or 2)
 
