@@ -390,7 +390,8 @@ def inspect(workdir: AnyPath, *, verify: bool) -> list[dict[str, Any]]:
         found = evaluations(workdir)
         rows = []
         for step in checkpoints.steps():
-            files = [f.stat() for f in epath.Path(checkpoints.directory / str(step)).rglob("*") if f.is_file()]
+            walk = epath.Path(checkpoints.directory / str(step)).walk()
+            files = [(folder / name).stat() for folder, _, within in walk for name in within]
             row: dict[str, Any] = {"step": step, "bytes": sum(file.length for file in files)}
             row |= {
                 "saved": max((file.mtime for file in files), default=None),

@@ -12,10 +12,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+MARK = "injected at "
 
 
 def _raise() -> None:
@@ -46,7 +48,8 @@ def fail_at(rank: int, step: int, kind: str) -> None:
     at = StepsAhead.at
 
     def faulty(self: StepsAhead, number: int, *args: Any, **kwargs: Any) -> Any:
-        if number == step and jax.process_index() == rank:
+        if number == step and jax.process_index() == rank and kind != "none":
+            print(f"{MARK}{time.time()}", file=sys.stderr, flush=True)
             KINDS[kind]()
         return at(self, number, *args, **kwargs)
 
@@ -81,18 +84,49 @@ def start(
     return started
 
 
-def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 300) -> list[tuple[int, str, str]]:
-    """Exit status, stdout and stderr of each; those still running after `timeout` seconds are killed."""
-    deadline = time.monotonic() + timeout
-    found = []
+@dataclass
+class Ended:
+    """How a process ended; status -9 also if it had to be killed because it still ran."""
+
+    status: int
+    stdout: str
+    stderr: str
+    at: float  # time.time()
+
+    @property
+    def last_line(self) -> str:
+        return (self.stderr.strip().splitlines() or [""])[-1]
+
+
+def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 300) -> list[Ended]:
+    """How each ended; when all but stopped ones have, those are killed, as are all after `timeout` seconds."""
+    deadline, ends = time.monotonic() + timeout, dict[int, float]()
+    while len(ends) < len(processes) and time.monotonic() < deadline:
+        for number, process in enumerate(processes):
+            if number not in ends and process.poll() is not None:
+                ends[number] = time.time()
+        running = [p for number, p in enumerate(processes) if number not in ends]
+        if running and len(running) < len(processes) and all(_is_stopped(p.pid) for p in running):
+            break
+        time.sleep(0.05)
     for process in processes:
-        try:
-            stdout, stderr = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
+        if process.poll() is None:
             process.kill()
-            stdout, stderr = process.communicate()
-        found.append((process.returncode, stdout, stderr))
-    return found
+    outputs = [process.communicate() for process in processes]
+    return [
+        Ended(process.returncode, *output, ends.get(number, time.time()))
+        for number, (process, output) in enumerate(zip(processes, outputs, strict=True))
+    ]
+
+
+def injected_at(ended: Sequence[Ended]) -> float:
+    """When the fault was."""
+    (line,) = (line for end in ended for line in end.stderr.splitlines() if line.startswith(MARK))
+    return float(line.removeprefix(MARK))
+
+
+def _is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,79 @@
+"""Jobs of several processes in which one has a fault: what the others do, how fast, and how the run goes on."""
+
+from pathlib import Path
+
+import faults
+import numpy as np
+import pytest
+from conftest import ROOT
+from faults import Ended, finish, injected_at
+
+from jax_resnet.checkpoint import Checkpoints
+from jax_resnet.journal import read_metrics
+
+TINY = ROOT / "tests" / "tiny.py"
+
+
+def args(npz: Path, workdir: Path, *more: str) -> list[str]:
+    return [f"--config={TINY}:{npz}", f"--workdir={workdir}", "--config.log_every=1", *more]
+
+
+def losses(workdir: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(workdir) if row["kind"] == "train"]
+
+
+def job(npz: Path, workdir: Path, *more: str, **fault: object) -> list[Ended]:
+    return finish(faults.start(args(npz, workdir, *more), **fault))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_asked_to_stop_all_save_the_same_step_and_go_on_as_fewer(tiny_npz: Path, tmp_path: Path) -> None:
+    """SIGTERM to one of four; then two processes, stopped again; then one: the losses of a run without a stop."""
+    run = tmp_path / "run"
+    for processes, devices, step, rank in ((4, 1, 5, 2), (2, 2, 13, 0)):
+        ended = job(tiny_npz, run, processes=processes, devices=devices, kind="sigterm", step=step, rank=rank)
+        assert [end.status for end in ended] == [143] * processes, ended
+        assert max(end.at for end in ended) - injected_at(ended) < 30
+        lines = {end.last_line for end in ended}
+        with Checkpoints(run) as checkpoints:
+            saved = checkpoints.latest_step()
+        assert saved is not None
+        assert step < saved <= step + 6
+        assert lines == {f"stopped after step {saved} of 20, saved in {run}; the same command goes on from there"}
+    (ended_alone,) = job(tiny_npz, run)
+    assert ended_alone.status == 0, ended_alone.stderr
+    (whole,) = job(tiny_npz, tmp_path / "whole")
+    assert whole.status == 0, whole.stderr
+    assert len(losses(run)) == 20
+    np.testing.assert_allclose(losses(run), losses(tmp_path / "whole"), rtol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "rank", "seconds", "statuses", "says"),
+    [
+        ("exception", 0, 10, {1}, "process 0 on {host}: RuntimeError: injected fault"),
+        ("exception", 1, 10, {1}, "process 1 on {host}: RuntimeError: injected fault"),
+        ("kill", 1, 40, {1}, None),
+        ("freeze", 1, 40, {1, -6}, None),
+        ("stuck", 1, 40, {1}, "process 1 on {host}: stuck: what comes before step 10 has taken more than "
+         "config.stuck_after allows; the stacks above say where"),
+    ],
+)  # fmt: skip
+def test_one_fault_ends_all(
+    tiny_npz: Path, tmp_path: Path, kind: str, rank: int, seconds: float, statuses: set[int], says: str | None
+) -> None:
+    import socket
+
+    more = ["--config.stuck_after=10"] if kind == "stuck" else []
+    ended = job(tiny_npz, tmp_path, *more, processes=2, kind=kind, step=9, rank=rank)
+    others = [end for number, end in enumerate(ended) if number != rank or says]
+    assert {end.status for end in others} <= statuses, ended
+    assert max(end.at for end in others) - injected_at(ended) < seconds
+    if says:
+        assert {end.last_line for end in ended} == {says.format(host=socket.gethostname())}
+    if kind == "stuck":
+        assert "in faulty" in ended[rank].stderr  # the stack of the loop
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 8  # saved before the fault, and sound
+        checkpoints.arrays(8)
