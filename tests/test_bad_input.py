@@ -236,7 +236,7 @@ CASES = [
     config("data", "other classes than said", "model.num_classes=5", "config.model.num_classes=5", "4 classes"),
     config("weights", "a file that is not there", "init_from=/nowhere", "config.init_from=/nowhere: no such file"),
     config("weights", "an empty folder", "init_from={tmp}", "config.init_from=", "a folder without checkpoints"),
-    config("weights", "another cloud", "init_from=gs://x/y", "config.init_from=gs://x/y: must be a path, or hf://"),
+    config("weights", "another cloud", "init_from=az://x/y", "config.init_from=az://x/y: must be a path, gs://"),
     config("weights", "half a name of the hub", "init_from=hf://x", "must be hf://ORGANISATION/NAME"),
     files("weights", "another kind of file", {"w.h5": b"x"}, "init_from={tmp}/w.h5", "w.h5: must be .safetensors or"),
     files("weights", "an empty file", {"w.safetensors": b""}, "init_from={tmp}/w.safetensors", "not a whole"),
