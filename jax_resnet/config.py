@@ -294,7 +294,7 @@ def default() -> ConfigDict:
     c.checkpoint.keep = 2  # the latest
     c.checkpoint.keep_best = 1  # of those evaluated, besides
     c.checkpoint.best_by = "accuracy_top1"  # or accuracy_top5, loss
-    c.checkpoint.keep_every = duration(epochs=0.0)  # besides; 0: none. One is saved, and stays, each time so much is done
+    c.checkpoint.keep_every = duration(epochs=0.0)  # one is saved, and stays, each time; 0: none
     return c
 
 
