@@ -1,7 +1,9 @@
 """A run that is stopped, however, and started again by the same command ends where it would have ended."""
 
 import json
+import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -49,30 +51,44 @@ def wait_for_step(workdir: Path, step: int, process: subprocess.Popen[str]) -> N
         time.sleep(0.005)
 
 
-def test_killed_three_times_and_restarted_is_bit_identical(tiny_npz: Path, tmp_path: Path) -> None:
-    args = [f"--config={TINY}:{tiny_npz}", "--config.train.steps=200", "--config.log_every=1"]
-    assert run_main(*args, f"--workdir={tmp_path / 'whole'}").returncode == 0
-    killed = tmp_path / "killed"
-    seed = random.randrange(1000)
-    print("kills drawn with seed", seed)
-    rng = random.Random(seed)
-    for after in sorted(rng.sample(range(1, 180), 3)):
+def killed_and_restarted(npz: Path, folder: Path, kills: int, seed: int) -> None:
+    """A run that is killed so often, at moments drawn with `seed`, ends bit for bit as one that is not.
+
+    It saves every second step, so that many kills come while a checkpoint is written; some come before the first step.
+    """
+    args = [f"--config={TINY}:{npz}", f"--config.train.steps={10 * kills}", "--config.log_every=1"]
+    args += ["--config.checkpoint.every.steps=2", "--config.eval.every.steps=13"]
+    assert run_main(*args, f"--workdir={folder / 'whole'}").returncode == 0
+    killed, rng = folder / "killed", random.Random(seed)
+    for _ in range(kills):
+        rows = read_metrics(killed)
+        step = rows[-1]["step"] if rows else 0
         process = subprocess.Popen(main_command(*args, f"--workdir={killed}"), env=main_env(), cwd=ROOT,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
-        wait_for_step(killed, after, process)
-        time.sleep(rng.uniform(0, 0.02))
+        if rng.random() < 0.9:
+            wait_for_step(killed, min(step + rng.randint(1, 8), 10 * kills - 2), process)
+            time.sleep(rng.uniform(0, 0.1))
+        else:
+            time.sleep(rng.uniform(0, 4))
         process.kill()
-        assert process.wait() == -signal.SIGKILL
+        assert process.wait() in (-signal.SIGKILL, 0)
     done = run_main(*args, f"--workdir={killed}")
     assert done.returncode == 0, done.stderr
-    assert_bit_identical(tmp_path / "whole", killed)
-    rows = [
-        [(r["step"], r["loss"]) for r in read_metrics(tmp_path / d) if r["kind"] == "train"]
-        for d in ("whole", "killed")
+    assert_bit_identical(folder / "whole", killed)
+    losses = [
+        [(r["step"], r["loss"]) for r in read_metrics(folder / d) if r["kind"] == "train"] for d in ("whole", "killed")
     ]
-    assert rows[0] == rows[1]  # and every step is recorded once
-    results = [json.loads((tmp_path / d / "result.json").read_text())["splits"] for d in ("whole", "killed")]
+    assert losses[0] == losses[1]  # and every step is recorded once
+    results = [json.loads((folder / d / "result.json").read_text())["splits"] for d in ("whole", "killed")]
     assert results[0] == results[1]
+
+
+@pytest.mark.slow
+def test_killed_thirty_times_and_restarted_is_bit_identical(tiny_npz: Path, tmp_path: Path) -> None:
+    """`KILLS=100 make test SLOW=1 ARGS="-k thirty"` kills more often."""
+    seed = random.randrange(1000)
+    print("kills drawn with seed", seed)
+    killed_and_restarted(tiny_npz, tmp_path, int(os.environ.get("KILLS", "30")), seed)
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -224,3 +240,63 @@ def test_half_a_line_of_metrics_is_left_out(tiny_config: ConfigDict, tmp_path: P
     assert steps == sorted(set(steps))
     assert 9 in steps  # recorded again, in full
     assert all("loss" in json.loads(line) for line in lines if json.loads(line)["kind"] != "save")
+
+
+def test_asked_to_stop_while_compiling_leaves_at_once(tiny_npz: Path, tmp_path: Path) -> None:
+    """Nothing is unsaved then: the compiler, in which Python's handlers wait, is not waited for."""
+    args = [f"--config={TINY}:{tiny_npz}", "--config.model.name=cifar_resnet110"]
+    args += ["--config.model.widths=(16, 32, 64)", f"--workdir={tmp_path}"]
+    env = main_env() | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    process = subprocess.Popen(main_command(*args), env=env, cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    assert process.stdout
+    while not process.stdout.readline().startswith("workdir"):
+        assert process.poll() is None
+    time.sleep(1.5)
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 143, stderr
+    assert time.monotonic() - began < 30
+    assert stderr.strip().splitlines()[-1].startswith("stopped after step 0 of 20")
+
+
+def test_the_batch_changes_only_by_saying_so(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    """From a step that is still to come on, as if it had been said at the beginning; what is done does not change."""
+    tiny_config.eval.every.epochs, tiny_config.eval.every.steps = 2.0, None
+    tiny_config.checkpoint.every.epochs, tiny_config.checkpoint.every.steps = 1.0, None
+    for of in (tiny_config.train, tiny_config.schedule.warmup):
+        of.steps, of.examples = None, of.steps * 16
+    said = tiny_config.copy_and_resolve_references()
+    said.progressive = ((0.0, 12, 16), (0.5, 12, 32))
+    train(said, tmp_path / "said")
+    tiny_config.stop_after_steps = 7
+    train(tiny_config, tmp_path / "run")
+    tiny_config.stop_after_steps = None
+    other = tiny_config.copy_and_resolve_references()
+    other.batch_size = 32
+    with pytest.raises(UserError, match=r"batch_size: 16 there, 32 here.*--config\.progressive='\(\(0, SIZE, 16\), "):
+        train(other, tmp_path / "run")
+    other = said.copy_and_resolve_references()
+    other.progressive = ((0.0, 12, 16), (0.25, 12, 32))
+    with pytest.raises(UserError, match="the 7 steps that are done were not in these phases"):
+        train(other, tmp_path / "run")
+    train(said, tmp_path / "run")
+    assert_bit_identical(tmp_path / "said", tmp_path / "run")
+
+
+def test_a_workdir_that_goes_away_is_one_line(tiny_config: ConfigDict, tmp_path: Path) -> None:
+    from jax_resnet.train import Run
+
+    gone = tmp_path / "run"
+    save = Run._save
+
+    def deleted(self: Run, step: int, state: Any) -> None:
+        if step == 16:
+            shutil.rmtree(gone)
+        save(self, step, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_save", deleted)
+        with pytest.raises(UserError, match="is no longer there; it was moved or deleted during the run"):
+            train(tiny_config, gone)
