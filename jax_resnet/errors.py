@@ -4,7 +4,11 @@ import difflib
 import errno
 import re
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from absl import logging
 
 LACKING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE)  # what the machine has no more of
 
@@ -41,6 +45,26 @@ def lacking(error: Exception) -> UserError:
     if isinstance(error, OSError) and error.errno in LACKING:
         return UserError(f"{error.filename or 'a file of the run'}: cannot be written or opened ({error.strerror})")
     raise error
+
+
+def hush() -> None:
+    """Leaves unprinted what libraries log, and what their threads raise where a disk is full: the run says so itself.
+
+    Of TensorBoard's writer that is an OSError; of Orbax's, after an error, that its event loop is closed.
+    """
+    logging.set_verbosity(logging.FATAL)
+
+    def heard(hook: Callable[..., Any], error: Callable[..., BaseException | None]) -> Callable[..., None]:
+        def hooked(*args: Any) -> None:
+            found = error(*args)
+            if not isinstance(found, OSError) and str(found) != "Event loop is closed":
+                hook(*args)
+
+        return hooked
+
+    sys.excepthook = heard(sys.__excepthook__, lambda _, error, __: error)
+    sys.unraisablehook = heard(sys.__unraisablehook__, lambda args: args.exc_value)
+    threading.excepthook = heard(threading.__excepthook__, lambda args: args.exc_value)
 
 
 def first_line(error: BaseException) -> str:

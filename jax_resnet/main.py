@@ -4,6 +4,7 @@
 """
 
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from jax_resnet.config import parse_flags, validate
-from jax_resnet.errors import Interrupted, UserError, fail, lacking
+from jax_resnet.errors import Interrupted, UserError, fail, hush, lacking
 from jax_resnet.signals import leave
 
 config_flags.DEFINE_config_file("config", None, "The config file, with `:argument` where it takes one.")
@@ -53,20 +54,15 @@ def default_workdir() -> Path:
 
 def main(_: list[str]) -> int:
     """Runs; a user's mistake is one line on stderr and status 2, a signal 128 + its number."""
-    logging.set_verbosity(logging.FATAL)  # Orbax, TFDS and JAX report at length, errors with their tracebacks too
+    hush()
     status = 0
     try:
         run()
-    except UserError as e:
-        status = fail(e)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
-    except Interrupted as e:
-        print(e, file=sys.stderr)
-        status = 128 + e.signum
+    except (KeyboardInterrupt, Interrupted) as e:
+        print(e if isinstance(e, Interrupted) else "interrupted", file=sys.stderr)
+        status = 128 + (e.signum if isinstance(e, Interrupted) else signal.SIGINT)
     except Exception as e:
-        status = fail(lacking(e))
+        status = fail(e if isinstance(e, UserError) else lacking(e))
     return leave(status)
 
 

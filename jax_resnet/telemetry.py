@@ -1,5 +1,6 @@
 """What a run shows and leaves behind: a bar or lines, metrics.jsonl, TensorBoard events, a picture, result.json."""
 
+import contextlib
 import io
 import json
 import os
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jax_resnet.errors import UserError
-from jax_resnet.journal import read_metrics
+from jax_resnet.journal import FILE, read_metrics
 from jax_resnet.paths import AnyPath, is_remote, write
 from jax_resnet.plan import Plan
 from jax_resnet.workdir import write_json
@@ -94,12 +95,13 @@ class Telemetry:
     def __enter__(self) -> "Telemetry":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         if self._progress:
             self._progress.stop()
         if self.active:
-            self._lines.close()
-            self._events.close()
+            for file in (self._lines, self._events):  # after an error that is the one to be told
+                with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+                    file.close()
             if self._scratch and self.upload(at_end=True):
                 shutil.rmtree(self._scratch, ignore_errors=True)
 
@@ -223,7 +225,12 @@ class Telemetry:
         if not self.active:
             return
         row = {"step": step, "kind": kind, "seconds": round(self.seconds, 3), **values}
-        self._lines.write(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n")
+        try:
+            self._lines.write(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n")
+        except OSError as e:
+            raise UserError(
+                f"{self._workdir / FILE}: cannot be written ({e.strerror}); the checkpoints are whole"
+            ) from None
         group = f"{kind}_ema" if values.get("split", "").endswith("_ema") else kind
         for name, value in values.items():
             if isinstance(value, int | float):

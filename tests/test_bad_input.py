@@ -23,6 +23,7 @@ from absl.testing import flagsaver
 from conftest import ROOT, main_command, main_env, run_main
 
 from jax_resnet import main
+from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.data import tfds_source  # noqa: F401
 from jax_resnet.errors import lacking
 from jax_resnet.job import Job
@@ -406,18 +407,27 @@ def test_faults_of_the_program_are_not_hidden(error: Exception) -> None:
     assert e.value is error
 
 
-def test_a_full_disk(tiny_npz: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "newest"), [("64k", None), ("700k", 16)])
+def test_a_full_disk(tiny_npz: Path, tmp_path: Path, size: str, newest: int | None) -> None:
+    """One line, and what was saved before is whole."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        done = run_main(f"--config={TINY}:{tiny_npz}", f"--workdir={disk / 'run'}", "--config.stop_after_steps=1")
+        more = ["--config.train.steps=200", "--config.checkpoint.keep=50"]
+        done = run_main(f"--config={TINY}:{tiny_npz}", f"--workdir={disk / 'run'}", *more)
+        with Checkpoints(disk / "run") as checkpoints:
+            assert checkpoints.latest_step() == newest
+            for step in checkpoints.steps():
+                checkpoints.arrays(step)
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
     assert done.returncode == 2, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]  # among what Orbax' threads say
+    (line,) = done.stderr.strip().splitlines()
     assert re.search("No space left on device|RESOURCE_EXHAUSTED", line)
+    assert line.startswith(f"error: {disk / 'run'}")
+    assert newest is None or "the newest whole one is of step 16" in line
 
 
 def test_a_poor_environment_is_enough(tiny_npz: Path, tmp_path: Path) -> None:
