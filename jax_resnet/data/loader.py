@@ -17,6 +17,7 @@ import grain
 import jax
 import numpy as np
 from absl import flags
+from grain.multiprocessing import SharedMemoryArray
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
@@ -141,7 +142,9 @@ class Feed:
         self._batches.close()
         if self._shares_memory:
             gc.collect()  # the last batches lie in cycles, of an exception and its frames; Python would say they leaked
-            time.sleep(0.1)  # Grain gives them back in a thread
+            giving_back = getattr(SharedMemoryArray, "_del_thread_pool", None)  # Grain's one thread that does
+            if giving_back:
+                giving_back.apply(int)  # after all that it has been asked before
 
 
 def train_batches(
