@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jax_resnet import parallel
@@ -36,16 +37,18 @@ class Job:
     `config` is a copy in which dtype="auto" is decided, so that a run does not change it by moving to other devices.
     """
 
-    def __init__(self, config: ConfigDict, *, training: bool = True, data: Dataset | None = None):
+    def __init__(
+        self, config: ConfigDict, *, training: bool = True, data: Dataset | None = None, mesh: Mesh | None = None
+    ):
         """Raises UserError for what is wrong with the config, the data or their fit, before anything is compiled.
 
         Without `training` the batch may be any: evaluation fills up what the devices do not divide. `data` is what
-        config.data names, where that is open already.
+        config.data names, where that is open already; `mesh` has other devices than those at hand, to compile for.
         """
         validate(config)
-        self.mesh = parallel.data_mesh()
+        self.mesh = mesh or parallel.data_mesh()
         c = self.config = config.copy_and_resolve_references()
-        c.dtype = activation_dtype(c.dtype).name
+        c.dtype = activation_dtype(c.dtype, self.mesh.devices.flat[0].platform).name
         overrides = model_overrides(c)
         spec = self.spec = model_spec(c.model.name, **overrides)
         self.sharding, whole = parallel.batch_sharding(self.mesh), parallel.replicated(self.mesh)
@@ -207,10 +210,10 @@ def _all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
 
 
-def activation_dtype(name: str) -> Any:
+def activation_dtype(name: str, platform: str) -> Any:
     """config.dtype as a dtype: "auto" is bfloat16 on TPU and GPU, float32 on CPU, which only emulates bfloat16."""
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = "float32" if platform == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jax_resnet import optim
@@ -51,10 +52,10 @@ WIDTH, HEIGHT = 46, 6  # of the curve, in characters
 BARS = " ▁▂▃▄▅▆▇█"
 
 
-def prepare(c: ConfigDict) -> tuple[Job, bool]:
+def prepare(c: ConfigDict, mesh: Mesh | None = None) -> tuple[Job, bool]:
     """A config as ready for training as can be without weights, and whether its data is here, not just in PUBLISHED.
 
-    Raises UserError as Job does. The weights of a teacher are not read.
+    Raises UserError as Job does. The weights of a teacher are not read. `mesh` is as for Job.
     """
     validate(c)
     c = c.copy_and_resolve_references()
@@ -65,7 +66,7 @@ def prepare(c: ConfigDict) -> tuple[Job, bool]:
         if c.data.name not in PUBLISHED or c.data.train_split or c.data.eval_split:
             raise
         data, here = _published(c.data), False
-    return Job(c, data=data), here
+    return Job(c, data=data, mesh=mesh), here
 
 
 def _published(c: ConfigDict) -> Dataset:
