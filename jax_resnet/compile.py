@@ -156,24 +156,22 @@ def row_of(c: ConfigDict, name: str, mesh: Any, per_device: int | None, search: 
 
 
 def show(rows: list[Row]) -> None:
-    """Prints them as a table, and below it what their memory holds, or by how much it does not, and what it all costs."""
+    """Prints them as a table, and below it what their memory holds, or by how much it does not, and the costs."""
     gib, console, first = 2**30, Console(highlight=False), rows[0]
-    headings = ("", "devices", "images each", "GiB each", "MB/image", "kcycles/image", "collectives", "MB", "at most")
+    console.width = max(100, console.width)  # a narrow terminal breaks lines better than the table its headings
     table = Table(box=box.SIMPLE, pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for heading in ("", "images each", "GiB", "MB/image", "kcycles/image", "collectives", "images/s each ≤"):
+        table.add_column(heading, justify="right" if heading else "left")
     for row in rows:
         each = row["per_device_batch"]
-        cells = [row["topology"] or row["device_kind"], f"{row['devices']:,}", f"{each:,}"]
+        cells = [row["topology"] or f"{row['devices']} × {row['device_kind']}", f"{each:,}"]
         cells.append(f"{row['memory_bytes'] / gib:.2f}")
         if row["fits"]:
-            counts, sizes = zip(*row["collectives"].values(), strict=True) if row["collectives"] else ((), ())
             cells += [
                 f"{row['moved_bytes'] / each / 1e6:.1f}" if row["moved_bytes"] else "",
                 f"{row['cycles'] / each / 1e3:,.1f}" if row["cycles"] else "",
-                f"{sum(counts)}",
-                f"{sum(sizes) / 1e6:.1f}",
-                f"{each / row['least_seconds']:,.0f} images/s" if "least_seconds" in row else "",
+                f"{sum(count for count, _ in row['collectives'].values())}",
+                f"{each / row['least_seconds']:,.0f}" if "least_seconds" in row else "",
             ]
         table.add_row(*cells)
     height, width, channels = first["image"]
@@ -182,7 +180,8 @@ def show(rows: list[Row]) -> None:
     for row in rows:
         if row["fits"]:
             parts = {"state and batch": "arguments", "temporaries": "temporaries", "program": "code"}
-            told = [", ".join(f"{of} {row[f'{key}_bytes'] / gib:.2f}" for of, key in parts.items()) + " GiB each"]
+            told = [", ".join(f"{of} {row[f'{key}_bytes'] / gib:.2f}" for of, key in parts.items()) + " GiB"]
+            told += [f"{count} {kind}, {size / 1e6:.1f} MB" for kind, (count, size) in row["collectives"].items()]
         else:
             there = row["available_bytes"] / gib
             told = [f"does not fit: {row['memory_bytes'] / gib:.2f} GiB of {there:.2f}, "

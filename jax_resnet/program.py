@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -84,17 +85,15 @@ def topology_mesh(name: str) -> Mesh:
         "TPU_STDERR_LOG_LEVEL": "3",
     }.items():
         os.environ.setdefault(variable, value)
+    if not find_spec("libtpu"):
+        raise UserError(f"--topology={name}: the compiler for TPUs is not here: pip install libtpu; it needs no TPU")
     # JAX runs a chip of these as one device.
     options = {"chip_config_name": "megacore"} if name.startswith(("v4:", "v5p:")) else {}
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as e:
-        why = first_line(e)
-        if "libtpu" not in why:
-            raise UserError(f"--topology={name}: {why}; for example v5e:2x2, v6e:16x16, v5p:2x2x1") from None
-        raise UserError(
-            f"--topology={name}: the TPU compiler is not here ({why}); pip install libtpu, no TPU is needed"
-        ) from None
+        why = first_line(e).removeprefix("INVALID_ARGUMENT: ")
+        raise UserError(f"--topology={name}: {why}; for example v5e:2x2, v6e:16x16, v5p:2x2x1") from None
     return jax.make_mesh((len(devices),), ("data",), devices=devices, axis_types=(AxisType.Auto,))
 
 
