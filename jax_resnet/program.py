@@ -6,21 +6,28 @@ The compiler for TPUs works without one, from the name of a topology; libtpu has
 import math
 import os
 import re
+import sys
+import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
+from ml_collections import ConfigDict
 
+from jax_resnet import overview
 from jax_resnet.data.order import Phase
 from jax_resnet.errors import UserError, first_line
 from jax_resnet.job import Job
+from jax_resnet.parallel import data_mesh
 
 GIB = 2**30
+Row = dict[str, Any]  # as JSON
 
 
 @dataclass(frozen=True)
@@ -63,12 +70,12 @@ class Program:
         return max((self.moved or 0) / hardware.bandwidth, (self.flops or 0) / hardware.flops)
 
 
-class TooLarge(Exception):
-    """A step that needs more bytes of a device's memory than are `available`."""
+@dataclass(frozen=True)
+class TooLarge:
+    """A step that the devices' memory does not hold, in bytes of one device."""
 
-    def __init__(self, needed: int, available: int):
-        super().__init__(f"needs {needed / GIB:.2f} of {available / GIB:.2f} GiB")
-        self.needed, self.available = needed, available
+    memory: int
+    available: int
 
 
 def topology_mesh(name: str) -> Mesh:
@@ -102,8 +109,8 @@ def heaviest(job: Job) -> Phase:
     return max(job.plan.phases, key=lambda phase: phase.batch_size * (phase.image_size or 1) ** 2)
 
 
-def compiled(job: Job) -> Program:
-    """The step of the heaviest phase, for the devices of the job's mesh. Raises TooLarge if they do not hold it."""
+def compile_step(job: Job) -> Program | TooLarge:
+    """The step of the heaviest phase, for the devices of the job's mesh."""
     lowered = job.train_step.lower(*job.shapes(heaviest(job)))
     try:
         program = read(lowered.compile())
@@ -111,11 +118,9 @@ def compiled(job: Job) -> Program:
         sizes = [float(n) * 1024 ** ("KMGT".index(unit) + 1) for n, unit in re.findall(r"\b([\d.]+)([KMGT])\b", str(e))]
         if "RESOURCE_EXHAUSTED" not in str(e) or len(sizes) < 2:
             raise
-        raise TooLarge(round(sizes[0]), round(sizes[1])) from None
-    limit = bytes_limit(job.mesh.devices.flat[0])
-    if limit and program.memory > limit:  # the compiler for GPUs does not refuse
-        raise TooLarge(program.memory, limit)
-    return program
+        return TooLarge(round(sizes[0]), round(sizes[1]))
+    limit = bytes_limit(job.mesh.devices.flat[0])  # the compiler for GPUs does not refuse
+    return TooLarge(program.memory, limit) if limit and program.memory > limit else program
 
 
 def bytes_limit(device: jax.Device) -> int | None:
@@ -185,3 +190,92 @@ def unit_of(job: Job) -> int:
         return 8 * parts
     whole = heaviest(job).batch_size % (devices * parts * group) == 0  # groups lie on one device each, and stay so
     return parts * (group if whole else group // math.gcd(group, devices))
+
+
+def cases(config: ConfigDict, topologies: Sequence[str]) -> list["Case"]:
+    """The config on each topology; if none is given, on the devices here."""
+    meshes = {name: topology_mesh(name) for name in topologies} or {"": data_mesh()}
+    return [Case(config, name, mesh) for name, mesh in meshes.items()]
+
+
+def save_to(folder: Path) -> None:
+    """Has all that is compiled kept in a folder, as JAX_COMPILATION_CACHE_DIR of a training takes it."""
+    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+class Case:
+    """A config on the devices of a mesh. All of it raises UserError."""
+
+    def __init__(self, config: ConfigDict, name: str, mesh: Mesh):
+        self.config, self.name, self.mesh = config, name, mesh
+        self.device = mesh.devices.flat[0]
+        self.published = HARDWARE.get(self.device.device_kind)
+        self._tried: dict[int, tuple[Program | TooLarge, float]] = {}
+
+    def job(self, per_device: int | None) -> Job:
+        """With that batch on each device, the config's own if None."""
+        c = self.config.copy_and_resolve_references()
+        if per_device is not None:
+            if any(len(row) > 2 for row in c.progressive or ()):
+                raise UserError("config.progressive has batches of its own; leave out --per_device_batch and --largest")
+            c.batch_size = per_device * self.mesh.size
+        return overview.prepare(c, self.mesh)[0]
+
+    def compiled(self, job: Job) -> Program | TooLarge:
+        """The step, compiled once."""
+        each = heaviest(job).batch_size // self.mesh.size
+        if each not in self._tried:
+            print(f"compiling for {self.name or 'the devices here'}, {each} images each …", file=sys.stderr, flush=True)
+            began = time.monotonic()
+            found = compile_step(job)
+            self._tried[each] = found, time.monotonic() - began
+        return self._tried[each][0]
+
+    def rows(self, per_device: int | None, search: bool) -> Iterator[Row]:
+        """What there is to say of the config and, in a `search` or if it does not fit, of the largest that does."""
+        job = self.job(per_device)
+        yield self.row(job)
+        if (search or isinstance(self.compiled(job), TooLarge)) and (most := self.largest(job)):
+            yield self.row(self.job(most)) | {"largest": True}
+
+    def row(self, job: Job) -> Row:
+        """What there is to say of the job."""
+        found = self.compiled(job)
+        phase, plan, (height, width, channels) = heaviest(job), job.plan, job.data.train.image_shape
+        each = phase.batch_size // self.mesh.size
+        row: Row = {
+            "topology": self.name or None,
+            "device_kind": self.device.device_kind,
+            "devices": self.mesh.size,
+            "model": job.config.model.name,
+            "dtype": job.config.dtype,
+            "image": [phase.image_size or height, phase.image_size or width, channels],
+            "per_device_batch": each,
+            "largest": False,  # that fits, found by a search
+            "fits": isinstance(found, Program),
+            "compile_seconds": round(self._tried[each][1], 1),
+        }
+        if isinstance(found, TooLarge):
+            return row | asdict(found)
+        row |= {"memory": found.memory, **asdict(found)}
+        if self.published:
+            seconds = row["least_seconds"] = found.seconds(self.published)
+            if len(plan.phases) == 1:
+                row["least_device_hours"] = plan.steps * seconds * self.mesh.size / 3600
+        return row
+
+    def largest(self, job: Job) -> int:
+        """The largest batch of a device that fits, 0 if none does, from that of the job on."""
+        there = self.published.memory * GIB if self.published else bytes_limit(self.device)
+        if not there:
+            raise UserError(f"--largest: how much memory {self.device.device_kind} has is not known")
+
+        def attempt(each: int) -> tuple[int, int, bool]:
+            found = self.compiled(self.job(each))
+            fits = isinstance(found, Program)
+            return found.memory, there if isinstance(found, Program) else found.available, fits
+
+        unit, first = unit_of(job), heaviest(job).batch_size // self.mesh.size
+        return largest(attempt, first, unit) or largest(attempt, unit, 1)
