@@ -40,16 +40,22 @@ port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)
 flags="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$devices"
 
 process() { # the number, and the command
-  local number=$1
+  local number=$1 environment
   shift
-  run env JAX_PLATFORMS=cpu "XLA_FLAGS=$flags" "JAX_COORDINATOR_ADDRESS=127.0.0.1:$port" \
-    "JAX_NUM_PROCESSES=$processes" "JAX_PROCESS_ID=$number" "$@"
+  environment=(env JAX_PLATFORMS=cpu "XLA_FLAGS=$flags" "JAX_COORDINATOR_ADDRESS=127.0.0.1:$port"
+    "JAX_NUM_PROCESSES=$processes" "JAX_PROCESS_ID=$number")
+  if [[ $dry_run ]]; then
+    run "${environment[@]}" "$@"
+  else
+    exec "${environment[@]}" "$@" 3>&- # so that it is the command that is told of signals, not a shell around it
+  fi
 }
 
 pids=() interrupted=''
+# shellcheck disable=SC2329  # by the traps below
 pass_on() {
   interrupted=1
-  ((!${#pids[@]})) || kill -s "$1" -- "${pids[@]/#/-}" 2>/dev/null || true
+  ((!${#pids[@]})) || kill -s "$1" -- "${pids[@]}" 2>/dev/null || true
 }
 for signal in INT TERM HUP; do
   # shellcheck disable=SC2064  # each its own
