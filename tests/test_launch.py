@@ -36,7 +36,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the stand-ins n
 def launch(*args: object, env: dict[str, str] | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     script, *more = map(str, args)
     return subprocess.run(
-        ["bash", LAUNCH / script, *more], env=env or dict(os.environ), cwd=cwd, capture_output=True, text=True, timeout=60
+        ["bash", LAUNCH / script, *more],
+        env=env or dict(os.environ),
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
@@ -347,7 +352,9 @@ def test_a_slice_that_cannot_be_had_is_given_up(tmp_path: Path) -> None:
 
 def test_each_step_can_be_given_again(tmp_path: Path) -> None:
     cloud = Cloud(tmp_path)
-    (tmp_path / "train.py").write_text(TRAIN.replace("def end(", "while (cloud / 'state').exists(): time.sleep(0.05)\ndef end("))
+    (tmp_path / "train.py").write_text(
+        TRAIN.replace("def end(", "while (cloud / 'state').exists(): time.sleep(0.05)\ndef end(")
+    )
     for action in ("create", "create", "install", "install", "run", "run", "delete", "delete"):
         more = cloud.training if action == "run" else ()
         done = cloud.tpu(action, *more)
@@ -482,7 +489,9 @@ def test_sky(tmp_path: Path) -> None:
     recovery = task["resources"]["job_recovery"]
     assert (recovery["max_restarts_on_errors"], recovery["recover_on_exit_codes"]) == (0, [129, 143])
     assert (ROOT / task["setup"]).is_file()
-    show = "import json, os, sys\nprint(json.dumps([sys.argv[1:], {k: v for k, v in os.environ.items() if 'JAX' in k}]))"
+    show = (
+        "import json, os, sys\nprint(json.dumps([sys.argv[1:], {k: v for k, v in os.environ.items() if 'JAX' in k}]))"
+    )
     (tmp_path / "launch").mkdir()
     (tmp_path / "launch" / "supervise").write_text(f"#!{sys.executable}\n{show}")
     (tmp_path / "launch" / "supervise").chmod(0o755)
@@ -491,7 +500,12 @@ def test_sky(tmp_path: Path) -> None:
     for gpus in (False, True):
         path = programs(tmp_path / f"bin{gpus}", **({"nvidia-smi": ""} if gpus else {}))
         done = subprocess.run(
-            ["bash", "-c", task["run"]], env=env | {"PATH": path}, cwd=tmp_path, capture_output=True, text=True, check=True
+            ["bash", "-c", task["run"]],
+            env=env | {"PATH": path},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         args, variables = json.loads(done.stdout)
         assert args == [
@@ -615,7 +629,7 @@ def test_local_passes_a_signal_on_once(tmp_path: Path, signum: int) -> None:
 @pytest.mark.slow
 def test_local_training_stops_and_goes_on(tiny_npz: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    config = [f"--config={ROOT / 'tests' / 'tiny.py'}:{tiny_npz}", "--config.log_every=1", "--config.train.steps=60"]
+    config = [f"--config={ROOT / 'tests' / 'tiny.py'}:{tiny_npz}", "--config.log_every=1", "--config.train.steps=40"]
     command = ["bash", str(LAUNCH / "local.sh"), "2", "--devices=2", "--", sys.executable, "-m", "jax_resnet.main"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     job = subprocess.Popen([*command, *config, f"--workdir={run}"], env=env, stderr=subprocess.PIPE, text=True)
@@ -630,5 +644,5 @@ def test_local_training_stops_and_goes_on(tiny_npz: Path, tmp_path: Path) -> Non
     assert "the same command goes on from there" in errors
     done = subprocess.run([*command, *config, f"--workdir={run}"], env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert [row["step"] for row in read_metrics(run) if row["kind"] == "train"] == list(range(1, 61))
-    assert json.loads((run / "result.json").read_text())["step"] == 60
+    assert [row["step"] for row in read_metrics(run) if row["kind"] == "train"] == list(range(1, 41))
+    assert json.loads((run / "result.json").read_text())["step"] == 40
