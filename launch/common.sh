@@ -11,11 +11,21 @@ die() {
   exit 2
 }
 
+# The text $1 with $3 for each $2. Shells differ in what ${…//…/…} makes of quotes, \ and &.
+replaced() {
+  local rest=$1 text=''
+  while [[ $rest == *"$2"* ]]; do
+    text+=${rest%%"$2"*}$3
+    rest=${rest#*"$2"}
+  done
+  printf '%s' "$text$rest"
+}
+
 # The words as a shell reads them back.
 quoted() {
-  local word line='' apostrophe="'\\''"
+  local word line=''
   for word; do
-    [[ $word =~ ^[A-Za-z0-9_./:=@%+,~-]+$ ]] || word="'${word//"'"/"$apostrophe"}'"
+    [[ $word =~ ^[A-Za-z0-9_./:=@%+,~-]+$ ]] || word="'$(replaced "$word" "'" "'\\''")'"
     line+="$word "
   done
   printf '%s' "${line% }"

@@ -118,6 +118,7 @@ def test_dry_run(script: str) -> None:
         (["tpu", "create", "--name=", "--zone=z"], "--name: needs a value"),
         (["tpu", "create", "--name=a", "--zone=z"], "--type"),
         (["tpu", "create", "--name=a", "--zone=z", "--type=v9-8"], "--version"),
+        (["tpu", "status", "--name=a", "--zone=z", "--every=day"], "--every=day: must be a number of seconds"),
         (["tpu", "create", "--name=a", "--zone=z", "--sopt"], "--sopt: no such flag"),
         (["tpu", "run", "--name=a", "--zone=z"], "give -- COMMAND"),
         (["tpu", "run", "--name=a", "--zone=z", "--", "x", "--workdir=runs/a"], "--workdir=runs/a: must be in gs://"),
@@ -209,7 +210,7 @@ from pathlib import Path as Local
 def Path(path): return Local(os.environ["CLOUD"]) / path.removeprefix("gs://")
 """
 
-# Saves steps 1 to 4. At the second something happens, once; host 1 ends when and as host 0 does.
+# Host 0 saves steps 1 to 4; at the second something happens, once. Host 1 ends when and as host 0 does.
 TRAIN = r"""
 import os, signal, sys, time
 from pathlib import Path
@@ -218,14 +219,22 @@ folder, event, worker = cloud / "bucket" / "run", (cloud / "event").read_text(),
 checkpoints, ended = folder / "checkpoints", folder / "ended"
 checkpoints.mkdir(parents=True, exist_ok=True)
 step = max((int(d.name) for d in checkpoints.iterdir()), default=0)
+names = ("step", "host 1") if worker == "0" else ("host 1", "step")
+def begun():
+    lines = (cloud / "runs").read_text().splitlines() if (cloud / "runs").exists() else []
+    return [sum(line.startswith(name) for line in lines) for name in names]
+if worker == "0":
+    ended.unlink(missing_ok=True)
 with (cloud / "runs").open("a") as runs:
     runs.write("host 1\n" if worker == "1" else f"step {step}\n")
+mine = begun()[0]
+while begun()[1] < mine:  # they meet
+    time.sleep(0.02)
 print("begun at", step, flush=True)
 if worker == "1":
     while not ended.exists():
         time.sleep(0.02)
     sys.exit(int(ended.read_text()))
-ended.unlink(missing_ok=True)
 def end(status):
     (folder / "part").write_text(str(status))
     (folder / "part").rename(ended)
@@ -237,7 +246,7 @@ for step in range(step + 1, 5):
         if event.isdigit():
             end(int(event))
         if event == "crash":
-            sys.exit(1)
+            end(1)
         if event == "asked":
             ended.write_text("143")
             os.kill(os.getppid(), signal.SIGTERM)
@@ -322,6 +331,14 @@ def test_a_mistake_is_not_begun_anew(tmp_path: Path) -> None:
     assert cloud.calls() == ["create", "scp", "delete"]
     assert cloud.runs() == {"step 0": 1, "host 1": 1}
     assert done.stderr.splitlines()[-1] == "tpu: the run has ended with status 2"
+
+
+def test_the_command_given_again_begins_what_had_ended(tmp_path: Path) -> None:
+    cloud = Cloud(tmp_path, "2")
+    assert cloud.tpu("keep", "--stay", *cloud.training).returncode == 2
+    assert cloud.tpu("keep", *cloud.training).returncode == 0
+    assert cloud.calls() == ["create", "scp", "scp", "delete"]
+    assert cloud.runs() == {"step 0": 1, "step 2": 1, "host 1": 2}
 
 
 def test_a_crash_is_begun_anew_on_the_same_slice(tmp_path: Path) -> None:
