@@ -573,7 +573,7 @@ print((folder / "state").read_text())
         ("130", "RUNNING", 130, ["srun"]),
         ("1 137 0", "RUNNING", 0, ["srun", "srun", "srun"]),
         ("1 1 1", "RUNNING", 1, ["srun", "srun", "srun"]),
-        ("wait", "RUNNING", 143, ["srun", "scancel", "squeue", "scontrol"]),
+        ("wait 0", "RUNNING", 143, ["srun", "scancel", "squeue", "scontrol"]),
         ("wait", "CANCELLED", 143, ["srun", "scancel", "squeue"]),
     ],
 )
@@ -585,7 +585,7 @@ def test_slurm(tmp_path: Path, runs: str, state: str, status: int, calls: list[s
     script = shutil.copy(LAUNCH / "slurm.sbatch", tmp_path / "slurm_script")  # from where SLURM runs it
     args = [f"--config={ROOT}/configs/resnet20_digits.py", f"--workdir={tmp_path / 'run'}"]
     job = subprocess.Popen(["bash", script, *args], env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    if runs == "wait":
+    if runs.startswith("wait"):
         deadline = time.monotonic() + 20
         while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -599,6 +599,9 @@ def test_slurm(tmp_path: Path, runs: str, state: str, status: int, calls: list[s
     assert set(made[1:]) <= {
         made[0], "scancel --signal=TERM 17", "squeue --noheader --jobs=17 --format=%T", "scontrol requeue 17",
     }  # fmt: skip
+    if "scontrol" in calls:  # SLURM starts it again, and it goes on by the same command
+        assert subprocess.run(["bash", script, *args], env=env, cwd=tmp_path, timeout=60).returncode == 0
+        assert (tmp_path / "calls").read_text().splitlines()[len(made) :] == made[:1]
 
 
 # ---- processes on this machine ---------------------------------------------------------------------------------------
