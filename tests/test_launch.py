@@ -214,6 +214,7 @@ def Path(path): return Local(os.environ["CLOUD"]) / path.removeprefix("gs://")
 TRAIN = r"""
 import os, signal, sys, time
 from pathlib import Path
+signal.alarm(60)  # whatever the test comes to
 cloud = Path(os.environ["CLOUD"])
 folder, event, worker = cloud / "bucket" / "run", (cloud / "event").read_text(), os.environ["WORKER"]
 checkpoints, ended = folder / "checkpoints", folder / "ended"
