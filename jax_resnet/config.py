@@ -106,6 +106,7 @@ MAY_CHANGE = (
     "stop_after_steps",
     "log_every",
     "stuck_after",
+    "profile",
     "accumulate",
     "eval.every",
     "eval.batch_size",
@@ -144,6 +145,7 @@ def default() -> ConfigDict:
     c.freeze = ()  # parts that keep their weights and statistics: stem, stage1, …, norm, head
     c.dtype = "auto"  # of activations: bfloat16 on TPU and GPU, float32 on CPU. The rest is always float32
     c.log_every = 50  # steps
+    c.profile = placeholder(str)  # updates to trace, 100:105 both included, into WORKDIR/profile, for XProf
     c.stuck_after = (
         900.0  # seconds in which no step is done, four times so many where one is compiled: the process then
     )
@@ -337,6 +339,8 @@ def validate(c: ConfigDict) -> None:
     _check_batches(c)
     _check_optimizer(c.optimizer)
     _check_schedule(c.schedule)
+    if c.profile is not None:
+        traced_steps(c.profile)
     if c.loss.name != "bce" and (c.loss.bce_threshold or c.loss.bce_sum):
         raise UserError(
             f"config.loss.bce_threshold and bce_sum: say how bce is done, but config.loss.name={c.loss.name}"
@@ -350,6 +354,15 @@ def validate(c: ConfigDict) -> None:
     for what in DURATIONS:
         if not in_steps(_get(c, what), what, batch_size=1, num_examples=1) and what not in MAY_BE_0:
             raise UserError(f"config.{what} is 0: must be more")
+
+
+def traced_steps(profile: str) -> range:
+    """The updates that config.profile, "FIRST:LAST", names. Raises UserError if it names none."""
+    found = re.fullmatch(r"(\d+):(\d+)", profile)
+    first, last = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= first <= last:
+        raise UserError(f"config.profile={profile}: must be the first and the last update to trace, such as 100:105")
+    return range(first, last + 1)
 
 
 def _check_batches(c: ConfigDict) -> None:
