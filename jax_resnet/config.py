@@ -108,6 +108,7 @@ MAY_CHANGE = (
     "stuck_after",
     "profile",
     "accumulate",
+    "spread_optimizer",
     "eval.every",
     "eval.batch_size",
     "checkpoint",
@@ -136,6 +137,8 @@ def default() -> ConfigDict:
         1  # parts in which a batch is computed, one after another, to save memory: the update is the same, but
     )
     # for what dropout, drop_path and drop_block draw
+    c.spread_optimizer = False  # each device keeps a share of the optimizer's state and of the running average, to save
+    # memory, and all exchange the updates: the same numbers, but for rounding
     c.train = duration(epochs=90)  # the whole schedule
     c.stretch = 1.0  # the recipe made so many times as long: train, warmups and cooldown; all else is in shares of it
     c.progressive = ()  # of training images: ((0, 128), (0.5, 224)) begins with 128 pixels a side, halfway come 224;
