@@ -89,6 +89,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
+    "gradient_sums": ("auto", "float32"),
     "loss.name": LOSSES,
     "optimizer.name": OPTIMIZERS,
     "optimizer.rest.name": ("adam", "sgd"),
@@ -147,6 +148,7 @@ def default() -> ConfigDict:
     c.init_from = placeholder(str)  # weights to begin with: a file of safetensors or torch, a workdir, hf://ORG/NAME
     c.freeze = ()  # parts that keep their weights and statistics: stem, stage1, …, norm, head
     c.dtype = "auto"  # of activations: bfloat16 on TPU and GPU, float32 on CPU. The rest is always float32
+    c.gradient_sums = "auto"  # over devices, of the convolutions' kernels: in the dtype of activations; or float32
     c.log_every = 50  # steps
     c.profile = placeholder(str)  # updates to trace, 100:105 both included, into WORKDIR/profile, for XProf
     c.stuck_after = (

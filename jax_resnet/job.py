@@ -19,6 +19,7 @@ from jax_resnet.data.source import open_dataset
 from jax_resnet.data.split import Dataset
 from jax_resnet.errors import UserError, choose
 from jax_resnet.models.cost import multiply_adds
+from jax_resnet.models.layers import sum_gradients_in_float32
 from jax_resnet.models.torch_weights import Arrays
 from jax_resnet.models.zoo import create_model, model_spec
 from jax_resnet.optim import make_optimizer
@@ -103,8 +104,9 @@ class Job:
             dtype=jnp.dtype(c.dtype),
             **overrides,
         )
+        as_summed = sum_gradients_in_float32 if c.gradient_sums == "float32" else lambda model: model
         self.graph, self.abstract_state, self.fresh_state = make_state(
-            lambda rngs: make_model(rngs=rngs),
+            lambda rngs: as_summed(make_model(rngs=rngs)),
             optimizer,
             c.seed,
             whole,
@@ -194,6 +196,7 @@ class Job:
             f"{data.num_classes} classes, {height}×{width}×{channels}",
             "input": f"{data.train.source}, {Readers.of(c.data, data.train)}",
             "devices": f"{count} × {device.device_kind}, activations {c.dtype}"
+            + (", gradients summed in float32" if c.gradient_sums == "float32" else "")
             + (", the optimizer's state spread over them" if c.spread_optimizer else ""),
             "batch": f"{batch} ({per_device} per device"
             + (f", in {c.accumulate} parts)" if c.accumulate > 1 else ")")
