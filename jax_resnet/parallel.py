@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize detects, of which it does not tell
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jax_resnet.errors import UserError, first_line
@@ -162,8 +162,17 @@ def data_mesh() -> Mesh:
         raise UserError(
             f"{given or 'JAX'}: no such devices here ({why}); JAX_PLATFORMS=cpu takes the processor"
         ) from None
-    # Auto: shardings are propagated by XLA; jax.make_mesh would make the axis Explicit.
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    return mesh_over(jax.devices())
+
+
+def mesh_over(devices: Sequence[Any]) -> Mesh:
+    """Those devices on one axis, `data`: neighbours in it are neighbours in the machine, those of a slice together."""
+    auto = (AxisType.Auto,)  # shardings are propagated by XLA; by default the axis would be Explicit
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh((len(devices),), ("data",), axis_types=auto, devices=devices)
+    laid_out = mesh_utils.create_hybrid_device_mesh((len(devices) // slices,), (slices,), devices)
+    return Mesh(laid_out, ("data",), axis_types=auto)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

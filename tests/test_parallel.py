@@ -1,14 +1,17 @@
 """Which job a process joins, by the environment that each launcher leaves; and that it is trained by any number."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import faults
 import jax
+import numpy as np
 import pytest
 from conftest import ROOT, main_command, main_env
 from faults import free_port
@@ -228,3 +231,26 @@ def test_two_processes_as_a_launcher_starts_them(tiny_npz: Path, tmp_path: Path,
     assert [end.status for end in ended] == [0, 0], ended
     assert "devices  2 × cpu" in ended[0].stdout
     assert "devices" not in ended[1].stdout
+
+
+ON_SLICES = """
+from jax.experimental import topologies
+from jax_resnet.parallel import mesh_over
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4", num_slices=2).devices
+for device in mesh_over([*devices[::2], *devices[1::2]]).devices:
+    print(device.slice_index, *device.coords)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, which knows the topologies")
+def test_each_slice_is_one_stretch_of_the_mesh_and_neighbours_in_it_are_near() -> None:
+    env = main_env() | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, "-c", ON_SLICES], env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    places = [list(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert len({tuple(place) for place in places}) == 16
+    assert [place[0] for place in places] == [0] * 8 + [1] * 8
+    for a, b in pairwise(places):
+        assert a[0] != b[0] or np.abs(np.subtract(a, b)).max() == 1  # on the chips' grid, diagonally at most
