@@ -166,7 +166,7 @@ def data_mesh() -> Mesh:
 
 
 def mesh_over(devices: Sequence[Any]) -> Mesh:
-    """Those devices on one axis, `data`: neighbours in it are neighbours in the machine, those of a slice together."""
+    """Those devices on one axis, `data`, in the order that JAX has for their network; those of a slice together."""
     auto = (AxisType.Auto,)  # shardings are propagated by XLA; by default the axis would be Explicit
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
