@@ -61,17 +61,18 @@ def _detected() -> tuple[str, int]:
     JAX itself would join, too, what has one process, and fail in a shell that somebody opened in an allocation.
     """
     for kind in ClusterEnv._cluster_types:
-        in_kubernetes = kind.name == "k8s"  # which asks a server that a pod of no indexed job may not ask
+        name = kind.name or kind.__name__.removesuffix("Cluster").lower()
+        in_kubernetes = name == "k8s"  # which asks a server that a pod of no indexed job may not ask
         if kind.opt_in_only_method or (in_kubernetes and "JOB_COMPLETION_INDEX" not in os.environ):
             continue
         try:
             if kind.is_env_present():
-                alone = kind.name == "slurm" and os.environ.get("SLURM_STEP_NUM_TASKS") == "1"
-                return kind.name, 1 if alone else kind.get_process_count()
+                alone = name == "slurm" and os.environ.get("SLURM_STEP_NUM_TASKS") == "1"
+                return name, 1 if alone else kind.get_process_count()
         except Exception as e:
-            if kind.name == "gcetpu":  # a TPU elsewhere: there is no metadata server to be asked
+            if name == "gcetpu":  # a TPU elsewhere: there is no metadata server to be asked
                 continue
-            raise UserError(f"{kind.name}: the size of the job cannot be found out ({first_line(e)})") from None
+            raise UserError(f"{name}: the size of the job cannot be found out ({first_line(e)})") from None
     return "", 1
 
 

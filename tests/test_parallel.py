@@ -145,6 +145,15 @@ def test_alone_it_stays_alone(join: Join, env: dict[str, str]) -> None:
     assert join(env) is None
 
 
+def test_a_pod_of_no_indexed_job_is_not_taken_for_one(join: Join, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clusters.K8sCluster, "is_env_present", lambda: True)
+    monkeypatch.setattr(clusters.K8sCluster, "get_process_count", lambda: 4)
+    monkeypatch.delenv("JOB_COMPLETION_INDEX", raising=False)
+    assert parallel._detected() == ("", 1)
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
+    assert parallel._detected() == ("k8s", 4)
+
+
 def test_a_tpu_without_a_metadata_server_is_alone(join: Join, monkeypatch: pytest.MonkeyPatch) -> None:
     on_tpu(monkeypatch)
     monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
