@@ -227,9 +227,13 @@ class Checkpoints:
         with self._reading(step), jax.transfer_guard("allow"):
             # Not by Orbax's manager: there the processes wait for each other, also for one that has met an error.
             folder = epath.Path(self.directory) / str(step) / "state"
-            found = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(fields))
+            # Whole on every device, and spread when it is known to be sound: to gather parts for their digests, all
+            # processes would have to come as far.
+            shardings = jax.tree.map(lambda x: x.sharding, fields)
+            whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.step.sharding), fields)
+            found = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(whole))
             _check_digests(found, record["arrays"])
-            return _guard_like(TrainState(**found), like)
+            return _guard_like(TrainState(**jax.device_put(found, shardings)), like)
 
     def restore_newest(self, like: TrainState, say: Callable[[str], None]) -> tuple[int, TrainState] | None:
         """The newest sound checkpoint, as `restore`: its step and state. None if nothing has been saved.

@@ -89,6 +89,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
+    "gradient_sums": ("auto", "float32"),
     "loss.name": LOSSES,
     "optimizer.name": OPTIMIZERS,
     "optimizer.rest.name": ("adam", "sgd"),
@@ -106,7 +107,9 @@ MAY_CHANGE = (
     "stop_after_steps",
     "log_every",
     "stuck_after",
+    "profile",
     "accumulate",
+    "spread_optimizer",
     "eval.every",
     "eval.batch_size",
     "checkpoint",
@@ -135,6 +138,8 @@ def default() -> ConfigDict:
         1  # parts in which a batch is computed, one after another, to save memory: the update is the same, but
     )
     # for what dropout, drop_path and drop_block draw
+    c.spread_optimizer = False  # each device keeps a share of the optimizer's state and of the running average, to save
+    # memory, and all exchange the updates: the same numbers, but for rounding
     c.train = duration(epochs=90)  # the whole schedule
     c.stretch = 1.0  # the recipe made so many times as long: train, warmups and cooldown; all else is in shares of it
     c.progressive = ()  # of training images: ((0, 128), (0.5, 224)) begins with 128 pixels a side, halfway come 224;
@@ -143,7 +148,9 @@ def default() -> ConfigDict:
     c.init_from = placeholder(str)  # weights to begin with: a file of safetensors or torch, a workdir, hf://ORG/NAME
     c.freeze = ()  # parts that keep their weights and statistics: stem, stage1, …, norm, head
     c.dtype = "auto"  # of activations: bfloat16 on TPU and GPU, float32 on CPU. The rest is always float32
+    c.gradient_sums = "auto"  # over devices, of the convolutions' kernels: in the dtype of activations; or float32
     c.log_every = 50  # steps
+    c.profile = placeholder(str)  # updates to trace, 100:105 both included, into WORKDIR/profile, for XProf
     c.stuck_after = (
         900.0  # seconds in which no step is done, four times so many where one is compiled: the process then
     )
@@ -337,6 +344,8 @@ def validate(c: ConfigDict) -> None:
     _check_batches(c)
     _check_optimizer(c.optimizer)
     _check_schedule(c.schedule)
+    if c.profile is not None:
+        traced_steps(c.profile)
     if c.loss.name != "bce" and (c.loss.bce_threshold or c.loss.bce_sum):
         raise UserError(
             f"config.loss.bce_threshold and bce_sum: say how bce is done, but config.loss.name={c.loss.name}"
@@ -350,6 +359,15 @@ def validate(c: ConfigDict) -> None:
     for what in DURATIONS:
         if not in_steps(_get(c, what), what, batch_size=1, num_examples=1) and what not in MAY_BE_0:
             raise UserError(f"config.{what} is 0: must be more")
+
+
+def traced_steps(profile: str) -> range:
+    """The updates that config.profile, "FIRST:LAST", names. Raises UserError if it names none."""
+    found = re.fullmatch(r"(\d+):(\d+)", profile)
+    first, last = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= first <= last:
+        raise UserError(f"config.profile={profile}: must be the first and the last update to trace, such as 100:105")
+    return range(first, last + 1)
 
 
 def _check_batches(c: ConfigDict) -> None:

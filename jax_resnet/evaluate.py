@@ -77,7 +77,10 @@ def evaluate_all(
 ) -> dict[str, dict[str, Any]] | None:
     """{split: metrics} as `evaluate` gives them, and where there is a running average {split_ema: its metrics}."""
     split = job.data.eval.name
-    states = {split: state} | ({f"{split}_ema": state.averaged()} if state.ema else {})
+    states = {split: state}
+    if state.ema:
+        averages = job.gathered(state.ema) if job.config.spread_optimizer else state.ema
+        states[f"{split}_ema"] = replace(state, ema=averages).averaged()
     found = {}
     for name, weights in states.items():
         metrics = evaluate(job, weights, report, stop)

@@ -1,6 +1,7 @@
 """A config made ready to run on the devices at hand."""
 
 import math
+import os
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from jax_resnet.data.source import open_dataset
 from jax_resnet.data.split import Dataset
 from jax_resnet.errors import UserError, choose
 from jax_resnet.models.cost import multiply_adds
+from jax_resnet.models.layers import sum_gradients_in_float32
 from jax_resnet.models.torch_weights import Arrays
 from jax_resnet.models.zoo import create_model, model_spec
 from jax_resnet.optim import make_optimizer
@@ -105,11 +107,13 @@ class Job:
             dtype=jnp.dtype(c.dtype),
             **overrides,
         )
+        as_summed = sum_gradients_in_float32 if c.gradient_sums == "float32" else lambda model: model
         self.graph, self.abstract_state, self.fresh_state = make_state(
-            lambda rngs: make_model(rngs=rngs),
+            lambda rngs: as_summed(make_model(rngs=rngs)),
             optimizer,
             c.seed,
             whole,
+            spread=partial(parallel.spread, self.mesh) if c.spread_optimizer else None,
             ema=bool(c.ema.decay),
             guard=bool(c.guard.max_skipped),
             loss_spike=bool(c.guard.loss_spike),
@@ -129,9 +133,11 @@ class Job:
         }
         train_step = make_train_step(self.graph, optimizer, c, ema_start=plan.update_at(plan.ema_warmup_steps), **given)
         constant = [whole] * len(self.teacher_weights)
-        shardings: dict[str, Any] = {"in_shardings": (whole, self.sharding, *constant), "out_shardings": whole}
-        self.train_step = jax.jit(train_step, donate_argnums=0, **shardings)
-        self.gradients = jax.jit(make_gradients(self.graph, c, **given), **shardings)
+        of_state = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        of_args = (of_state, self.sharding, *constant)
+        self.train_step = jax.jit(train_step, donate_argnums=0, in_shardings=of_args, out_shardings=(of_state, whole))
+        self.gradients = jax.jit(make_gradients(self.graph, c, **given), in_shardings=of_args, out_shardings=whole)
+        self.gathered = jax.jit(lambda tree: tree, out_shardings=whole)
         self.eval_step = jax.jit(
             make_eval_step(self.graph, c), in_shardings=(whole, whole, self.sharding), out_shardings=whole
         )
@@ -192,7 +198,9 @@ class Job:
             "data": f"{data.name}: {len(data.train):,} {data.train.name}, {len(data.eval):,} {data.eval.name}, "
             f"{data.num_classes} classes, {height}×{width}×{channels}",
             "input": f"{data.train.source}, {Readers.of(c.data, data.train)}",
-            "devices": f"{count} × {device.device_kind}, activations {c.dtype}",
+            "devices": f"{count} × {device.device_kind}, activations {c.dtype}"
+            + (", gradients summed in float32" if c.gradient_sums == "float32" else "")
+            + (", the optimizer's state spread over them" if c.spread_optimizer else ""),
             "batch": f"{batch} ({per_device} per device"
             + (f", in {c.accumulate} parts)" if c.accumulate > 1 else ")")
             + (f", batch norm over {f'groups of {group}' if group else 'all of it'}" if norm == "batch" else ""),
@@ -200,6 +208,8 @@ class Job:
             + (f"{every:.4g} epochs" if plan.changes_batch else f"{plan.eval_every:,.4g}")
             + f", {c.optimizer.name} with {c.schedule.name} schedule",
         }
+        if device.platform == "gpu" and os.environ.get("XLA_FLAGS"):
+            header["flags"] = os.environ["XLA_FLAGS"]
         header |= {"progressive": describe(plan)} if c.progressive else {}
         header["workdir"] = str(workdir)
         return header | ({"resumed": f"from step {start:,}"} if start else {})

@@ -67,7 +67,10 @@ def placed(state: TrainState, arrays: Arrays) -> TrainState:
     if not arrays:
         return state
     state = replace(state, params=place(state.params, arrays), batch_stats=place(state.batch_stats, arrays))
-    return replace(state, ema=jax.tree.map(jnp.copy, state.weights)) if state.ema else state
+    if not state.ema:
+        return state
+    copies = jax.tree.map(lambda x, old: jax.device_put(jnp.copy(x), old.sharding), state.weights, state.ema)
+    return replace(state, ema=copies)
 
 
 def place(tree: Any, arrays: Arrays) -> Any:

@@ -11,6 +11,7 @@ from multiprocessing.connection import wait
 from typing import Any
 
 COMPILER = "compiler"  # the name of a thread that compiles what is not needed yet
+MEETING = "meeting"  # of one that waits for a job's other processes
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 BLOCKED = 5.0  # seconds after which the main thread is taken to be inside the compiler, where Python's handlers wait
 IMPATIENT = 2.0  # seconds that a KeyboardInterrupt has, after the second signal, to end the process by itself
@@ -85,16 +86,17 @@ def follow_parent(*_: int) -> None:
 
 
 def leave(status: int) -> int:
-    """`status`, to exit with; or exits with it at once where a COMPILER thread would keep the process for minutes.
+    """`status`, to exit with; or exits with it at once where a thread would keep the process for minutes.
 
     Of a job of several processes each leaves together with the others.
     """
+    names = {thread.name for thread in threading.enumerate()}
     jax: Any = sys.modules.get("jax")  # a mistyped flag ends before JAX is loaded
-    if jax and jax.distributed.is_initialized():
+    if jax and jax.distributed.is_initialized() and MEETING not in names:
         from jax_resnet.peers import part
 
         part(status)
-    if any(thread.name == COMPILER for thread in threading.enumerate()):
+    if {COMPILER, MEETING} & names:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

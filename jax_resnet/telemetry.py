@@ -16,6 +16,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from jax_resnet.config import traced_steps
 from jax_resnet.errors import UserError
 from jax_resnet.journal import FILE, read_metrics
 from jax_resnet.paths import AnyPath, is_remote, write
@@ -63,6 +64,7 @@ class Telemetry:
         self._broken: set[tuple[str, str]] = set()
         self._began, self._before = time.monotonic(), 0.0
         self._progress: Progress | None = None
+        self.folder: AnyPath | None = None  # of this machine, for what goes to the workdir; None: nothing does
         if not self.active:
             return
         rows = [r for r in read_metrics(workdir) if r["step"] <= start_step] if start_step else []
@@ -70,7 +72,7 @@ class Telemetry:
         self._broken = {(r["split"], r["name"]) for r in rows if r["kind"] == "broken"}
         # What is appended to is kept here, for an object store takes whole files.
         self._scratch = Path(tempfile.mkdtemp(prefix="jax_resnet-")) if is_remote(workdir) else None
-        folder = self._scratch or workdir
+        folder = self.folder = self._scratch or workdir
         self._uploaded: dict[Path, int] = {}
         write(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in rows).encode())
         self._lines = (folder / "metrics.jsonl").open("a", buffering=1)
@@ -235,6 +237,46 @@ class Telemetry:
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._events.add_scalar(f"{group}/{name}", value, step)
+
+
+class Trace:
+    """Traces the updates that `steps` names, "FIRST:LAST", into folder/profile, as XProf reads it. A context manager.
+
+    Without `folder` (the processes of a job but the first) or `steps` it does nothing. Raises UserError if they begin
+    after `end`, the last update of all.
+    """
+
+    def __init__(self, folder: AnyPath | None, steps: str | None, end: int):
+        if steps is not None and traced_steps(steps).start > end:
+            raise UserError(f"config.profile={steps}: begins after the last update, {end:,}")
+        self._folder, self._on = folder, False
+        self._steps = range(0) if folder is None or steps is None else traced_steps(steps)
+
+    def of(self, step: int) -> contextlib.AbstractContextManager[Any]:
+        """What to call update `step` in, counted from 1."""
+        if step not in self._steps:
+            return contextlib.nullcontext()
+        if not self._on:
+            jax.profiler.start_trace(str(self._folder / "profile"))  # type: ignore[operator]
+            self._on = True
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    def after(self, step: int, sums: Any) -> None:
+        """Ends with the last of the updates, when it has given its `sums`."""
+        if self._on and step + 1 not in self._steps:
+            jax.block_until_ready(sums)
+            self._stop()
+
+    def _stop(self) -> None:
+        self._on = False
+        jax.profiler.stop_trace()
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._on:
+            self._stop()
 
 
 def draw_curves(rows: list[dict[str, Any]], file: AnyPath) -> None:

@@ -31,16 +31,16 @@ from jax_resnet.pretrained import placed
 from jax_resnet.signals import Signals
 from jax_resnet.state import TrainState
 from jax_resnet.study import Skipped
-from jax_resnet.telemetry import Telemetry
+from jax_resnet.telemetry import Telemetry, Trace
 from jax_resnet.watchdog import COMPILING, WAITING, Watchdog
-from jax_resnet.workdir import claimed, has_checkpoints, write_json
+from jax_resnet.workdir import claimed, has_checkpoints, keeping_compiled, write_json
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Trains as `config` says, going on from the newest sound checkpoint in `workdir` if there is one.
 
-    Leaves in workdir: config.json, data.json, checkpoints/, metrics.jsonl, tensorboard/; at the end curves.png and
-    result.json.
+    Leaves in workdir: config.json, data.json, checkpoints/, metrics.jsonl, tensorboard/, compiled/, with config.profile
+    profile/; at the end curves.png and result.json.
     Returns {"step": updates done, "splits": {split: metrics}}, with metrics as `evaluate` gives them.
 
     Raises UserError for what the user can mend, and Interrupted, with everything saved, after SIGINT or SIGTERM. In a
@@ -50,7 +50,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
         notice.watch()
         job, workdir = Job(config), open_path(workdir)
         weights, about_weights = ({}, {}) if has_checkpoints(workdir) else job.weights_to_begin_with()
-        with claimed(workdir, job.config) as stored, Checkpoints(workdir, _keep(job)) as checkpoints:
+        with (
+            claimed(workdir, job.config) as stored,
+            keeping_compiled(workdir),
+            Checkpoints(workdir, _keep(job)) as checkpoints,
+        ):
             notes: list[str] = []
             found = checkpoints.restore_newest(job.abstract_state, notes.append)
             start, state = found or (0, placed(job.fresh_state(), weights))
@@ -60,6 +64,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
                 Telemetry(workdir, job.plan, start) as telemetry,
                 StepsAhead(job.train_step, job.plan.between(start, job.last_step), job.shapes) as steps,
                 closing(_batches(job, start, telemetry)) as batches,
+                Trace(telemetry.folder, config.profile, job.plan.steps) as trace,
             ):
                 telemetry.header(job.header(workdir, start) | about_weights)
                 for note in notes:
@@ -69,7 +74,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
                     write_json(workdir / "data.json", facts)
                 # Told to the other processes from here: leaving what is open above may wait for them.
                 with one_fate(), jax.transfer_guard("disallow"):  # what moves to or from devices does so by name
-                    run = Run(job, workdir, steps, batches, checkpoints, telemetry, signals, watchdog)
+                    run = Run(job, workdir, steps, batches, checkpoints, telemetry, trace, signals, watchdog)
                     return run.from_step(start, state)
 
 
@@ -106,6 +111,7 @@ class Run:
     batches: Feed
     checkpoints: Checkpoints
     telemetry: Telemetry
+    trace: Trace
     signals: Signals
     watchdog: Watchdog
 
@@ -136,9 +142,11 @@ class Run:
                 break
             # Who waits for a process that is stuck has more patience than that one: it is to say so itself.
             self.watchdog.beat(f"step {step + 1:,} on the devices", WAITING)
-            with self._nothing_unsaved("compiling the step", step) if step == start else nullcontext():
+            compiling = self._nothing_unsaved("compiling the step", step) if step == start else nullcontext()
+            with compiling, self.trace.of(step + 1):
                 state, sums = train_step(state, batch, *job.teacher_weights)
             step += 1
+            self.trace.after(step, sums)
             window.add(sums)
             skipped.add(step, sums)
             self.watchdog.beat(f"what comes before step {step + 1:,}")

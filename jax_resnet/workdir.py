@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.config import differences, from_json, to_json
 from jax_resnet.errors import UserError
-from jax_resnet.paths import COMMITTED, AnyPath, is_remote, make_folder, names, read, write
+from jax_resnet.paths import COMMITTED, AnyPath, absolute, is_remote, make_folder, names, read, write
+
+WORTH_KEEPING = 0.1  # seconds of compiling: of a run's programs about four take more
 
 
 def write_json(file: AnyPath, content: dict[str, Any]) -> None:
@@ -79,6 +82,28 @@ def claimed(workdir: AnyPath, config: ConfigDict) -> Iterator[ConfigDict | None]
         if jax.process_index() == 0 and (stored is None or not (workdir / "config.json").exists()):
             write_json(workdir / "config.json", to_json(config))
         yield stored
+
+
+@contextlib.contextmanager
+def keeping_compiled(workdir: AnyPath) -> Iterator[None]:
+    """Keeps in workdir/compiled what JAX compiles, unless it has a place already (JAX_COMPILATION_CACHE_DIR).
+
+    Of a job's processes the first alone writes it, and all read: it has to be where they all, and those that take the
+    place of a preempted one, find it, and that the workdir is. JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+    """
+    if jax.config.values["jax_compilation_cache_dir"]:
+        yield
+        return
+    least = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+    try:
+        compilation_cache.set_cache_dir(str(absolute(workdir) / "compiled"))
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
+        yield
+    finally:
+        compilation_cache.set_cache_dir(None)
+        compilation_cache.reset_cache()  # it would stay with this folder
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
 
 
 def check_same_config(stored: ConfigDict, config: ConfigDict, workdir: AnyPath, group: str = "") -> None:

@@ -56,19 +56,36 @@ def fail_at(rank: int, step: int, kind: str) -> None:
     StepsAhead.at = faulty  # type: ignore[method-assign]
 
 
-def start(
-    args: Sequence[object], *, processes: int = 1, devices: int = 1, kind: str = "none", step: int = 0, rank: int = 0
-) -> list[subprocess.Popen[str]]:
-    """Processes of one job, running main with `args`, in which `rank` has the fault."""
-    from conftest import main_env
-
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start(
+    args: Sequence[object],
+    *,
+    processes: int = 1,
+    devices: int = 1,
+    kind: str = "none",
+    step: int = 0,
+    rank: int = 0,
+    environments: Sequence[dict[str, str]] = (),
+) -> list[subprocess.Popen[str]]:
+    """Processes of one job, running main with `args`, in which `rank` has the fault.
+
+    They know of each other by `environments`, if given, else by JAX's variables.
+    """
+    from conftest import main_env
+
+    port = free_port()
     started = []
     for number in range(processes):
         env = main_env(devices)
-        if processes > 1:
+        if environments:
+            env |= environments[number]
+        elif processes > 1:
             env |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(processes)}
             env |= {"JAX_PROCESS_ID": str(number)}
         started.append(

@@ -1,6 +1,7 @@
 """The layers that Flax does not have in the form residual networks need."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -67,9 +68,10 @@ class StandardisedConv(nnx.Conv):
         padding: Any = self.padding
         centred = kernel - kernel.mean((0, 1, 2))
         kernel = centred * jax.lax.rsqrt(jnp.square(centred).mean((0, 1, 2)) + self.EPSILON)
+        x, kernel = self.promote_dtype((x, kernel), dtype=self.dtype)
         return self.conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
+            x,
+            kernel,
             strides,
             padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -300,10 +302,56 @@ def blur_pool(x: jax.Array, *, stride: int = 2, zero_padded: bool = False) -> ja
     return y.astype(x.dtype)
 
 
-def blurred_conv(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any) -> jax.Array:
+def blurred_conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Any,
+    padding: Any,
+    *,
+    conv: Callable[..., jax.Array] = jax.lax.conv_general_dilated,
+    **options: Any,
+) -> jax.Array:
     """`jax.lax.conv_general_dilated` of x blurred, with zeros beyond the border. x: [N, H, W, C]; kernel: HWIO."""
     if kernel.shape[:2] == (1, 1):  # sees one pixel a stride: the others need not be made
         x, strides = blur_pool(x, stride=strides[0], zero_padded=True), (1, 1)
     else:
         x = blur_pool(x, stride=1, zero_padded=True)
-    return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    return conv(x, kernel, strides, padding, **options)
+
+
+def sum_gradients_in_float32(model: nnx.Module) -> nnx.Module:
+    """The same model, of which the gradients of kernels are float32 already where devices add theirs up.
+
+    A convolution in bfloat16 gives its kernel's gradient in bfloat16, and that is what is then sent and summed.
+    """
+    for _, module in nnx.iter_graph(model):
+        if isinstance(module, nnx.Conv):
+            module.promote_dtype = _all_but_kernel
+            module.conv_general_dilated = _blurred_conv if module.conv_general_dilated is blurred_conv else _conv
+    return model
+
+
+def _all_but_kernel(arrays: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
+    del inexact
+    x, kernel, *bias = arrays
+    return x.astype(dtype), kernel, *bias
+
+
+def _conv(x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax.Array:
+    """`jax.lax.conv_general_dilated` in the dtype of x; the gradient for the float32 kernel is not rounded to that."""
+
+    def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), *args, **options)
+
+    def backward(given: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x, kernel = given
+        (of_x,) = jax.vjp(lambda x: forward(x, kernel), x)[1](grad)
+        (of_kernel,) = jax.vjp(partial(forward, x.astype(kernel.dtype)), kernel)[1](grad.astype(kernel.dtype))
+        return of_x, of_kernel
+
+    of_both = jax.custom_vjp(forward)
+    of_both.defvjp(lambda *given: (forward(*given), given), backward)
+    return of_both(x, kernel)
+
+
+_blurred_conv = partial(blurred_conv, conv=_conv)
