@@ -17,6 +17,10 @@ class UserError(Exception):
     """A mistake in what the user gave: a command prints its one line, without a traceback, and exits with status 2."""
 
 
+class Unmet(UserError):
+    """The other processes of a job have not come: the same command may find them later."""
+
+
 class NotPrepared(UserError):
     """A dataset that is known, but not prepared on this machine."""
 
@@ -32,7 +36,7 @@ class Interrupted(Exception):
 def fail(error: UserError) -> int:
     """Prints the one line; returns the exit status of a command that a user's mistake has ended."""
     print(f"error: {error}", file=sys.stderr)
-    return 2
+    return 1 if isinstance(error, Unmet) else 2
 
 
 def lacking(error: Exception) -> UserError:

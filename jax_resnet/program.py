@@ -17,14 +17,14 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jax_resnet import overview
 from jax_resnet.data.order import Phase
 from jax_resnet.errors import UserError, first_line
 from jax_resnet.job import Job
-from jax_resnet.parallel import data_mesh
+from jax_resnet.parallel import data_mesh, mesh_over
 
 GIB = 2**30
 Row = dict[str, Any]  # as JSON
@@ -101,7 +101,7 @@ def topology_mesh(name: str) -> Mesh:
     except Exception as e:
         why = first_line(e).removeprefix("INVALID_ARGUMENT: ")
         raise UserError(f"--topology={name}: {why}; for example v5e:2x2, v6e:16x16, v5p:2x2x1") from None
-    return jax.make_mesh((len(devices),), ("data",), devices=devices, axis_types=(AxisType.Auto,))
+    return mesh_over(devices)
 
 
 def heaviest(job: Job) -> Phase:
