@@ -52,9 +52,9 @@ def flipped(content: bytes, bit: int) -> bytes:
 
 
 def damages(files: list[Path]) -> Iterator[tuple[str, Path, Callable[[bytes], bytes]]]:
-    """50 flipped bits, at least one in each file, and 20 files cut short, one of them to nothing."""
-    rng = random.Random(0)
-    for file in itertools.islice(itertools.cycle(files), 50):
+    """50 flipped bits, half of them wherever bytes are, half in one file after another, and 20 files cut short."""
+    rng, sizes = random.Random(0), [file.stat().st_size for file in files]
+    for file in [*rng.choices(files, sizes, k=25), *itertools.islice(itertools.cycle(files), 25)]:
         bit = rng.randrange(8 * file.stat().st_size)
         yield f"bit {bit} of {file.name}", file, lambda content, bit=bit: flipped(content, bit)
     for number, file in enumerate(itertools.islice(itertools.cycle(files), 20)):
@@ -84,7 +84,7 @@ def test_flipped_bits_and_cut_files_are_found_or_harmless(begun: tuple[ConfigDic
                 file.write_bytes(content)
     print(found)
     assert sum(found.values()) == 70
-    assert found["damaged"] > 20  # the rest is in files that Orbax does not need
+    assert found["damaged"] >= 20  # the rest is in what Orbax does not need: copies, metadata for people
 
 
 def test_a_damaged_step_is_set_aside_and_the_run_ends_as_it_would_have(
