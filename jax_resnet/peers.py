@@ -19,8 +19,10 @@ import jax
 from jax._src import distributed  # jax.distributed has no public key-value store
 
 from jax_resnet.errors import Interrupted, UserError, first_line
+from jax_resnet.parallel import PATIENCE
 
 KEY, HEARD = "jax_resnet/end", "jax_resnet/heard/"
+PARTING, PARTED = "jax_resnet/parting/", "jax_resnet/parted/"
 EVERY = 0.5  # seconds between looking it up
 LINGER = 10.0  # seconds that the process with the service stays, at most, for the others to have looked it up
 _watching, _ending = threading.Lock(), threading.Lock()
@@ -65,18 +67,35 @@ def end(text: str, status: int) -> NoReturn:
         while jax.process_index() == 0 and time.monotonic() < deadline:
             with contextlib.suppress(Exception):
                 if len(_client().key_value_dir_get(HEARD)) == jax.process_count():
+                    time.sleep(EVERY)  # from having heard to having left
                     break
             time.sleep(0.1)
     _leave(text, status)
 
 
 def part(status: int) -> None:
-    """Leaves the job in an orderly way, then the process: by `status`."""
+    """Leaves the process by `status` when all of the job do, the one with the service last.
+
+    JAX's own way to leave together stops the service while others may still be asking it whether all is well.
+    """
+    job: Any = distributed.global_state
     with contextlib.suppress(Exception):
-        jax.distributed.shutdown()  # waits for the others, so that none finds the service gone
+        _wait_for_all(PARTING, job)
+        if job.process_id:
+            job.client.key_value_set(f"{PARTED}{job.process_id}", "")
+        else:
+            _wait_for_all(PARTED, job)
+            time.sleep(EVERY)  # from saying so to having left
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def _wait_for_all(key: str, job: Any) -> None:
+    job.client.key_value_set(f"{key}{job.process_id}", "")
+    deadline = time.monotonic() + PATIENCE
+    while len(job.client.key_value_dir_get(key)) < job.num_processes and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _client() -> Any:

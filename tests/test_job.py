@@ -32,7 +32,7 @@ def test_asked_to_stop_all_save_the_same_step_and_go_on_as_fewer(tiny_npz: Path,
     run = tmp_path / "run"
     for processes, devices, step, rank in ((4, 1, 5, 2), (2, 2, 13, 0)):
         ended = job(tiny_npz, run, processes=processes, devices=devices, kind="sigterm", step=step, rank=rank)
-        assert [end.status for end in ended] == [143] * processes, ended
+        assert [end.status for end in ended] == [143] * processes, "\n".join(end.stderr for end in ended)
         assert max(end.at for end in ended) - injected_at(ended) < 30
         lines = {end.last_line for end in ended}
         with Checkpoints(run) as checkpoints:
