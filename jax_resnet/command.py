@@ -36,8 +36,13 @@ def check_plot(file: Path) -> None:
     """Raises UserError for a --plot that `save_plot` could not write, before time is spent on what it shows."""
     if file.suffix.lower() != ".png":
         raise UserError(f"--plot={file}: must end in .png")
+    check_writable("--plot", file)
+
+
+def check_writable(flag: str, file: Path) -> None:
+    """Raises UserError for a file that could not be written, before time is spent on what it is to hold."""
     if os.path.isdir(file) or not os.access(file if os.path.exists(file) else file.parent, os.W_OK):
-        raise UserError(f"--plot={file}: cannot be written; is {file.parent} a folder that you may write to?")
+        raise UserError(f"{flag}={file}: cannot be written; is {file.parent} a folder that you may write to?")
 
 
 def save_plot(figure: Any, file: Path) -> None:

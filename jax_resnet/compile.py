@@ -18,16 +18,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from jax_resnet.command import run, whole
+from jax_resnet.command import check_writable, run, whole
 from jax_resnet.config import parse_flags, validate
 from jax_resnet.errors import UserError
+from jax_resnet.paths import write
 
 
 def main() -> None:
     """Runs the command. Raises UserError for a user's mistake."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # the compiler does not return for Python's own; nothing is half-written
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own would wait for the compiler; nothing is half-written
     of = sys.argv[0]  # whose flags a mistyped one is compared with
     config_flags.DEFINE_config_file("config", None, "The config file, with `:argument` where it takes one.")
     flags.DEFINE_list("topology", [], "TPU topologies, v5e:2x2,v5p:2x2x1; left out, the devices here.", module_name=of)
@@ -42,25 +41,22 @@ def main() -> None:
     if c is None:
         raise UserError("--config is missing: give a file, for example --config configs/resnet50_imagenet.py")
     per_device = None if batch is None else whole("--per_device_batch", batch)
-    for flag in ("json", "save"):
-        file = getattr(app_flags, flag)
-        if file is not None and not (file and os.access(Path(file).absolute().parent, os.W_OK)):
-            raise UserError(
-                f"--{flag}={file}: cannot be written; is {Path(file).parent} a folder that you may write to?"
-            )
+    json_file, save_folder = (Path(text) if text is not None else None for text in (app_flags.json, app_flags.save))
+    if json_file:
+        check_writable("--json", json_file)
+    if save_folder and not save_folder.is_dir():
+        check_writable("--save", save_folder)
     validate(c)
     if app_flags.topology:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the devices here, if any, are not wanted
     from jax_resnet import program  # loads JAX, for which a mistyped flag should not wait
 
-    if app_flags.save:
-        program.save_to(Path(app_flags.save))
+    if save_folder:
+        program.save_to(save_folder)
     rows = [row for case in program.cases(c, app_flags.topology) for row in case.rows(per_device, app_flags.largest)]
     show(rows)
-    if app_flags.json:
-        file = Path(app_flags.json)
-        file.with_name(file.name + ".part").write_text(json.dumps(rows, indent=1) + "\n")
-        file.with_name(file.name + ".part").replace(file)
+    if json_file:
+        write(json_file, (json.dumps(rows, indent=1) + "\n").encode())
     if not all(row["fits"] for row in rows):
         sys.exit(1)
 

@@ -15,6 +15,9 @@ from ml_collections import ConfigDict
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+# Beside the environment, not in it: JAX would look for a TPU, and say that there is none, in every test.
+LIBTPU = Path(sys.prefix) / "libtpu"
+needs_libtpu = pytest.mark.skipif(not LIBTPU.is_dir(), reason="needs libtpu in .venv/libtpu, as .ci/run installs it")
 
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the same small programs again and again, in many processes
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax_resnet-compiled-")

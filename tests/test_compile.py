@@ -8,13 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, main_env
+from conftest import LIBTPU, ROOT, main_env, needs_libtpu
 
 from jax_resnet.program import collectives, largest
-
-# Beside the environment, not in it: JAX would look for a TPU, and say that there is none, in every test.
-LIBTPU = Path(sys.prefix) / "libtpu"
-needs_libtpu = pytest.mark.skipif(not LIBTPU.is_dir(), reason="needs libtpu in .venv/libtpu, as .ci/run installs it")
 
 
 def compile_for(*args: object, **env: str) -> subprocess.CompletedProcess[str]:

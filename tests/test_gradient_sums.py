@@ -1,6 +1,5 @@
 """config.gradient_sums: what devices send each other of a kernel's gradient, and that float32 is not rounded before."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, main_env
+from conftest import LIBTPU, ROOT, main_env, needs_libtpu
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -82,17 +81,15 @@ def test_float32_activations_give_the_same_gradients(tiny_config: ConfigDict) ->
 
 ON_TPU = """
 import sys
-import jax, jax.numpy as jnp, numpy as np, optax
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+import jax, jax.numpy as jnp, optax
 from jax_resnet import parallel
 from jax_resnet.config import default
 from jax_resnet.models.layers import sum_gradients_in_float32
 from jax_resnet.models.zoo import create_model
+from jax_resnet.program import topology_mesh
 from jax_resnet.state import make_state
 from jax_resnet.step import make_train_step
-chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-mesh = Mesh(np.array(chips), ("data",), axis_types=(AxisType.Auto,))
+mesh = topology_mesh("v5e:2x2")
 rows, whole, optimizer = parallel.batch_sharding(mesh), parallel.replicated(mesh), optax.sgd(0.1)
 as_summed = sum_gradients_in_float32 if sys.argv[1] == "float32" else lambda model: model
 options = {"num_classes": 4, "dtype": jnp.bfloat16, "bn_group_size": 4}
@@ -108,12 +105,11 @@ print(jax.jit(step, in_shardings=(whole, rows), out_shardings=whole).lower(state
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, the compiler for TPUs")
+@needs_libtpu
 @pytest.mark.parametrize(("sums", "dtype"), [("auto", "bf16"), ("float32", "f32")])
 def test_what_a_tpu_sends_of_the_kernels(sums: str, dtype: str) -> None:
     """In the program that its compiler makes for four chips every 3×3 kernel is in an all-reduce of that dtype."""
-    env = main_env() | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    env = main_env() | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(LIBTPU)])}
     done = subprocess.run([sys.executable, "-c", ON_TPU, sums], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     reduced = " ".join(re.findall(r"= (.*?) all-reduce(?:-start)?\(", done.stdout))

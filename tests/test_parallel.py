@@ -1,6 +1,5 @@
 """Which job a process joins, by the environment that each launcher leaves; and that it is trained by any number."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 import faults
 import jax
 import pytest
-from conftest import ROOT, main_command, main_env
+from conftest import LIBTPU, ROOT, main_command, main_env, needs_libtpu
 from faults import free_port
 from jax._src import clusters
 from jax._src.clusters import cloud_tpu_cluster
@@ -250,10 +249,10 @@ for device in mesh_over([*devices[::2], *devices[1::2]]).devices:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, which knows the topologies")
+@needs_libtpu
 def test_each_slice_is_one_stretch_of_the_mesh_and_so_is_each_host() -> None:
     env = main_env() | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(LIBTPU)])
     done = subprocess.run([sys.executable, "-c", ON_SLICES], env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     places = [list(map(int, line.split())) for line in done.stdout.splitlines()]
