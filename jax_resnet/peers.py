@@ -63,13 +63,6 @@ def end(text: str, status: int) -> NoReturn:
         with contextlib.suppress(Exception):
             text, status = json.loads(_client().key_value_try_get(KEY))
         _heard(_client())
-        deadline = time.monotonic() + LINGER
-        while jax.process_index() == 0 and time.monotonic() < deadline:
-            with contextlib.suppress(Exception):
-                if len(_client().key_value_dir_get(HEARD)) == jax.process_count():
-                    time.sleep(EVERY)  # from having heard to having left
-                    break
-            time.sleep(0.1)
     _leave(text, status)
 
 
@@ -103,8 +96,16 @@ def _client() -> Any:
 
 
 def _heard(client: Any) -> None:
+    """Says that this process knows how the job ends. The one with the service waits for all: it would abort them."""
+    me, deadline = distributed.global_state.process_id, time.monotonic() + LINGER
     with contextlib.suppress(Exception):
-        client.key_value_set(f"{HEARD}{jax.process_index()}", "")
+        client.key_value_set(f"{HEARD}{me}", "")
+    while me == 0 and time.monotonic() < deadline:
+        with contextlib.suppress(Exception):
+            if len(client.key_value_dir_get(HEARD)) == distributed.global_state.num_processes:
+                time.sleep(EVERY)  # from having heard to having left
+                break
+        time.sleep(0.1)
 
 
 def _watch(client: Any) -> None:
@@ -112,13 +113,14 @@ def _watch(client: Any) -> None:
         time.sleep(EVERY)
         try:
             text, status = json.loads(client.key_value_try_get(KEY))
-            _heard(client)
         except Exception as e:
             if "NOT_FOUND" in str(e):
                 continue
             if distributed.global_state.client is None:  # the job is over
                 return
             text, status = f"process {jax.process_index()}: the others are lost ({first_line(e)})", 1
+        else:
+            _heard(client)
         _ending.acquire()
         _leave(text, status)
 

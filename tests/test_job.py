@@ -54,6 +54,7 @@ def test_asked_to_stop_all_save_the_same_step_and_go_on_as_fewer(tiny_npz: Path,
     [
         ("exception", 0, 10, {1}, "process 0 on {host}: RuntimeError: injected fault"),
         ("exception", 1, 10, {1}, "process 1 on {host}: RuntimeError: injected fault"),
+        ("exception", 2, 10, {1}, "process 2 on {host}: RuntimeError: injected fault"),  # of four
         ("kill", 1, 40, {1}, None),
         ("freeze", 1, 40, {1, -6}, None),
         ("stuck", 1, 60, {1}, "process 1 on {host}: stuck: what comes before step 10 has taken more than "
@@ -66,7 +67,7 @@ def test_one_fault_ends_all(
     import socket
 
     more = ["--config.stuck_after=20"] if kind == "stuck" else []
-    ended = job(tiny_npz, tmp_path, *more, processes=2, kind=kind, step=9, rank=rank)
+    ended = job(tiny_npz, tmp_path, *more, processes=4 if rank == 2 else 2, kind=kind, step=9, rank=rank)
     others = [end for number, end in enumerate(ended) if number != rank or says]
     assert {end.status for end in others} <= statuses, ended
     assert max(end.at for end in others) - injected_at(ended) < seconds
