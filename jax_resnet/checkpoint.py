@@ -120,10 +120,7 @@ class Checkpoints:
         """
         if step not in self.steps():
             began = time.monotonic()
-            if not self._workdir.is_dir():
-                raise UserError(
-                    f"--workdir={self._workdir}: is no longer there; it was moved or deleted during the run"
-                )
+            self._check_there()
             with jax.transfer_guard("allow"), self._one_line("written"):  # Orbax copies to the host as it sees fit
                 fields = _fields(state)
                 items = {
@@ -182,6 +179,10 @@ class Checkpoints:
         last = {step: list(splits.values())[-1] for step, splits in self._evaluations.items()}
         return {step: BEST_BY[metric] * metrics[metric] for step, metrics in last.items() if metric in metrics}
 
+    def _check_there(self) -> None:
+        if not self._workdir.is_dir():
+            raise UserError(f"--workdir={self._workdir}: is no longer there; it was moved or deleted during the run")
+
     @contextlib.contextmanager
     def _one_line(self, done: str) -> Iterator[None]:
         try:
@@ -191,6 +192,7 @@ class Checkpoints:
         except Exception as e:  # Orbax, tensorstore and the file system have no error in common
             whole = ""
             if done == "written":
+                self._check_there()
                 newest = self.latest_step()
                 whole = "; no step is saved" if newest is None else f"; the newest whole one is of step {newest:,}"
             raise UserError(f"{self.directory}: a checkpoint could not be {done} ({first_line(e)}){whole}") from None
