@@ -52,6 +52,19 @@ def test_the_largest_batch_is_found_in_few_tries(most: int, first: int, unit: in
     assert len(tries) <= 8
 
 
+def test_the_search_is_not_misled_where_a_compiler_computes_anew_what_does_not_fit() -> None:
+    """Then the memory hardly grows from 110 to 400 images."""
+    tries: list[int] = []
+
+    def try_batch(batch: int) -> tuple[int, int, bool]:
+        tries.append(batch)
+        return (min(10 * batch, 1000 + batch // 100) if batch <= 400 else 3 * batch), 1100, batch <= 400
+
+    assert largest(try_batch, 208, 16) == 400
+    assert max(tries) <= 2 * 400
+    assert len(tries) <= 12
+
+
 def test_for_the_devices_here_and_saved_for_the_training(tiny_npz: Path, tmp_path: Path) -> None:
     config = f"--config={ROOT}/tests/tiny.py:{tiny_npz}"
     rows, saved = tmp_path / "rows.json", tmp_path / "saved"
