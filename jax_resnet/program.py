@@ -177,7 +177,7 @@ def largest(try_batch: Callable[[int], tuple[int, int, bool]], first: int, unit:
         near = sorted(known, key=lambda batch: abs(known[batch] - available))[:2]
         slope = (known[near[0]] - known[near[1]]) / (near[0] - near[1]) if len(near) > 1 else needed / guess
         wanted = near[0] + (available - known[near[0]]) / slope if slope > 0 else (fits + over) / 2
-        # Where memory is almost full, XLA for TPUs computes anew what does not fit: then the line says nothing.
+        # Near the limit XLA for TPUs computes anew what does not fit: then the line may be flat, and says nothing.
         if 2 * needed > available or not math.isfinite(wanted):
             wanted = min(wanted, 2 * guess)
         guess = int(min(max(wanted // unit * unit, fits + unit), over - unit))
