@@ -57,7 +57,8 @@ def end(text: str, status: int) -> NoReturn:
     """
     _ending.acquire()  # for good: the thread that looks the end up has nothing to add
     if jax.distributed.is_initialized():
-        text = text if status == 2 else f"process {jax.process_index()} on {socket.gethostname()}: {text}"
+        if status == 1:  # a fault: whose; a user's mistake is everybody's, and so is a signal to stop
+            text = f"process {jax.process_index()} on {socket.gethostname()}: {text}"
         with contextlib.suppress(Exception):  # set already, or the service is gone
             _client().key_value_set(KEY, json.dumps([text, status]))
         with contextlib.suppress(Exception):

@@ -24,6 +24,12 @@ def _raise() -> None:
     raise RuntimeError("injected fault")
 
 
+def _stop() -> None:
+    from jax_resnet.peers import end
+
+    end("stopped", 128 + signal.SIGTERM)  # as where a signal comes while XLA compiles
+
+
 def _signal(signum: int) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), signum)
 
@@ -35,6 +41,7 @@ KINDS: dict[str, Callable[[], Any]] = {
     "sigterm": _signal(signal.SIGTERM),
     "sigint": _signal(signal.SIGINT),
     "exception": _raise,
+    "stop": _stop,
     "stuck": lambda: time.sleep(3600),
 }
 

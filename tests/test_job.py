@@ -55,6 +55,7 @@ def test_asked_to_stop_all_save_the_same_step_and_go_on_as_fewer(tiny_npz: Path,
         ("exception", 0, 10, {1}, "process 0 on {host}: RuntimeError: injected fault"),
         ("exception", 1, 10, {1}, "process 1 on {host}: RuntimeError: injected fault"),
         ("exception", 2, 10, {1}, "process 2 on {host}: RuntimeError: injected fault"),  # of four
+        ("stop", 1, 10, {143}, "stopped"),
         ("kill", 1, 40, {1}, None),
         ("freeze", 1, 40, {1, -6}, None),
         ("stuck", 1, 60, {1}, "process 1 on {host}: stuck: what comes before step 10 has taken more than "
