@@ -11,13 +11,8 @@ the machine does hits all alike. Batches that are ready when a process goes on d
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import itertools
 import json
-import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -30,9 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from input_peers import AREA, RATIO, SIZE, cifar_tf_data, tf_data, torchvision_loader
-from interleaved import Process, serve
+from interleaved import CORES, NO_ACCELERATOR, Process, machine, serve
 
-CORES = len(os.sched_getaffinity(0))
 PACKAGES = ("jax", "grain", "simplejpeg", "opencv-python-headless", "tensorflow", "torch", "torchvision")
 
 
@@ -202,7 +196,7 @@ def main() -> None:
         ]
         try:
             for name in args.rows:
-                rows[name] = Process([*command, f"--serve={name}"], Path(folder, f"{name}.log"))
+                rows[name] = Process([*command, f"--serve={name}"], Path(folder, f"{name}.log"), NO_ACCELERATOR)
             measured = {name: of for name, of in rows.items() if not of.missing}
             for _ in range(args.rounds):
                 for of in measured.values():
@@ -210,15 +204,9 @@ def main() -> None:
         finally:
             for of in rows.values():
                 of.kill()
-    found = {d for d in importlib.metadata.distributions() if d.name in PACKAGES}
-    cpuinfo = Path("/proc/cpuinfo").read_text()
-    report = {
-        "date": datetime.date.today().isoformat(),
-        "machine": next(iter(re.findall(r"model name\s*: (.*)", cpuinfo)), platform.machine()),
-        "cores": CORES,
+    report = machine(PACKAGES) | {
         "threads": args.threads,
         "seconds": args.seconds,
-        "versions": {d.name: d.version for d in sorted(found, key=lambda d: PACKAGES.index(d.name))},
         "rows": [row_report(name, of) for name, of in measured.items()],
         "ratios": {f"{a} / {b}": ratio(rows[a], rows[b]) for a, b in RATIOS if {a, b} <= measured.keys()},
         "left_out": {name: of.missing for name, of in rows.items() if of.missing},

@@ -1,35 +1,60 @@
 """Processes measured in turn: each stands still, with all that it started, while another is measured."""
 
+import datetime
+import importlib.metadata
 import itertools
 import json
 import os
+import platform
+import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+CORES = len(os.sched_getaffinity(0))
+NO_ACCELERATOR = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
-def serve(start: Callable[[], Iterator[Any]], batch: int, seconds: float, together: int) -> None:
+
+def machine(packages: Sequence[str]) -> dict[str, Any]:
+    """What a report has to say of where and when it was made, and of these packages' versions."""
+    found = {d for d in importlib.metadata.distributions() if d.name in packages}
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": next(iter(re.findall(r"model name\s*: (.*)", cpuinfo)), platform.machine()),
+        "cores": CORES,
+        "versions": {d.name: d.version for d in sorted(found, key=lambda d: packages.index(d.name))},
+    }
+
+
+def serve(
+    start: Callable[[], Iterator[Any]],
+    batch: int,
+    seconds: float,
+    together: int,
+    facts: Callable[[], dict[str, Any]] = dict,
+) -> None:
     """Prints {} when batches flow, or what is missing; then a reading whenever it is let go on.
 
-    A reading counts batches, of `batch` images, for that long, after some that were ready before.
+    A reading counts batches, of `batch` images, for that long, after some that were ready before, and has `facts()`.
     """
     try:
         batches = start()
         take(batches, seconds, together)
     except ImportError as e:
         return print(json.dumps({"missing": str(e)}))
-    reading: dict[str, float] = {}
+    reading: dict[str, Any] = {}
     while True:
         print(json.dumps(reading), flush=True)
         os.killpg(0, signal.SIGSTOP)
         take(batches, seconds / 3, together)
         begun, cpu = time.perf_counter(), group_cpu_seconds()
         images = batch * take(batches, seconds, together)
-        reading = {"images": images, "s": time.perf_counter() - begun, "cpu_s": group_cpu_seconds() - cpu}
+        reading = {"images": images, "s": time.perf_counter() - begun, "cpu_s": group_cpu_seconds() - cpu} | facts()
 
 
 def take(batches: Iterator[Any], seconds: float, together: int) -> int:
@@ -56,9 +81,9 @@ def group_cpu_seconds() -> float:
 class Process:
     """A command that calls `serve`, stopped unless it is measured. `missing` says what it lacks."""
 
-    def __init__(self, command: list[str], log: Path) -> None:
-        self.log, self.readings = log, list[dict[str, float]]()
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    def __init__(self, command: list[str], log: Path, env: dict[str, str]) -> None:
+        self.log, self.readings = log, list[dict[str, Any]]()
+        env = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"} | env
         with log.open("w") as errors:  # a group of its own, but not a session: the kernel ends it if we are killed
             self.popen = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=env, process_group=0)
         self.missing = self.answer().get("missing")

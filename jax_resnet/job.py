@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -19,8 +20,8 @@ from jax_resnet.data.order import Phase
 from jax_resnet.data.source import open_dataset
 from jax_resnet.data.split import Dataset
 from jax_resnet.errors import UserError, choose
+from jax_resnet.models.convolution import for_cpu, sum_gradients_in_float32
 from jax_resnet.models.cost import multiply_adds
-from jax_resnet.models.layers import sum_gradients_in_float32
 from jax_resnet.models.torch_weights import Arrays
 from jax_resnet.models.zoo import create_model, model_spec
 from jax_resnet.optim import make_optimizer
@@ -107,9 +108,13 @@ class Job:
             dtype=jnp.dtype(c.dtype),
             **overrides,
         )
-        as_summed = sum_gradients_in_float32 if c.gradient_sums == "float32" else lambda model: model
+        computed: Callable[[nnx.Module], nnx.Module] = lambda model: model  # noqa: E731
+        if c.gradient_sums == "float32" and c.dtype != "float32":
+            computed = sum_gradients_in_float32
+        elif self.mesh.devices.flat[0].platform == "cpu":
+            computed = for_cpu
         self.graph, self.abstract_state, self.fresh_state = make_state(
-            lambda rngs: as_summed(make_model(rngs=rngs)),
+            lambda rngs: computed(make_model(rngs=rngs)),
             optimizer,
             c.seed,
             whole,

@@ -15,7 +15,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from jax_resnet.job import Job
-from jax_resnet.models.layers import conv, sum_gradients_in_float32
+from jax_resnet.models.convolution import sum_gradients_in_float32
+from jax_resnet.models.layers import conv
 
 
 def of_kernel(model: nnx.Conv, x: jax.Array, weights: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -84,7 +85,7 @@ import sys
 import jax, jax.numpy as jnp, optax
 from jax_resnet import parallel
 from jax_resnet.config import default
-from jax_resnet.models.layers import sum_gradients_in_float32
+from jax_resnet.models.convolution import sum_gradients_in_float32
 from jax_resnet.models.zoo import create_model
 from jax_resnet.program import topology_mesh
 from jax_resnet.state import make_state

@@ -1,0 +1,65 @@
+"""Convolutions as products of matrices: the numbers of XLA's convolution, and where it is left to that."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jax_resnet.models.convolution import as_product, for_cpu
+from jax_resnet.models.layers import conv
+from jax_resnet.models.zoo import create_model
+
+NHWC = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+
+
+def primitives(function: object, *args: object) -> set[str]:
+    return set(str(jax.make_jaxpr(function)(*args)).split()) & {"conv_general_dilated[", "dot_general["}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 7])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (3, 2), (4, 4), (5, 9)])
+def test_product_is_the_convolution(shape: tuple[int, int], stride: int, kernel_size: int) -> None:
+    """Its values, and the gradients for image and kernel."""
+    random, pad = np.random.default_rng(0), ((kernel_size // 2,) * 2,) * 2
+    x = random.normal(size=(3, *shape, 4)).astype(np.float32)
+    kernel = random.normal(size=(kernel_size, kernel_size, 4, 6)).astype(np.float32)
+
+    def expected(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(x, kernel, (stride, stride), pad, **NHWC)
+
+    def found(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return as_product(x, kernel, (stride, stride), pad, **NHWC)
+
+    y, pull = jax.vjp(expected, x, kernel)
+    z, pull_found = jax.vjp(found, x, kernel)
+    np.testing.assert_allclose(z, y, rtol=1e-5, atol=1e-5)
+    for a, b in zip(pull_found(y), pull(y), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    small = min(y.shape[1:3]) < kernel_size or kernel_size == 1
+    assert primitives(found, x, kernel) == {"dot_general[" if small else "conv_general_dilated["}
+
+
+def test_groups_and_bfloat16() -> None:
+    x, grouped = jnp.ones((2, 2, 2, 8)), conv(8, 8, 3, groups=4, rngs=nnx.Rngs(0))
+    expected = grouped(x)
+    assert primitives(for_cpu(grouped), x) == {"conv_general_dilated["}
+    np.testing.assert_array_equal(grouped(x), expected)
+    assert for_cpu(conv(8, 8, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))(x).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("resnet18", {"antialias": "blur_conv"}), ("ecaresnet26t", {}), ("resnetv2_50x1_bit", {})]
+)
+def test_networks_keep_their_logits(name: str, options: dict[str, Any]) -> None:
+    """Among them those with blurred, one-dimensional and standardised convolutions."""
+    model = create_model(name, num_classes=7, rngs=nnx.Rngs(0), **options)
+    model.eval()
+    x = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
+    expected = jax.jit(lambda model, x: model(x))(model, x)
+    found = jax.jit(lambda model, x: model(x))(for_cpu(model), x)
+    scale = float(np.abs(expected).max())
+    assert 0 < float(np.abs(found - expected).max()) < 2e-5 * scale
