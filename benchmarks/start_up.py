@@ -130,6 +130,7 @@ def main() -> None:
         labels = np.arange(64) % 10
         np.savez(at / "random.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
         small = ["--config.batch_size=16", "--config.model.bn_group_size=16", "--config.data.crop=none"]
+        small.append("--config.data.image_size=64")
         cases = {
             "digits": ["--config=configs/resnet20_digits.py"],
             "resnet50": ["--config=configs/resnet50_imagenet.py", f"--config.data.name=npz:{at}/random.npz", *small],

@@ -1,5 +1,6 @@
 """Convolutions as products of matrices: the numbers of XLA's convolution, and where it is left to that."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,11 +16,12 @@ from jax_resnet.models.zoo import create_model
 NHWC = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 
 
-def primitives(function: object, *args: object) -> set[str]:
-    return set(str(jax.make_jaxpr(function)(*args)).split()) & {"conv_general_dilated[", "dot_general["}  # type: ignore[arg-type]
+def convolutions(function: Callable[..., Any], *args: Any) -> int:
+    """How many there are in the program, gradients not counted."""
+    return str(jax.make_jaxpr(function)(*args)).count("conv_general_dilated[")
 
 
-@pytest.mark.parametrize("kernel_size", [1, 3, 7])
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2), (3, 2), (4, 4), (5, 9)])
 def test_product_is_the_convolution(shape: tuple[int, int], stride: int, kernel_size: int) -> None:
@@ -34,19 +36,19 @@ def test_product_is_the_convolution(shape: tuple[int, int], stride: int, kernel_
     def found(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return as_product(x, kernel, (stride, stride), pad, **NHWC)
 
-    y, pull = jax.vjp(expected, x, kernel)
-    z, pull_found = jax.vjp(found, x, kernel)
-    np.testing.assert_allclose(z, y, rtol=1e-5, atol=1e-5)
-    for a, b in zip(pull_found(y), pull(y), strict=True):
+    y = expected(x, kernel)
+    of_expected, of_found = (jax.jit(lambda x, k, f=f: jax.vjp(f, x, k)[1](y))(x, kernel) for f in (expected, found))
+    np.testing.assert_allclose(jax.jit(found)(x, kernel), y, rtol=1e-5, atol=1e-5)
+    for a, b in zip(of_found, of_expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     small = min(y.shape[1:3]) < kernel_size or kernel_size == 1
-    assert primitives(found, x, kernel) == {"dot_general[" if small else "conv_general_dilated["}
+    assert convolutions(found, x, kernel) == (0 if small else 1)
 
 
 def test_groups_and_bfloat16() -> None:
     x, grouped = jnp.ones((2, 2, 2, 8)), conv(8, 8, 3, groups=4, rngs=nnx.Rngs(0))
     expected = grouped(x)
-    assert primitives(for_cpu(grouped), x) == {"conv_general_dilated["}
+    assert convolutions(for_cpu(grouped), x) == 1
     np.testing.assert_array_equal(grouped(x), expected)
     assert for_cpu(conv(8, 8, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))(x).dtype == jnp.bfloat16
 
@@ -56,10 +58,16 @@ def test_groups_and_bfloat16() -> None:
 )
 def test_networks_keep_their_logits(name: str, options: dict[str, Any]) -> None:
     """Among them those with blurred, one-dimensional and standardised convolutions."""
-    model = create_model(name, num_classes=7, rngs=nnx.Rngs(0), **options)
+    model = jax.jit(
+        lambda: create_model(
+            name, num_classes=7, depths=(1, 1, 1, 1), zero_init_last=False, rngs=nnx.Rngs(0), **options
+        )
+    )()
     model.eval()
     x = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
-    expected = jax.jit(lambda model, x: model(x))(model, x)
-    found = jax.jit(lambda model, x: model(x))(for_cpu(model), x)
-    scale = float(np.abs(expected).max())
-    assert 0 < float(np.abs(found - expected).max()) < 2e-5 * scale
+    expected = jax.jit(lambda x: model(x))(x)
+    before = convolutions(lambda x: model(x), x)
+    model = for_cpu(model)
+    assert convolutions(lambda x: model(x), x) <= before - 3
+    found = jax.jit(lambda x: model(x))(x)
+    np.testing.assert_allclose(found, expected, atol=2e-5 * float(np.abs(expected).max()))
