@@ -29,7 +29,7 @@ from jax_resnet.paths import AnyPath
 from jax_resnet.plan import Plan, describe
 from jax_resnet.pretrained import fitting
 from jax_resnet.schedule import make_schedule, over_phases, peak_learning_rate
-from jax_resnet.state import make_state
+from jax_resnet.state import all_finite, make_state
 from jax_resnet.step import make_eval_step, make_gradients, make_train_step
 from jax_resnet.teacher import Teacher
 
@@ -98,7 +98,7 @@ class Job:
         )
         schedule = over_phases(schedule, plan.phases, c.optimizer, batch_size=c.batch_size)
         self.learning_rate = jax.jit(schedule)
-        self.all_finite = jax.jit(_all_finite)
+        self.all_finite = jax.jit(all_finite)
         optimizer = make_optimizer(c.optimizer, schedule, c.freeze)
         make_model = partial(
             create_model,
@@ -218,11 +218,6 @@ class Job:
         header |= {"progressive": describe(plan)} if c.progressive else {}
         header["workdir"] = str(workdir)
         return header | ({"resumed": f"from step {start:,}"} if start else {})
-
-
-def _all_finite(tree: Any) -> jax.Array:
-    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
-    return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
 
 
 def activation_dtype(name: str, platform: str) -> Any:

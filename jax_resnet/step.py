@@ -16,7 +16,7 @@ from jax_resnet.data import device
 from jax_resnet.loss import distillation, make_loss
 from jax_resnet.metrics import Sums, classification_sums
 from jax_resnet.optim import at_step
-from jax_resnet.state import TrainState
+from jax_resnet.state import TrainState, all_finite
 from jax_resnet.teacher import Teacher
 
 Batch = dict[str, jax.Array]
@@ -39,7 +39,7 @@ def make_train_step(
     With data.flip_alternate the batch also has mirrored, bool [N]; with a `teacher` its weights are a third argument.
     `ema_start` is the step until which the average is a copy; the rest is as in `make_gradients`.
 
-    Where the state has a guard, an update whose loss or gradients, before clipping, are no numbers is skipped: of the
+    Where the state has a guard, an update whose loss or gradients, before clipping, are not finite is skipped: of the
     state only step and guard change. So are those whose loss is more than `config.guard.loss_spike` times the running
     mean of the losses before it, once there are MEAN_OF, and all after `config.guard.max_skipped` in a row. The sums
     then also have skipped, int32 0 or 1, and skipped_loss, float32, the mean loss of what was; all others are 0.
@@ -226,9 +226,7 @@ def _averaged(new: TrainState, c: ConfigDict, start: int) -> Any:
 def _guarded(old: TrainState, new: TrainState, grads: Any, sums: Sums, c: ConfigDict) -> tuple[TrainState, Sums]:
     """`new` and `sums`, or where the update is to be skipped `old`, a step on, and sums that leave it out."""
     loss, row = sums["loss"] / sums["examples"], old.guard["row"]
-    taken = jnp.isfinite(loss) & (row < c.max_skipped)
-    for grad in jax.tree.leaves(grads):
-        taken &= jnp.isfinite(grad).all()
+    taken = jnp.isfinite(loss) & (row < c.max_skipped) & all_finite(grads)
     mean = {}
     if c.loss_spike:
         before, losses = old.guard["loss"], old.guard["losses"]
