@@ -190,7 +190,10 @@ def show(report: dict[str, Any]) -> None:
             cells = [case["case"], r["peer"], f"{r['images_per_second']:,.0f}" if absolute else ""]
             cells += [f"{facts['flops'] * steps / facts['peak']:.0%}" if facts else ""]
             cells += [f"{moved * steps / facts['copy']:.0%}" if moved else ""]
-            cells += [f"{r['memory'] / 2**30:.2f}" if r["memory"] else "", f"{r['host_ms']:.1f}" if absolute else ""]
+            cells += [f"{r['memory'] / 2**30:.2f}" if r["memory"] else ""]
+            cells += [
+                f"{r['host_ms']:.1f}" if absolute or r is mine else ""
+            ]  # torch computes on the CPU as it is called
             cells += [f"{mine['times_s'][r['peer']]:.2f} of its time" if mine and r is not mine else ""]
             print("| " + " | ".join(cells) + " |")
         for peer, why in case["left_out"].items():
