@@ -99,7 +99,7 @@ def all_finite(tree: Any) -> jax.Array:
     """Whether every floating-point number in the tree is finite, bool []. Also false where an array's sum overflows.
 
     By sums, as XLA for CPUs takes 0.2 s for each array to compile whether all of its numbers are finite. Of magnitudes:
-    XLA would merge the sum of a gradient that is a sum itself, of a bias, with that, and read the activations once more.
+    the sum of a gradient that is a sum itself, a bias's, XLA merges with that, and reads the activations once more.
     """
     floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.isfinite(jnp.stack([jnp.abs(x).sum(dtype=jnp.float32) for x in floats])).all()
