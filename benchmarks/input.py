@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from input_peers import AREA, RATIO, SIZE, cifar_tf_data, tf_data, torchvision_loader
-from interleaved import CORES, NO_ACCELERATOR, Process, machine, serve
+from interleaved import CORES, Process, machine, serve
 
 PACKAGES = ("jax", "grain", "simplejpeg", "opencv-python-headless", "tensorflow", "torch", "torchvision")
 
@@ -196,7 +196,7 @@ def main() -> None:
         ]
         try:
             for name in args.rows:
-                rows[name] = Process([*command, f"--serve={name}"], Path(folder, f"{name}.log"), NO_ACCELERATOR)
+                rows[name] = Process([*command, f"--serve={name}"], Path(folder, f"{name}.log"))
             measured = {name: of for name, of in rows.items() if not of.missing}
             for _ in range(args.rounds):
                 for of in measured.values():

@@ -81,7 +81,7 @@ def group_cpu_seconds() -> float:
 class Process:
     """A command that calls `serve`, stopped unless it is measured. `missing` says what it lacks."""
 
-    def __init__(self, command: list[str], log: Path, env: dict[str, str]) -> None:
+    def __init__(self, command: list[str], log: Path, env: dict[str, str] = NO_ACCELERATOR) -> None:
         self.log, self.readings = log, list[dict[str, Any]]()
         env = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"} | env
         with log.open("w") as errors:  # a group of its own, but not a session: the kernel ends it if we are killed

@@ -250,9 +250,10 @@ def test_what_is_off_is_not_in_the_program(tiny_config: ConfigDict) -> None:
     guarded = [program(tiny_config) for tiny_config.guard.max_skipped, tiny_config.guard.loss_spike in
                ((10, 0.0), (9, 0.0), (10, 3.0), (10, 2.0))]  # fmt: skip
     assert len({plain, *guarded}) == 5
-    checks = [text.count("stablehlo.is_finite") for text in (plain, guarded[0])]
     leaves = jax.tree.leaves(Job(tiny_config).abstract_state.params)
-    assert checks[1] - checks[0] == 1 + len(leaves)  # of the loss, and of each gradient
+    for operation, more in (("is_finite", 2), ("abs", len(leaves))):  # of the loss and of sums; of each gradient
+        checks = [text.count(f"stablehlo.{operation}") for text in (plain, guarded[0])]
+        assert checks[1] - checks[0] == more, operation
 
 
 def test_running_average_guard_and_teacher_take_no_place_where_there_is_none(tiny_config: ConfigDict) -> None:
