@@ -63,7 +63,7 @@ def end(text: str, status: int) -> NoReturn:
             _client().key_value_set(KEY, json.dumps([text, status]))
         with contextlib.suppress(Exception):
             text, status = json.loads(_client().key_value_try_get(KEY))
-        _heard(_client())
+        _heard()
     _leave(text, status)
 
 
@@ -86,9 +86,9 @@ def part(status: int) -> None:
     os._exit(status)
 
 
-def _wait_for_all(key: str, job: Any) -> None:
+def _wait_for_all(key: str, job: Any, seconds: float = PATIENCE) -> None:
     job.client.key_value_set(f"{key}{job.process_id}", "")
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + seconds
     while len(job.client.key_value_dir_get(key)) < job.num_processes and time.monotonic() < deadline:
         time.sleep(0.05)
 
@@ -97,17 +97,15 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
-def _heard(client: Any) -> None:
+def _heard() -> None:
     """Says that this process knows how the job ends. The one with the service waits for all: it would abort them."""
-    me, deadline = distributed.global_state.process_id, time.monotonic() + LINGER
+    job: Any = distributed.global_state
     with contextlib.suppress(Exception):
-        client.key_value_set(f"{HEARD}{me}", "")
-    while me == 0 and time.monotonic() < deadline:
-        with contextlib.suppress(Exception):
-            if len(client.key_value_dir_get(HEARD)) == distributed.global_state.num_processes:
-                time.sleep(EVERY)  # from having heard to having left
-                break
-        time.sleep(0.1)
+        if job.process_id:
+            job.client.key_value_set(f"{HEARD}{job.process_id}", "")
+        else:
+            _wait_for_all(HEARD, job, LINGER)
+            time.sleep(EVERY)  # from having heard to having left
 
 
 def _watch(client: Any) -> None:
@@ -122,7 +120,7 @@ def _watch(client: Any) -> None:
                 return
             text, status = f"process {jax.process_index()}: the others are lost ({first_line(e)})", 1
         else:
-            _heard(client)
+            _heard()
         _ending.acquire()
         _leave(text, status)
 
