@@ -69,12 +69,12 @@ def times(shape: tuple[int, ...]) -> str:
     of = [by(jax.lax.conv_general_dilated), by(patches)]
     gradient = of[0](x, kernel)
     ways: tuple[Callable[[Any], Callable[..., Any]], ...] = (
-        lambda f: f,
-        lambda f: lambda x, k: jax.vjp(lambda x: f(x, k), x)[1](gradient),
-        lambda f: lambda x, k: jax.vjp(lambda k: f(x, k), kernel)[1](gradient),
+        lambda f: lambda x, k, _: f(x, k),
+        lambda f: lambda x, k, grad: jax.vjp(lambda x: f(x, k), x)[1](grad),
+        lambda f: lambda x, k, grad: jax.vjp(lambda k: f(x, k), k)[1](grad),
     )
     for way in ways:
-        theirs, product = seconds([partial(jax.jit(way(f)), x, kernel) for f in of])
+        theirs, product = seconds([partial(jax.jit(way(f)), x, kernel, gradient) for f in of])
         ratios.append(theirs / product)
     same = "conv_general_dilated" in str(jax.make_jaxpr(by(as_product))(x, kernel))
     cells = [f"{side}²×{channels} → {out}, {size}×{size}" + (f" / {stride}" if stride > 1 else ""), str(n)]

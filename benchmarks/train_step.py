@@ -56,6 +56,7 @@ def ours(name: str, size: int, batch: int, report: dict[str, Any]) -> Iterator[i
     compiled = job.train_step.lower(*job.shapes(phase)).compile()
     report["compile_s"] = time.perf_counter() - began
     device = jax.devices()[0]
+    check_kind(device.platform)
     report |= {"device": device.device_kind, "peak": matmul_rate(job.config.dtype), "copy": copy_rate()}
     report["flops"] = 3 * batch * job.flops(size, size)
     report["moved"] = (compiled.cost_analysis() or {}).get("bytes accessed", 0) or None
@@ -127,6 +128,7 @@ def theirs(name: str, size: int, batch: int, mode: str | None, report: dict[str,
     began = time.perf_counter()
     step, facts = torch_step(name, size, batch, 0.1, mode)
     together = TOGETHER["gpu" if torch.cuda.is_available() else "cpu"]
+    check_kind("gpu" if torch.cuda.is_available() else "cpu")
     for number in itertools.count():
         begun = time.perf_counter()
         for _ in range(together if number else 1):
@@ -191,9 +193,8 @@ def show(report: dict[str, Any]) -> None:
             cells += [f"{facts['flops'] * steps / facts['peak']:.0%}" if facts else ""]
             cells += [f"{moved * steps / facts['copy']:.0%}" if moved else ""]
             cells += [f"{r['memory'] / 2**30:.2f}" if r["memory"] else ""]
-            cells += [
-                f"{r['host_ms']:.1f}" if absolute or r is mine else ""
-            ]  # torch computes on the CPU as it is called
+            of_host = absolute or r is mine  # torch computes on the CPU as it is called
+            cells += [f"{r['host_ms']:.1f}" if of_host else ""]
             cells += [f"{mine['times_s'][r['peer']]:.2f} of its time" if mine and r is not mine else ""]
             print("| " + " | ".join(cells) + " |")
         for peer, why in case["left_out"].items():
@@ -204,7 +205,12 @@ def main() -> None:
     """Measures, then prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="MODEL:SIZE:BATCH")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, help=f"of {', '.join(PEERS)}; all but tuned if left out")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        choices=PEERS,
+        help="default: ours, compiled and graphs on a GPU, ours, torch and compiled on a CPU",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4, help="of a reading")
     parser.add_argument("--json", type=Path)
@@ -237,6 +243,12 @@ def platform() -> str:
     """gpu or cpu, without taking hold of the device."""
     found = Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidiactl").exists()
     return "gpu" if found else "cpu"
+
+
+def check_kind(found: str) -> None:
+    """Rates would be wrong if the library found another kind of device than the machine has."""
+    if found != platform():
+        raise SystemExit(f"this machine has a {platform()}, but a {found} is what was found to compute on")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Steps compiled ahead of need, on a thread beside the training."""
+"""Steps compiled ahead of need, on a thread beside what a run begins with."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -8,21 +8,32 @@ from typing import Any
 from jax_resnet.data.order import Phase, phase_at
 from jax_resnet.signals import COMPILER
 
+EVALUATION = "evaluation"
+
 
 class StepsAhead:
-    """A jitted step, compiled once for each kind of batch in `phases`, in their order, on a thread.
+    """A jitted step, compiled once for each kind of batch in `phases`, in their order, and then `eval_step`.
 
-    `shapes` gives the abstract arguments of a phase's step. Where batches are all of one kind there is no thread, and
-    the step is compiled when it is first called. Leaving the `with` lets no further compilation begin.
+    `shapes` gives the abstract arguments of a phase's step, `eval_shapes` those of `eval_step`. Where there are no
+    phases nothing is compiled ahead. Leaving the `with` lets no further compilation begin.
     """
 
-    def __init__(self, step: Any, phases: Sequence[Phase], shapes: Callable[[Phase], tuple[Any, ...]]):
-        self._step, self._phases, self._shapes = step, phases, shapes
-        self._compiled: dict[Any, Future[Any]] = {_kind(phase): Future() for phase in phases}
+    def __init__(
+        self,
+        step: Any,
+        phases: Sequence[Phase],
+        shapes: Callable[[Phase], tuple[Any, ...]],
+        eval_step: Any,
+        eval_shapes: tuple[Any, ...],
+    ):
+        self._step, self._phases, self._eval_step = step, phases, eval_step
+        wanted: dict[Any, tuple[Any, tuple[Any, ...]]] = {_kind(phase): (step, shapes(phase)) for phase in phases}
+        self._wanted = wanted | {EVALUATION: (eval_step, eval_shapes)} if phases else {}
+        self._compiled: dict[Any, Future[Any]] = {kind: Future() for kind in self._wanted}
         self._left = False
 
     def __enter__(self) -> "StepsAhead":
-        if len(self._compiled) > 1:
+        if self._wanted:
             # No daemon: it would be cut off inside the compiler when the interpreter ends, which aborts the process. A
             # command that wants to end sooner calls signals.leave.
             Thread(target=self._compile, name=COMPILER).start()
@@ -32,30 +43,42 @@ class StepsAhead:
         self._left = True
 
     def _compile(self) -> None:
-        for phase in self._phases:
-            future = self._compiled[_kind(phase)]
-            if self._left or future.done():
-                continue
+        for kind, (step, args) in self._wanted.items():
+            if self._left:
+                return
             try:
-                future.set_result(self._step.lower(*self._shapes(phase)).compile())
+                self._compiled[kind].set_result(step.lower(*args).compile())
             except BaseException as e:
-                future.set_exception(e)
+                for future in self._compiled.values():
+                    if not future.done():
+                        future.set_exception(e)
                 return
 
     def at(self, step: int, stopped: Callable[[], Any] = lambda: False) -> Any:
-        """What to call for update `step`, counted from 0; waits until it is compiled, or until `stopped()`.
+        """What to call for update `step`, counted from 0; waits until it is compiled. None if `stopped()` before that.
 
-        Raises what the compiler raised, for whichever phase: at once, not when that begins.
+        An update that is before all phases is compiled when it is first called. Raises what the compiler raised, for
+        whichever phase: at once, not when that begins.
         """
-        if len(self._compiled) < 2:
+        if not self._phases or step < self._phases[0].first_step:
             return self._step
         future = self._compiled[_kind(phase_at(self._phases, step))]
-        while not future.done() and not stopped():
+        while not future.done():
+            if stopped():
+                return None
             wait([future], timeout=0.1)
-        for other in self._compiled.values():
-            if other.done():
+        for kind, other in self._compiled.items():
+            if other.done() and kind != EVALUATION:
                 other.result()
-        return future.result() if future.done() else self._step
+        return future.result()
+
+    def evaluation(self) -> Any:
+        """What to call for a batch of the evaluation; waits until it is compiled.
+
+        Where compiling failed, as it may for want of memory beside a training, it is compiled when it is first called.
+        """
+        future = self._compiled.get(EVALUATION)
+        return self._eval_step if future is None or future.exception() else future.result()
 
 
 def _kind(phase: Phase) -> tuple[int | None, int]:

@@ -33,12 +33,17 @@ def to_stderr(split: str, name: str, reason: str) -> None:
 
 
 def evaluate(
-    job: Job, state: TrainState, report: Report = to_stderr, stop: Callable[[], bool] = lambda: False
+    job: Job,
+    state: TrainState,
+    report: Report = to_stderr,
+    stop: Callable[[], bool] = lambda: False,
+    eval_step: Callable[..., Sums] | None = None,
 ) -> dict[str, Any] | None:
     """examples, correct_top1, accuracy_top1, accuracy_top5 (more than 5 classes) and loss over the evaluation split.
 
     What cannot be decoded is left out, counted as undecodable, and reported. `stop` is asked after every batch; None if
-    it said so. Raises UserError if too much cannot be decoded, or the network's answers are no numbers.
+    it said so. `eval_step` is the job's, compiled. Raises UserError if too much cannot be decoded, or the network's
+    answers are no numbers.
     """
     split = job.data.eval
     sums: list[Sums] = []
@@ -51,7 +56,7 @@ def evaluate(
     )
     with closing(batches):
         for batch in batches:
-            sums.append(job.eval_step(state.params, state.batch_stats, batch))
+            sums.append((eval_step or job.eval_step)(state.params, state.batch_stats, batch))
             jax.block_until_ready(sums[-IN_FLIGHT:][0])
             if stop():
                 return None
@@ -73,7 +78,11 @@ def evaluate(
 
 
 def evaluate_all(
-    job: Job, state: TrainState, report: Report = to_stderr, stop: Callable[[], bool] = lambda: False
+    job: Job,
+    state: TrainState,
+    report: Report = to_stderr,
+    stop: Callable[[], bool] = lambda: False,
+    eval_step: Callable[..., Sums] | None = None,
 ) -> dict[str, dict[str, Any]] | None:
     """{split: metrics} as `evaluate` gives them, and where there is a running average {split_ema: its metrics}."""
     split = job.data.eval.name
@@ -83,7 +92,7 @@ def evaluate_all(
         states[f"{split}_ema"] = replace(state, ema=averages).averaged()
     found = {}
     for name, weights in states.items():
-        metrics = evaluate(job, weights, report, stop)
+        metrics = evaluate(job, weights, report, stop, eval_step)
         if metrics is None:
             return None
         found[name] = metrics

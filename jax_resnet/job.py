@@ -151,11 +151,19 @@ class Job:
         """The abstract arguments of `train_step` in that phase."""
         height, width, channels = self.data.train.image_shape
         image = (phase.batch_size, phase.image_size or height, phase.image_size or width, channels)
-        batch = {"image": (image, jnp.uint8), "label": (image[:1], jnp.int32)}
-        if self.config.data.flip_alternate:
-            batch["mirrored"] = (image[:1], jnp.bool_)
-        abstract = {name: jax.ShapeDtypeStruct(*of, sharding=self.sharding) for name, of in batch.items()}
-        return self.abstract_state, abstract, *self.teacher_weights
+        batch = self._batch(image, *(["mirrored"] if self.config.data.flip_alternate else []))
+        return self.abstract_state, batch, *self.teacher_weights
+
+    def eval_shapes(self) -> tuple[Any, ...]:
+        """The abstract arguments of `eval_step`."""
+        state = self.abstract_state
+        batch = self._batch((self.eval_batch_size, *self.data.eval.image_shape), "mask", "undecodable")
+        return state.params, state.batch_stats, batch
+
+    def _batch(self, image: tuple[int, ...], *masks: str) -> dict[str, jax.ShapeDtypeStruct]:
+        arrays = {"image": (image, jnp.uint8), "label": (image[:1], jnp.int32)}
+        arrays |= dict.fromkeys(masks, (image[:1], jnp.bool_))
+        return {name: jax.ShapeDtypeStruct(*of, sharding=self.sharding) for name, of in arrays.items()}
 
     def weights_to_begin_with(self) -> tuple[Arrays, dict[str, str]]:
         """The arrays of `config.init_from` by name, and a line for each heading about them; nothing if it is not given.

@@ -59,8 +59,7 @@ def end(text: str, status: int) -> NoReturn:
     if jax.distributed.is_initialized():
         if status == 1:  # a fault: whose; a user's mistake is everybody's, and so is a signal to stop
             text = f"process {jax.process_index()} on {socket.gethostname()}: {text}"
-        with contextlib.suppress(Exception):  # set already, or the service is gone
-            _client().key_value_set(KEY, json.dumps([text, status]))
+        _set(KEY, distributed.global_state, json.dumps([text, status]))
         with contextlib.suppress(Exception):
             text, status = json.loads(_client().key_value_try_get(KEY))
         _heard()
@@ -79,7 +78,7 @@ def part(status: int) -> None:
         _wait_for_all(PARTING, job)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # JAX's C++ would have the last line: who has left is missing
         if job.process_id:
-            job.client.key_value_set(f"{PARTED}{job.process_id}", "")
+            _set(f"{PARTED}{job.process_id}", job)
         else:
             _wait_for_all(PARTED, job)
             time.sleep(EVERY)  # from saying so to having left
@@ -87,10 +86,15 @@ def part(status: int) -> None:
 
 
 def _wait_for_all(key: str, job: Any, seconds: float = PATIENCE) -> None:
-    job.client.key_value_set(f"{key}{job.process_id}", "")
+    _set(f"{key}{job.process_id}", job)
     deadline = time.monotonic() + seconds
     while len(job.client.key_value_dir_get(key)) < job.num_processes and time.monotonic() < deadline:
         time.sleep(0.05)
+
+
+def _set(key: str, job: Any, text: str = "") -> None:
+    with contextlib.suppress(Exception):  # set already, or the service is gone
+        job.client.key_value_set(key, text)
 
 
 def _client() -> Any:
@@ -102,7 +106,7 @@ def _heard() -> None:
     job: Any = distributed.global_state
     with contextlib.suppress(Exception):
         if job.process_id:
-            job.client.key_value_set(f"{HEARD}{job.process_id}", "")
+            _set(f"{HEARD}{job.process_id}", job)
         else:
             _wait_for_all(HEARD, job, LINGER)
             time.sleep(EVERY)  # from having heard to having left

@@ -54,6 +54,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
             claimed(workdir, job.config) as stored,
             keeping_compiled(workdir),
             Checkpoints(workdir, _keep(job)) as checkpoints,
+            _compiled_ahead(job, checkpoints.latest_step() or 0) as steps,
         ):
             notes: list[str] = []
             found = checkpoints.restore_newest(job.abstract_state, notes.append)
@@ -62,7 +63,6 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
             with (
                 Watchdog(config.stuck_after) as watchdog,
                 Telemetry(workdir, job.plan, start) as telemetry,
-                StepsAhead(job.train_step, job.plan.between(start, job.last_step), job.shapes) as steps,
                 closing(_batches(job, start, telemetry)) as batches,
                 Trace(telemetry.folder, config.profile, job.plan.steps) as trace,
             ):
@@ -80,6 +80,11 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
 
 def _leave_at_once(signum: int) -> NoReturn:
     end("stopped before the first step; the same command begins again", 128 + signum)
+
+
+def _compiled_ahead(job: Job, start: int) -> StepsAhead:
+    phases = job.plan.between(start, job.last_step)
+    return StepsAhead(job.train_step, phases, job.shapes, job.eval_step, job.eval_shapes())
 
 
 def _keep(job: Job) -> Keep:
@@ -129,22 +134,19 @@ class Run:
         if start and plan.evaluates(start) and start < plan.steps:
             splits, stop = self._evaluate(start, state, again=False)
         while step < job.last_step and not stop:
-            train_step = self.steps.at(step, stopped=self._asked)
             try:
-                batch = self.batches.take(stopped=self._asked)
+                with self._nothing_unsaved("compiling the step", step) if step == start else nullcontext():
+                    updated = self._update(step, state, WAITING if step > start else COMPILING)
             except UserError:  # from files at fault: mended, the run goes on from here
                 skipped.read()
                 # Saving takes all processes; and weights with which updates are skipped may be past mending.
                 if step > saved and jax.process_count() == 1 and not skipped.row:
                     self._save(step, state)
                 raise
-            if batch is None:
+            if updated is None:
+                stop = True
                 break
-            # Who waits for a process that is stuck has more patience than that one: it is to say so itself.
-            self.watchdog.beat(f"step {step + 1:,} on the devices", WAITING)
-            compiling = self._nothing_unsaved("compiling the step", step) if step == start else nullcontext()
-            with compiling, self.trace.of(step + 1):
-                state, sums = train_step(state, batch, *job.teacher_weights)
+            state, sums = updated
             step += 1
             self.trace.after(step, sums)
             window.add(sums)
@@ -186,6 +188,17 @@ class Run:
         telemetry.say(f"done: step {step:,}, {found}, in {self.workdir}")
         return {"step": step, "splits": splits}
 
+    def _update(self, step: int, state: TrainState, patience: float) -> tuple[TrainState, Sums] | None:
+        """What one more update makes of `state`, and its sums; None if asked to stop before it began."""
+        train_step = self.steps.at(step, stopped=self._asked)
+        batch = self.batches.take(stopped=self._asked) if train_step else None
+        if batch is None:
+            return None
+        # Who waits for a process that is stuck has more patience than that one: it is to say so itself.
+        self.watchdog.beat(f"step {step + 1:,} on the devices", patience)
+        with self.trace.of(step + 1):
+            return train_step(state, batch, *self.job.teacher_weights)
+
     def _asked(self) -> bool:
         """Whether to stop without asking the other processes, which are not waited for here: there are none."""
         return bool(self.signals.received) and jax.process_count() == 1
@@ -211,7 +224,7 @@ class Run:
             return self._agreement.ask(bool(self.signals.received))
 
         with self._nothing_unsaved("the evaluation", step):
-            splits = evaluate_all(self.job, state, self.telemetry.broken, each_batch)
+            splits = evaluate_all(self.job, state, self.telemetry.broken, each_batch, self.steps.evaluation())
         if splits is None:
             return {}, True
         for split, metrics in splits.items():

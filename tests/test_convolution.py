@@ -45,6 +45,14 @@ def test_product_is_the_convolution(shape: tuple[int, int], stride: int, kernel_
     assert convolutions(found, x, kernel) == (0 if small else 1)
 
 
+def test_dilated_ones_are_left_to_xla() -> None:
+    x, kernel = jnp.ones((1, 3, 3, 2)), jnp.ones((1, 1, 2, 2))
+    for dilation in ("lhs_dilation", "rhs_dilation"):
+        options = NHWC | {dilation: (2, 2)}
+        expected = jax.lax.conv_general_dilated(x, kernel, (1, 1), ((0, 0), (0, 0)), **options)
+        np.testing.assert_array_equal(as_product(x, kernel, (1, 1), ((0, 0), (0, 0)), **options), expected)
+
+
 def test_groups_and_bfloat16() -> None:
     x, grouped = jnp.ones((2, 2, 2, 8)), conv(8, 8, 3, groups=4, rngs=nnx.Rngs(0))
     expected = grouped(x)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,7 @@ class FakeStep:
     """Has the methods of a jitted step; compiling for a size waits until it is allowed."""
 
     def __init__(self) -> None:
-        self.allowed = {size: threading.Event() for size in (1, 2, 3)}
+        self.allowed = {size: threading.Event() for size in (1, 2, 3, EVALUATION)}
         self.begun: list[int] = []
 
     def lower(self, size: int) -> Any:
@@ -205,6 +205,7 @@ class FakeStep:
         return f"compiled for {size}"
 
 
+EVALUATION = 9  # pixels
 PHASES = (Phase(0, 2, 1, 4, 0), Phase(2, 2, 2, 4, 8), Phase(4, 2, 1, 4, 16), Phase(6, 2, 3, 4, 24))
 
 
@@ -216,6 +217,10 @@ def fake() -> Iterator[FakeStep]:
         event.set()
 
 
+def ahead(fake: FakeStep, phases: Sequence[Phase] = PHASES) -> StepsAhead:
+    return StepsAhead(fake, phases, lambda phase: (phase.image_size,), fake, (EVALUATION,))
+
+
 def until(condition: Callable[[], Any]) -> None:
     deadline = time.monotonic() + 10
     while not condition():
@@ -225,7 +230,7 @@ def until(condition: Callable[[], Any]) -> None:
 
 def test_a_step_waits_for_its_own_size_only_and_sizes_compile_once(fake: FakeStep) -> None:
     fake.allowed[1].set()
-    with StepsAhead(fake, PHASES, lambda phase: (phase.image_size,)) as steps:
+    with ahead(fake) as steps:
         assert [steps.at(0), steps.at(1)] == ["compiled for 1"] * 2
         until(lambda: fake.begun == [1, 2])
         assert steps.at(1) == "compiled for 1"  # while 2 is being compiled
@@ -238,26 +243,49 @@ def test_a_step_waits_for_its_own_size_only_and_sizes_compile_once(fake: FakeSte
 def test_what_the_compiler_raises_for_a_later_phase_is_raised_at_once(fake: FakeStep) -> None:
     for event in fake.allowed.values():
         event.set()
-    with StepsAhead(fake, PHASES, lambda phase: (phase.image_size,)) as steps, pytest.raises(MemoryError, match="room"):
+    with ahead(fake) as steps, pytest.raises(MemoryError, match="room"):
         until(lambda: steps.at(0) is None)
 
 
 def test_being_asked_to_stop_ends_the_wait_and_leaving_the_compilations(fake: FakeStep) -> None:
     fake.allowed[1].set()
-    with StepsAhead(fake, PHASES, lambda phase: (phase.image_size,)) as steps:
+    with ahead(fake) as steps:
         until(lambda: fake.begun == [1, 2])
-        assert steps.at(2, stopped=lambda: True) is fake
+        assert steps.at(2, stopped=lambda: True) is None
         (thread,) = (t for t in threading.enumerate() if t.name == COMPILER)
     fake.allowed[2].set()
     thread.join()
     assert fake.begun == [1, 2]
 
 
-@pytest.mark.parametrize("phases", [(), PHASES[:1], PHASES[::2][:2]])
-def test_where_all_batches_are_alike_nothing_is_compiled_ahead(fake: FakeStep, phases: tuple[Phase, ...]) -> None:
-    with StepsAhead(fake, phases, lambda phase: (phase.image_size,)) as steps:
-        assert steps.at(0) is steps.at(5) is fake
+def test_the_evaluation_is_compiled_last_and_waited_for(fake: FakeStep) -> None:
+    fake.allowed[1].set()
+    with ahead(fake, PHASES[:1]) as steps:
+        assert steps.at(0) == "compiled for 1"
+        threading.Timer(0.05, fake.allowed[EVALUATION].set).start()
+        assert steps.evaluation() == "compiled for 9"
+        assert fake.begun == [1, EVALUATION]
+
+
+def test_an_evaluation_that_cannot_be_compiled_ahead_is_compiled_when_called(fake: FakeStep) -> None:
+    for event in fake.allowed.values():
+        event.set()
+    with ahead(fake, PHASES[3:]) as steps:  # of which the step cannot be compiled
+        assert steps.evaluation() is fake
+    with StepsAhead(fake, PHASES[:1], lambda phase: (phase.image_size,), fake, (3,)) as steps:
+        assert steps.evaluation() is fake
+        assert steps.at(0) == "compiled for 1"
+
+
+def test_what_is_not_among_the_phases_is_compiled_when_called(fake: FakeStep) -> None:
+    """No update is left; or, of the checkpoints, the newest was damaged."""
+    with ahead(fake, ()) as steps:
+        assert steps.evaluation() is fake
         assert not [t for t in threading.enumerate() if t.name == COMPILER]
+    fake.allowed[1].set()
+    with ahead(fake, PHASES[2:3]) as steps:
+        assert steps.at(3) is fake
+        assert steps.at(4) == "compiled for 1"
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------

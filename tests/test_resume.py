@@ -16,8 +16,9 @@ import pytest
 from conftest import ROOT, main_command, main_env, run_main
 from ml_collections import ConfigDict
 
+from jax_resnet.ahead import StepsAhead
 from jax_resnet.checkpoint import Checkpoints
-from jax_resnet.errors import UserError
+from jax_resnet.errors import Interrupted, UserError
 from jax_resnet.job import Job
 from jax_resnet.journal import read_metrics
 from jax_resnet.train import train
@@ -120,6 +121,25 @@ def test_asked_to_stop_saves_says_so_and_goes_on(
     assert f"from step {saved}" in done.stdout
     assert run_main(*args, f"--workdir={tmp_path / 'whole'}").returncode == 0
     assert_bit_identical(tmp_path / "whole", stopped)
+
+
+def test_asked_to_stop_before_its_first_step_a_run_that_goes_on_says_so_too(
+    tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also from a step of which the evaluation is there already."""
+    tiny_config.stop_after_steps = 8
+    train(tiny_config, tmp_path)
+    tiny_config.stop_after_steps = None
+    at = StepsAhead.at
+
+    def asked(self: StepsAhead, *args: Any, **options: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return at(self, *args, **options)
+
+    monkeypatch.setattr(StepsAhead, "at", asked)
+    with pytest.raises(Interrupted, match="stopped after step 8 of 20") as e:
+        train(tiny_config, tmp_path)
+    assert e.value.signum == signal.SIGTERM
 
 
 def test_stop_after_steps_leaves_the_schedule_alone(tiny_config: ConfigDict, tmp_path: Path) -> None:
