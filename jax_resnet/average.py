@@ -18,7 +18,6 @@ import numpy as np
 from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.command import Parser, run
 from jax_resnet.config import from_json
-from jax_resnet.data.loader import train_batches
 from jax_resnet.errors import UserError
 from jax_resnet.evaluate import evaluate, to_stderr
 from jax_resnet.export import print_files, write_model
@@ -90,18 +89,8 @@ def estimate_statistics(job: Job, state: TrainState, batches: int) -> Any:
     whole = jax.tree.leaves(state.params)[0].sharding
     of_batch = jax.jit(step, in_shardings=(whole, whole, None, job.sharding), out_shardings=whole)
     add = jax.jit(partial(jax.tree.map, lambda total, one: total + one / batches), donate_argnums=0)
-    feed = train_batches(
-        job.data.train,
-        c.data,
-        start=plan.steps,
-        stop=plan.steps + batches,
-        seed=c.seed,
-        phases=plan.phases,
-        sharding=job.sharding,
-        report=to_stderr,
-    )
     total = jax.tree.map(np.zeros_like, jax.device_get(state.batch_stats))
-    with closing(feed):
+    with closing(job.train_batches(plan.steps, plan.steps + batches, to_stderr)) as feed:
         for number, batch in enumerate(feed, plan.steps):
             total = add(total, of_batch(state.params, state.batch_stats, np.int32(number), batch))
             jax.block_until_ready(total)  # or the host would run ahead, with a batch on the devices for each

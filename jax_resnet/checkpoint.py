@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -330,10 +331,7 @@ def _guard_like(state: TrainState, like: TrainState) -> TrainState:
 
 def _named(tree: Any) -> dict[str, Any]:
     """The arrays of a tree by name: params/stage1/block0/conv1/kernel."""
-
-    def name(path: Any) -> str:
-        return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-
+    name = partial(jax.tree_util.keystr, simple=True, separator="/")
     return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if hasattr(leaf, "shape")}
 
 

@@ -104,22 +104,10 @@ CHOICES = {
 
 # What may differ when a run goes on in its workdir: nothing here changes what is computed from whole files.
 MAY_CHANGE = (
-    "stop_after_steps",
-    "log_every",
-    "stuck_after",
-    "profile",
-    "accumulate",
-    "spread_optimizer",
-    "eval.every",
-    "eval.batch_size",
-    "checkpoint",
-    "guard.max_skipped",
-    "data.data_dir",
-    "data.decoder",
-    "data.threads",
-    "data.workers",
-    "data.max_broken",
-)
+    "stop_after_steps", "log_every", "stuck_after", "profile", "accumulate", "spread_optimizer", "eval.every",
+    "eval.batch_size", "checkpoint", "guard.max_skipped", "data.data_dir", "data.decoder", "data.threads",
+    "data.workers", "data.max_broken",
+)  # fmt: skip
 
 
 def duration(epochs: float | None = None, steps: int | None = None, examples: int | None = None) -> ConfigDict:

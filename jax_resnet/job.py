@@ -15,13 +15,14 @@ from ml_collections import ConfigDict
 
 from jax_resnet import parallel
 from jax_resnet.config import model_overrides, phase_rows, validate
-from jax_resnet.data.loader import Readers
+from jax_resnet.data.batches import Report
+from jax_resnet.data.loader import Feed, Readers, train_batches
 from jax_resnet.data.order import Phase
 from jax_resnet.data.source import open_dataset
 from jax_resnet.data.split import Dataset
 from jax_resnet.errors import UserError, choose
 from jax_resnet.models.convolution import for_cpu, sum_gradients_in_float32
-from jax_resnet.models.cost import multiply_adds
+from jax_resnet.models.cost import cost
 from jax_resnet.models.torch_weights import Arrays
 from jax_resnet.models.zoo import create_model, model_spec
 from jax_resnet.optim import make_optimizer
@@ -165,6 +166,19 @@ class Job:
         arrays |= dict.fromkeys(masks, (image[:1], jnp.bool_))
         return {name: jax.ShapeDtypeStruct(*of, sharding=self.sharding) for name, of in arrays.items()}
 
+    def train_batches(self, start: int, stop: int, report: Report) -> Feed:
+        """The batches of updates start … stop − 1, counted from 0, on the devices; see loader.train_batches."""
+        return train_batches(
+            self.data.train,
+            self.config.data,
+            start=start,
+            stop=stop,
+            seed=self.config.seed,
+            phases=self.plan.phases,
+            sharding=self.sharding,
+            report=report,
+        )
+
     def weights_to_begin_with(self) -> tuple[Arrays, dict[str, str]]:
         """The arrays of `config.init_from` by name, and a line for each heading about them; nothing if it is not given.
 
@@ -192,7 +206,7 @@ class Job:
             model.eval()
             return model(image)
 
-        return 2 * multiply_adds(forward, self.abstract_state.params, self.abstract_state.batch_stats, image)
+        return 2 * cost(forward, self.abstract_state.params, self.abstract_state.batch_stats, image).multiply_adds
 
     def header(self, workdir: AnyPath, start: int) -> dict[str, str]:
         """What is about to run, a line for each heading."""

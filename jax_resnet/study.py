@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_resnet.data.loader import train_batches
 from jax_resnet.data.order import phase_at, train_indices
 from jax_resnet.errors import UserError
 from jax_resnet.evaluate import IN_FLIGHT
@@ -90,18 +89,8 @@ class Skipped:
     def _again(self, state: TrainState, steps: range) -> list[dict[str, Any]]:
         job, c = self._job, self._job.config
         split, phases = job.data.train, job.plan.phases
-        feed = train_batches(
-            split,
-            c.data,
-            start=steps.start - 1,
-            stop=steps.stop - 1,
-            seed=c.seed,
-            phases=phases,
-            sharding=job.sharding,
-            report=self._telemetry.broken,
-        )
         updates = []
-        with closing(feed):
+        with closing(job.train_batches(steps.start - 1, steps.stop - 1, self._telemetry.broken)) as feed:
             for done, batch in enumerate(feed, steps.start - 1):
                 before = replace(state, step=jax.device_put(np.int32(done), state.step.sharding))
                 grads, _, sums = job.gradients(before, batch, *job.teacher_weights)

@@ -17,7 +17,7 @@ from jax_resnet import notice
 from jax_resnet.ahead import StepsAhead
 from jax_resnet.checkpoint import Checkpoints, Keep
 from jax_resnet.config import to_json
-from jax_resnet.data.loader import Feed, train_batches
+from jax_resnet.data.loader import Feed
 from jax_resnet.errors import Interrupted, UserError
 from jax_resnet.evaluate import IN_FLIGHT, evaluate_all
 from jax_resnet.job import Job
@@ -63,7 +63,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
             with (
                 Watchdog(config.stuck_after) as watchdog,
                 Telemetry(workdir, job.plan, start) as telemetry,
-                closing(_batches(job, start, telemetry)) as batches,
+                closing(job.train_batches(start, job.last_step, telemetry.broken)) as batches,
                 Trace(telemetry.folder, config.profile, job.plan.steps) as trace,
             ):
                 telemetry.header(job.header(workdir, start) | about_weights)
@@ -90,20 +90,6 @@ def _compiled_ahead(job: Job, start: int) -> StepsAhead:
 def _keep(job: Job) -> Keep:
     c = job.config.checkpoint
     return Keep(latest=c.keep, best=c.keep_best, metric=c.best_by, always=job.plan.keeps)
-
-
-def _batches(job: Job, start: int, telemetry: Telemetry) -> Feed:
-    config, split = job.config, job.data.train
-    return train_batches(
-        split,
-        config.data,
-        start=start,
-        stop=job.last_step,
-        seed=config.seed,
-        phases=job.plan.phases,
-        sharding=job.sharding,
-        report=telemetry.broken,
-    )
 
 
 @dataclass

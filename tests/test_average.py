@@ -11,7 +11,6 @@ from test_update import assert_close
 
 from jax_resnet.average import average, main
 from jax_resnet.checkpoint import Checkpoints
-from jax_resnet.data.loader import train_batches
 from jax_resnet.errors import UserError
 from jax_resnet.evaluate import evaluate_checkpoint
 from jax_resnet.job import Job
@@ -61,9 +60,7 @@ def test_statistics_are_those_of_training_batches(run: Path, tmp_path: Path, par
     _, files = average(run, batches=3, out=str(tmp_path / "out"))
     params, _ = mean_of(run, 8, 16, 20)
     means, variances = [], []
-    for step, batch in enumerate(
-        train_batches(job.data.train, config.data, start=20, stop=23, seed=config.seed, phases=job.plan.phases,
-                      sharding=job.sharding, report=print), 20):  # fmt: skip
+    for step, batch in enumerate(job.train_batches(20, 23, print), 20):
         from jax_resnet.data import device
         from jax_resnet.step import _drawn
 

@@ -20,7 +20,6 @@ from jax_resnet import step as step_module
 from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.config import validate
 from jax_resnet.data import device
-from jax_resnet.data.loader import train_batches
 from jax_resnet.data.order import train_indices
 from jax_resnet.errors import UserError
 from jax_resnet.job import Job
@@ -85,8 +84,7 @@ def poison_steps(poison: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[Cal
 def batches(job: Job, steps: int, *, poisoned: bool = True) -> Iterator[dict[str, jax.Array]]:
     """Those of the first updates."""
     c = job.config
-    feed = train_batches(job.data.train, c.data, start=0, stop=steps, seed=c.seed, phases=job.plan.phases,
-                         sharding=job.sharding, report=print)  # fmt: skip
+    feed = job.train_batches(0, steps, print)
     for step, batch in enumerate(feed):
         poison, label = np.zeros(c.batch_size, np.float32), np.array(batch["label"])
         if poisoned and step == IMAGE:

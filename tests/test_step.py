@@ -10,7 +10,6 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from jax_resnet.data import device
-from jax_resnet.data.loader import train_batches
 from jax_resnet.errors import UserError
 from jax_resnet.job import Job
 from jax_resnet.models.zoo import create_model
@@ -18,9 +17,7 @@ from jax_resnet.train import train
 
 
 def batches(job: Job, stop: int, start: int = 0) -> Any:
-    c = job.config
-    return train_batches(job.data.train, c.data, start=start, stop=stop, seed=c.seed, phases=job.plan.phases,
-                         sharding=job.sharding, report=print)  # fmt: skip
+    return job.train_batches(start, stop, print)
 
 
 def test_moves_nothing_implicitly_and_compiles_once(tiny_config: ConfigDict) -> None:

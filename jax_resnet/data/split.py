@@ -123,9 +123,10 @@ class Split(ABC):
     pixels: Pixels
 
     @property
-    @abstractmethod
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width, channels of what `read` gives."""
+        side = self.pixels.size
+        return (*((side, side) if side else self.original_size), self.pixels.channels)
 
     @property
     @abstractmethod
@@ -172,12 +173,6 @@ class ArraySplit(Split):
     labels: np.ndarray  # int32 [N]
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Height, width, channels of what `read` gives."""
-        height, width = self.images.shape[1:3]
-        return (self.pixels.size or height, self.pixels.size or width, self.pixels.channels)
-
-    @property
     def original_size(self) -> tuple[int, int]:
         """Height and width of the images in memory."""
         return self.images.shape[1], self.images.shape[2]
@@ -209,12 +204,6 @@ class EncodedSplit(Split):
     length: int
     records: Records
     num_classes: int
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Height, width, channels of what `read` gives."""
-        side = self.pixels.size or 0
-        return (side, side, self.pixels.channels)
 
     @property
     def original_size(self) -> tuple[int, int]:

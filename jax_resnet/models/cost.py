@@ -23,14 +23,6 @@ def cost(function: Callable[..., Any], *args: Any) -> Cost:
     return Cost(sum(outputs * terms for outputs, terms in products), sum(outputs for outputs, _ in products))
 
 
-def multiply_adds(function: Callable[..., Any], *args: Any) -> int:
-    """Multiply-adds of the convolutions and matrix products in `function(*args)`; args may be abstract.
-
-    Twice this number is the usual count of floating-point operations.
-    """
-    return cost(function, *args).multiply_adds
-
-
 def _products(jaxpr: Any, times: int = 1) -> Iterator[tuple[int, int]]:
     """For each convolution and matrix product, the elements it gives and the multiply-adds behind each of them."""
     for eqn in jaxpr.eqns:

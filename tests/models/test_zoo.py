@@ -14,7 +14,7 @@ from test_families import Keys
 
 import jax_resnet
 from jax_resnet.errors import UserError
-from jax_resnet.models.cost import multiply_adds
+from jax_resnet.models.cost import cost
 from jax_resnet.models.layers import BatchNorm
 from jax_resnet.models.resnet import ResNetSpec
 from jax_resnet.models.zoo import ZOO, create_model, model_spec
@@ -70,7 +70,7 @@ def feature_maps(model, x):
 
 
 def macs(model, n, size):
-    return multiply_adds(run, model, jax.ShapeDtypeStruct((n, size, size, 3), jnp.float32))
+    return cost(run, model, jax.ShapeDtypeStruct((n, size, size, 3), jnp.float32)).multiply_adds
 
 
 @pytest.mark.parametrize(
