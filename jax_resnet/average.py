@@ -13,6 +13,7 @@ from functools import partial, reduce
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_resnet.checkpoint import Checkpoints
@@ -28,7 +29,7 @@ from jax_resnet.parallel import parts_sharding
 from jax_resnet.paths import AnyPath, open_path
 from jax_resnet.pretrained import place
 from jax_resnet.state import TrainState
-from jax_resnet.step import make_statistics_step
+from jax_resnet.step import make_gradients
 from jax_resnet.workdir import has_checkpoints, read_config
 
 BATCHES = 100
@@ -80,19 +81,15 @@ def estimate_statistics(job: Job, state: TrainState, batches: int) -> Any:
     `job` must be of a config with bn_momentum 0.
     """
     c, plan = job.config, job.plan
-    step = make_statistics_step(
-        job.graph,
-        c,
-        mix_stop=plan.step_at(c.data.mix_until) if c.data.mix_until < 1 else None,
-        parts=parts_sharding(job.mesh),
-    )
+    mix_stop = plan.step_at(c.data.mix_until) if c.data.mix_until < 1 else None
+    gradients = make_gradients(job.graph, c, mix_stop=mix_stop, parts=parts_sharding(job.mesh))
     whole = jax.tree.leaves(state.params)[0].sharding
-    of_batch = jax.jit(step, in_shardings=(whole, whole, None, job.sharding), out_shardings=whole)
+    of_batch = jax.jit(lambda *of: gradients(*of)[1], in_shardings=(whole, job.sharding), out_shardings=whole)
     add = jax.jit(partial(jax.tree.map, lambda total, one: total + one / batches), donate_argnums=0)
     total = jax.tree.map(np.zeros_like, jax.device_get(state.batch_stats))
     with closing(job.train_batches(plan.steps, plan.steps + batches, to_stderr)) as feed:
         for number, batch in enumerate(feed, plan.steps):
-            total = add(total, of_batch(state.params, state.batch_stats, np.int32(number), batch))
+            total = add(total, of_batch(replace(state, step=jnp.int32(number)), batch))
             jax.block_until_ready(total)  # or the host would run ahead, with a batch on the devices for each
     return total
 

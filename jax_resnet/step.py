@@ -113,29 +113,6 @@ def make_gradients(
     return of_batch
 
 
-def make_statistics_step(
-    graph: nnx.GraphDef, config: ConfigDict, *, mix_stop: int | None = None, parts: NamedSharding | None = None
-) -> Callable[[Any, Any, jax.Array, Batch], Any]:
-    """(params, batch_stats, step, batch) → the batch statistics after the forward pass of that training step.
-
-    They are those of the batch alone if the model has `bn_momentum` 0.
-    """
-
-    def statistics_step(params: Any, batch_stats: Any, step: jax.Array, batch: Batch) -> Any:
-        rows, whole, key = _drawn(batch, step, config, mix_stop)
-
-        def forward(rows: Batch, key: jax.Array) -> Any:
-            model = _training(graph, params, batch_stats, config.freeze)
-            model(device.augment(rows["image"], rows, whole, config.data), rngs=nnx.Rngs(dropout=key))
-            return (), (nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)), {})
-
-        if config.accumulate == 1:
-            return forward(rows, key)[1][0]
-        return _accumulated(forward, rows, key, config.accumulate, parts)[1][0]
-
-    return statistics_step
-
-
 def _drawn(
     batch: Batch, step: jax.Array, c: ConfigDict, mix_stop: int | None
 ) -> tuple[Batch, dict[str, jax.Array], jax.Array]:

@@ -52,8 +52,7 @@ def config_of(run: Path) -> ConfigDict:
     return config
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_statistics_are_those_of_training_batches(run: Path, tmp_path: Path, parts: int) -> None:
+def test_statistics_are_those_of_training_batches(run: Path, tmp_path: Path) -> None:
     """Of the stem's norm, whose input is a convolution of the very batches: computed here in float64."""
     config = config_of(run)
     job = Job(config)
