@@ -3,6 +3,7 @@
 --config.KEY=VALUE changes a value of the config; jax_resnet/config.py has them all.
 """
 
+import gc
 import re
 import signal
 import sys
@@ -55,19 +56,19 @@ def default_workdir() -> Path:
 def main(_: list[str]) -> int:
     """Runs; a user's mistake is one line on stderr and status 2, a signal 128 + its number."""
     hush()
-    status = 0
     try:
         run()
     except (KeyboardInterrupt, Interrupted) as e:
         print(e if isinstance(e, Interrupted) else "interrupted", file=sys.stderr)
-        status = 128 + (e.signum if isinstance(e, Interrupted) else signal.SIGINT)
+        return leave(128 + (e.signum if isinstance(e, Interrupted) else signal.SIGINT))
     except Exception as e:
-        status = fail(e if isinstance(e, UserError) else lacking(e))
-    return leave(status)
+        return leave(fail(e if isinstance(e, UserError) else lacking(e)))
+    return leave(0)
 
 
 def _parse(argv: list[str]) -> list[str]:
     logging.set_verbosity(logging.ERROR)  # until the flags are parsed
+    gc.set_threshold(100_000)  # by Python's 700 a tenth of a start is a search for garbage among what JAX traces
     try:
         return parse_flags(argv)
     except UserError as e:
