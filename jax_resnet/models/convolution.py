@@ -61,7 +61,7 @@ def as_product(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **op
     """`jax.lax.conv_general_dilated` for x [N, H, W, C] and a kernel HWIO; a product of matrices where that is faster.
 
     That is where the kernel sees one pixel, and where it is larger than the image that it gives: XLA:CPU then leaves
-    its fast path, forward or for the image's gradient, and takes 40 to 60 times as long (benchmarks/convolutions.py).
+    its fast path, forward or for the image's gradient, and takes 30 to 50 times as long (benchmarks/convolutions.py).
     """
     dilated = any(by not in (None, 1, (1, 1)) for by in (options.get("lhs_dilation"), options.get("rhs_dilation")))
     if x.ndim != 4 or options.get("feature_group_count", 1) > 1 or isinstance(padding, str) or dilated:
