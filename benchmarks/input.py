@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from input_peers import AREA, RATIO, SIZE, cifar_tf_data, tf_data, torchvision_loader
-from interleaved import CORES, Process, machine, serve
+from interleaved import CORES, Process, in_turn, machine, serve
 
 PACKAGES = ("jax", "grain", "simplejpeg", "opencv-python-headless", "tensorflow", "torch", "torchvision")
 
@@ -184,7 +184,6 @@ def main() -> None:
     if args.serve:
         row = ROWS[args.serve]
         return serve(lambda: row.batches(args.data, row.batch, args.threads), row.batch, args.seconds, args.threads)
-    rows: dict[str, Process] = {}
     with tempfile.TemporaryDirectory() as folder:
         make_data(Path(folder), args.data, args.rows)
         command = [
@@ -194,22 +193,13 @@ def main() -> None:
             f"--seconds={args.seconds}",
             f"--threads={args.threads}",
         ]
-        try:
-            for name in args.rows:
-                rows[name] = Process([*command, f"--serve={name}"], Path(folder, f"{name}.log"))
-            measured = {name: of for name, of in rows.items() if not of.missing}
-            for _ in range(args.rounds):
-                for of in measured.values():
-                    of.measure()
-        finally:
-            for of in rows.values():
-                of.kill()
+        measured, left_out = in_turn(args.rows, command, args.rounds, Path(folder))
     report = machine(PACKAGES) | {
         "threads": args.threads,
         "seconds": args.seconds,
         "rows": [row_report(name, of) for name, of in measured.items()],
-        "ratios": {f"{a} / {b}": ratio(rows[a], rows[b]) for a, b in RATIOS if {a, b} <= measured.keys()},
-        "left_out": {name: of.missing for name, of in rows.items() if of.missing},
+        "ratios": {f"{a} / {b}": ratio(measured[a], measured[b]) for a, b in RATIOS if {a, b} <= measured.keys()},
+        "left_out": left_out,
     }
     show(report)
     if args.json:

@@ -111,3 +111,24 @@ class Process:
         with suppress(ProcessLookupError):  # it has ended by itself
             os.killpg(self.popen.pid, signal.SIGKILL)
         self.popen.wait()
+
+
+def in_turn(
+    names: Sequence[str], command: list[str], rounds: int, folder: Path, env: dict[str, str] = NO_ACCELERATOR
+) -> tuple[dict[str, Process], dict[str, str]]:
+    """The processes of `command --serve=NAME`, with `rounds` readings each, one after another in each round.
+
+    And of those that lack something, what. All have ended; their logs are in `folder`.
+    """
+    rows: dict[str, Process] = {}
+    try:
+        for name in names:
+            rows[name] = Process([*command, f"--serve={name}"], folder / f"{name}.log", env)
+        measured = {name: of for name, of in rows.items() if not of.missing}
+        for _ in range(rounds):
+            for of in measured.values():
+                of.measure()
+    finally:
+        for of in rows.values():
+            of.kill()
+    return measured, {name: of.missing for name, of in rows.items() if of.missing}

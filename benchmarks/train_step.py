@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from interleaved import Process, machine, serve
+from interleaved import Process, in_turn, machine, serve
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "timm", "triton", "jax-cuda12-plugin", "jax-cuda13-plugin")
 MODES = {"torch": None, "compiled": "default", "graphs": "reduce-overhead", "tuned": "max-autotune-no-cudagraphs"}
@@ -143,21 +143,10 @@ def theirs(name: str, size: int, batch: int, mode: str | None, report: dict[str,
 
 def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
     """The peers on one case, in turn."""
-    rows: dict[str, Process] = {}
     command = [sys.executable, __file__, case, f"--seconds={args.seconds}"]
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            for peer in args.peers:
-                env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-                rows[peer] = Process([*command, f"--serve={peer}"], Path(folder, f"{peer}.log"), env)
-            measured = {peer: of for peer, of in rows.items() if not of.missing}
-            for _ in range(args.rounds):
-                for of in measured.values():
-                    of.measure()
-        finally:
-            for of in rows.values():
-                of.kill()
-    left_out = {peer: of.missing for peer, of in rows.items() if of.missing}
+        env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        measured, left_out = in_turn(args.peers, command, args.rounds, Path(folder), env)
     return {"case": case, "rows": [row(p, of, measured) for p, of in measured.items()], "left_out": left_out}
 
 

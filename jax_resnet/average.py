@@ -25,11 +25,9 @@ from jax_resnet.export import print_files, write_model
 from jax_resnet.job import Job
 from jax_resnet.metrics import accuracy_text
 from jax_resnet.models.torch_weights import flatten
-from jax_resnet.parallel import parts_sharding
 from jax_resnet.paths import AnyPath, open_path
 from jax_resnet.pretrained import place
 from jax_resnet.state import TrainState
-from jax_resnet.step import make_gradients
 from jax_resnet.workdir import has_checkpoints, read_config
 
 BATCHES = 100
@@ -80,15 +78,13 @@ def estimate_statistics(job: Job, state: TrainState, batches: int) -> Any:
 
     `job` must be of a config with bn_momentum 0.
     """
-    c, plan = job.config, job.plan
-    mix_stop = plan.step_at(c.data.mix_until) if c.data.mix_until < 1 else None
-    gradients = make_gradients(job.graph, c, mix_stop=mix_stop, parts=parts_sharding(job.mesh))
+    first = job.plan.steps
     whole = jax.tree.leaves(state.params)[0].sharding
-    of_batch = jax.jit(lambda *of: gradients(*of)[1], in_shardings=(whole, job.sharding), out_shardings=whole)
+    of_batch = jax.jit(lambda *of: job.update_of(*of)[1], in_shardings=(whole, job.sharding), out_shardings=whole)
     add = jax.jit(partial(jax.tree.map, lambda total, one: total + one / batches), donate_argnums=0)
     total = jax.tree.map(np.zeros_like, jax.device_get(state.batch_stats))
-    with closing(job.train_batches(plan.steps, plan.steps + batches, to_stderr)) as feed:
-        for number, batch in enumerate(feed, plan.steps):
+    with closing(job.train_batches(first, first + batches, to_stderr)) as feed:
+        for number, batch in enumerate(feed, first):
             total = add(total, of_batch(replace(state, step=jnp.int32(number)), batch))
             jax.block_until_ready(total)  # or the host would run ahead, with a batch on the devices for each
     return total

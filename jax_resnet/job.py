@@ -142,7 +142,8 @@ class Job:
         of_state = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         of_args = (of_state, self.sharding, *constant)
         self.train_step = jax.jit(train_step, donate_argnums=0, in_shardings=of_args, out_shardings=(of_state, whole))
-        self.gradients = jax.jit(make_gradients(self.graph, c, **given), in_shardings=of_args, out_shardings=whole)
+        self.update_of = make_gradients(self.graph, c, **given)  # for who needs a part of it, in a jit of their own
+        self.gradients = jax.jit(self.update_of, in_shardings=of_args, out_shardings=whole)
         self.gathered = jax.jit(lambda tree: tree, out_shardings=whole)
         self.eval_step = jax.jit(
             make_eval_step(self.graph, c), in_shardings=(whole, whole, self.sharding), out_shardings=whole
