@@ -9,7 +9,7 @@ Time:      not yet measured. The TPU compiler's estimate for one v5e chip, about
 Accuracy:  not yet run to its end here. The same procedure is published at 77.1 % top-1 (NVIDIA DeepLearningExamples,
            ResNet-50 v1.5, 90 epochs).
 Data:      tfds build imagenet2012 --file_format=array_record   (the README says what that needs)
-Source:    NVIDIA DeepLearningExamples, ResNet-50 v1.5, as in configs/nvidia.py, at half its batch.
+Source:    NVIDIA DeepLearningExamples, ResNet-50 v1.5, as in configs/deep_learning_examples.py, at half its batch.
 """
 
 from ml_collections import ConfigDict

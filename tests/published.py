@@ -198,7 +198,7 @@ TABLES["2.4"] = Table(
 )  # fmt: skip
 
 TABLES["2.5"] = Table(
-    ("nvidia:90",),
+    ("deep_learning_examples:90",),
     one(
         (
             "bs 2048 (256x8; MXNet 512x8)",
@@ -227,8 +227,8 @@ TABLES["2.5"] = Table(
         (
             "50 / 90 / 250 ep (250 adds mixup .2)",
             {
-                "nvidia:50 train.epochs": 50.0, "train.epochs": 90.0, "nvidia:250 train.epochs": 250.0,
-                "nvidia:50 data.mixup": 0.0, "data.mixup": 0.0, "nvidia:250 data.mixup": 0.2,
+                "deep_learning_examples:50 train.epochs": 50.0, "train.epochs": 90.0, "deep_learning_examples:250 train.epochs": 250.0,
+                "deep_learning_examples:50 data.mixup": 0.0, "data.mixup": 0.0, "deep_learning_examples:250 data.mixup": 0.2,
             },
         ),
         (

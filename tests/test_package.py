@@ -46,3 +46,12 @@ def test_importing_the_package_loads_no_jax() -> None:
 def test_unknown_attribute() -> None:
     with pytest.raises(AttributeError, match="create_modle"):
         jax_resnet.create_modle  # noqa: B018
+
+
+def test_a_command_in_the_folder_of_the_configs() -> None:
+    """Python looks for packages there first: no config may have the name of one that JAX tries to import."""
+    command = [sys.executable, "-m", "jax_resnet.main", "--config=resnet20_digits.py", "--config.data.name=npz:none.npz"]
+    done = subprocess.run(command, env=main_env(), cwd=ROOT / "configs", capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "none.npz" in done.stderr

@@ -33,7 +33,7 @@ ARGUMENTS = {
     "finetune": ("resnet50",),
     "he2015_imagenet": ("18", "34", "50", "101", "152"),
     "mlperf_lars": ("1536", "2048", "3200", "3264", "4096", "8192", "32768", "57344", "65536"),
-    "nvidia": ("50", "90", "250"),
+    "deep_learning_examples": ("50", "90", "250"),
     "resnet50_imagenet": ("18", "34", "50", "101", "152", "200"),
     "resnet_cifar": ("20", "32", "44", "56", "110"),
     "resnet_rs": ("50", "101", "152", "200", "270", "350", "420"),
@@ -239,7 +239,7 @@ def trains(c: ConfigDict, workdir: Path) -> None:
 # Of each file, what has most of it.
 TRAINED = [
     "bag_of_tricks:mixup", "cifar_speed:10", "composer:cifar56", "composer:hot", "ffcv:16", "finetune", "goyal2017",
-    "he2015_imagenet", "mlperf_lars:4096", "nvidia:250", "resnet20_digits", "resnet50_imagenet", "resnet_cifar:110",
+    "he2015_imagenet", "mlperf_lars:4096", "deep_learning_examples:250", "resnet20_digits", "resnet50_imagenet", "resnet_cifar:110",
     "resnet_rs:200", "strikes_back:a1", "torchvision:v2", "wide_resnet:28_10",
 ]  # fmt: skip
 

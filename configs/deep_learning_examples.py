@@ -1,7 +1,7 @@
 """NVIDIA's ResNet-50 v1.5 on ImageNet (DeepLearningExamples), the 50, 90 and 250 epochs.
 
-Commands:  python -m jax_resnet.main --config configs/nvidia.py
-           python -m jax_resnet.main --config configs/nvidia.py:250
+Commands:  python -m jax_resnet.main --config configs/deep_learning_examples.py
+           python -m jax_resnet.main --config configs/deep_learning_examples.py:250
 Argument:  the epochs: 50, 90 (if left out) or 250, which adds mixup.
 Hardware:  published on 8 GPUs of 256 images each. Fewer chips: --config.accumulate=8 computes the same update in parts.
 Time:      not measured here.
