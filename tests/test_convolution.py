@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jax_resnet.models import convolution
 from jax_resnet.models.convolution import as_product, for_cpu
 from jax_resnet.models.layers import conv
 from jax_resnet.models.zoo import create_model
@@ -43,6 +44,41 @@ def test_product_is_the_convolution(shape: tuple[int, int], stride: int, kernel_
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     small = min(y.shape[1:3]) < kernel_size or kernel_size == 1
     assert convolutions(found, x, kernel) == (0 if small else 1)
+
+
+@pytest.mark.parametrize("in_parts", [True, False])
+@pytest.mark.parametrize("cache", [1, 1000, 10**9])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("padding", [((1, 1), (0, 1)), ((0, 2), (1, 0)), ((4, 3), (0, 5))])
+@pytest.mark.parametrize("channels", [(1, 6), (4, 6), (6, 2)])
+def test_gradient_for_the_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+    channels: tuple[int, int],
+    padding: tuple[tuple[int, int], ...],
+    stride: int,
+    cache: int,
+    in_parts: bool,
+) -> None:
+    """As XLA's, whichever copies it is made of, of all the batch or of parts."""
+    monkeypatch.setattr(convolution, "CACHE", cache)
+    random, strides = np.random.default_rng(0), (stride, stride)
+    x = random.normal(size=(6, 8, 9, channels[0])).astype(np.float32)
+    kernel = random.normal(size=(3, 2, *channels)).astype(np.float32)
+    y = jax.lax.conv_general_dilated(x, kernel, strides, padding, **NHWC)
+    grad = random.normal(size=y.shape).astype(np.float32)
+
+    def expected(kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **NHWC)
+
+    def found(kernel: jax.Array) -> jax.Array:
+        return as_product(x, kernel, strides, padding, in_parts=in_parts, **NHWC)
+
+    of_expected, of_found = (jax.jit(lambda k, f=f: jax.vjp(f, k)[1](grad)[0]) for f in (expected, found))
+    np.testing.assert_allclose(of_found(kernel), of_expected(kernel), rtol=1e-4, atol=1e-4)
+    program = str(jax.make_jaxpr(of_found)(kernel))
+    assert "conv_general_dilated" in program  # of which the value is
+    assert program.count("dot_general") == 1
+    assert ("scan[" in program) == (in_parts and cache < 10**9)
 
 
 def test_dilated_ones_are_left_to_xla() -> None:

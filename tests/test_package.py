@@ -50,7 +50,13 @@ def test_unknown_attribute() -> None:
 
 def test_a_command_in_the_folder_of_the_configs() -> None:
     """Python looks for packages there first: no config may have the name of one that JAX tries to import."""
-    command = [sys.executable, "-m", "jax_resnet.main", "--config=resnet20_digits.py", "--config.data.name=npz:none.npz"]
+    command = [
+        sys.executable,
+        "-m",
+        "jax_resnet.main",
+        "--config=resnet20_digits.py",
+        "--config.data.name=npz:none.npz",
+    ]
     done = subprocess.run(command, env=main_env(), cwd=ROOT / "configs", capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1

@@ -1,5 +1,6 @@
 """Convolutions computed otherwise than XLA does by itself: the same numbers, but for rounding."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_resnet.models.layers import blurred_conv
+
+CACHE = 4 * 2**20  # bytes that a core finds close by
 
 
 def sum_gradients_in_float32(model: nnx.Module) -> nnx.Module:
@@ -22,11 +25,15 @@ def sum_gradients_in_float32(model: nnx.Module) -> nnx.Module:
     return model
 
 
-def for_cpu(model: nnx.Module) -> nnx.Module:
-    """The same model, of which those convolutions are products of matrices at which XLA is slow on CPUs."""
+def for_cpu(model: nnx.Module, devices: int = 1) -> nnx.Module:
+    """The same model, of which those convolutions are products of matrices at which XLA is slow on CPUs.
+
+    Several devices would add the gradients of each part of a batch up: there it is not computed in parts.
+    """
+    product = partial(as_product, in_parts=devices == 1)
     for module in _convolutions(model):
         blurs = module.conv_general_dilated is blurred_conv
-        module.conv_general_dilated = _blurred_as_product if blurs else as_product
+        module.conv_general_dilated = partial(blurred_conv, conv=product) if blurs else product
     return model
 
 
@@ -46,31 +53,55 @@ def _rounding_no_gradient(x: jax.Array, kernel: jax.Array, *args: Any, **options
     def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), *args, **options)
 
+    def for_kernel(x: jax.Array, kernel: jax.Array, grad: jax.Array) -> jax.Array:
+        (found,) = jax.vjp(partial(forward, x.astype(kernel.dtype)), kernel)[1](grad.astype(kernel.dtype))
+        return found
+
+    return _with_gradient(forward, for_kernel)(x, kernel)
+
+
+def _with_gradient(forward: Callable[..., jax.Array], for_kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`forward` of x and a kernel, whose gradient is `for_kernel` of both and the gradient for what `forward` gives."""
+
     def backward(given: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
         x, kernel = given
-        (of_x,) = jax.vjp(lambda x: forward(x, kernel), x)[1](grad)
-        (of_kernel,) = jax.vjp(partial(forward, x.astype(kernel.dtype)), kernel)[1](grad.astype(kernel.dtype))
-        return of_x, of_kernel
+        (for_x,) = jax.vjp(lambda x: forward(x, kernel), x)[1](grad)
+        return for_x, for_kernel(x, kernel, grad)
 
-    of_both = jax.custom_vjp(forward)
-    of_both.defvjp(lambda *given: (forward(*given), given), backward)
-    return of_both(x, kernel)
+    with_gradient = jax.custom_vjp(forward)
+    with_gradient.defvjp(lambda *given: (forward(*given), given), backward)
+    return with_gradient
 
 
-def as_product(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any) -> jax.Array:
+def as_product(
+    x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, *, in_parts: bool = True, **options: Any
+) -> jax.Array:
     """`jax.lax.conv_general_dilated` for x [N, H, W, C] and a kernel HWIO; a product of matrices where that is faster.
 
     That is where the kernel sees one pixel, and where it is larger than the image that it gives: XLA:CPU then leaves
-    its fast path, forward or for the image's gradient, and takes 30 to 50 times as long (benchmarks/convolutions.py).
+    its fast path, forward or for the image's gradient, and takes 30 to 50 times as long. Elsewhere only the gradient
+    for the kernel is one, `in_parts` of the batch: XLA:CPU transposes what it is computed from, and uses one core
+    (benchmarks/convolutions.py).
     """
+
+    def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+
     dilated = any(by not in (None, 1, (1, 1)) for by in (options.get("lhs_dilation"), options.get("rhs_dilation")))
     if x.ndim != 4 or options.get("feature_group_count", 1) > 1 or isinstance(padding, str) or dilated:
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
-    *window, _, features = kernel.shape
+        return forward(x, kernel)
+    window, precision = kernel.shape[:2], options.get("precision")
     spans = zip(x.shape[1:3], window, strides, padding, strict=True)
     out = [(size + sum(pads) - of) // stride + 1 for size, of, stride, pads in spans]
-    if window != [1, 1] and all(size >= of for size, of in zip(out, window, strict=True)):
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
+    if window == (1, 1) or any(size < of for size, of in zip(out, window, strict=True)):
+        seen = _patches(x, window, strides, padding, out)
+        return jnp.matmul(seen, kernel.reshape(-1, kernel.shape[-1]), precision=precision)
+    for_kernel = partial(_for_kernel, strides=strides, padding=padding, precision=precision, in_parts=in_parts)
+    return _with_gradient(forward, for_kernel)(x, kernel)
+
+
+def _patches(x: jax.Array, window: Any, strides: Any, padding: Any, out: Any) -> jax.Array:
+    """What each pixel of a convolution's result is computed from: [N, *out, rows · columns · C]."""
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     (down, right), (height, width) = strides, out
     seen = [
@@ -78,8 +109,46 @@ def as_product(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **op
         for i in range(window[0])
         for j in range(window[1])
     ]
-    return jnp.matmul(jnp.concatenate(seen, -1), kernel.reshape(-1, features), precision=options.get("precision"))
+    return jnp.concatenate(seen, -1)
+
+
+def _for_kernel(
+    x: jax.Array, kernel: jax.Array, grad: jax.Array, strides: Any, padding: Any, precision: Any, in_parts: bool
+) -> jax.Array:
+    """The gradient for a kernel, from that for the result: a product of copies of both, whichever take less memory.
+
+    A kernel of k×k takes each pixel of `grad` beside k² of x. These can be laid side by side or, with stride 1, k
+    copies of each, of x moved down and of `grad` moved right. Copies of a part of the batch stay in a core's cache.
+    """
+    (rows, columns, channels, features), width = kernel.shape, x.shape[2]
+    seen, moved = rows * columns * channels * grad.size // features, rows * x.size + columns * grad.size
+    moves = max(strides) == 1 and moved < seen
+
+    def of_part(x: jax.Array, grad: jax.Array) -> jax.Array:
+        out = grad.shape[1:3]
+        if moves:
+            (top, bottom), (left, right) = padding
+            none, zero = (0, 0, 0), jnp.zeros((), x.dtype)
+            x = jax.lax.pad(x, zero, (none, (top, bottom, 0), none, none))
+            grad = jax.lax.pad(grad, zero, (none, none, (columns - 1 - left, columns - 1 - right, 0), none))
+            x = jnp.concatenate([x[:, i : i + out[0]] for i in range(rows)], -1)
+            grad = jnp.concatenate([grad[:, :, j : j + width] for j in reversed(range(columns))], -1)
+        else:
+            x = _patches(x, (rows, columns), strides, padding, out)
+        x, grad = (of.reshape(-1, of.shape[-1]) for of in (x, grad))
+        return jax.lax.dot_general(x, grad, (((0,), (0,)), ((), ())), precision=precision)
+
+    size, batch = x.dtype.itemsize * (moved if moves else seen), len(x)
+    parts = next(n for n in range(1, batch + 1) if batch % n == 0 and (size <= n * CACHE or n == batch))
+    if in_parts and parts > 1:
+        cut = [of.reshape(parts, -1, *of.shape[1:]) for of in (x, grad)]
+        nothing = jnp.zeros_like(jax.eval_shape(of_part, cut[0][0], cut[1][0]))
+        found, _ = jax.lax.scan(lambda total, part: (total + of_part(*part), None), nothing, cut)
+    else:
+        found = of_part(x, grad)
+    if not moves:
+        return found.reshape(kernel.shape)
+    return found.reshape(rows, channels, columns, features).transpose(0, 2, 1, 3)
 
 
 _blurred_rounding_no_gradient = partial(blurred_conv, conv=_rounding_no_gradient)
-_blurred_as_product = partial(blurred_conv, conv=as_product)
