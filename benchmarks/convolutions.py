@@ -1,9 +1,10 @@
-"""Convolutions on a CPU as XLA computes them, beside models/convolution.py: how many times as long they take.
+"""Convolutions on a CPU as XLA computes them, beside products of matrices: how many times as long they take.
 
 Command:  JAX_PLATFORMS=cpu python benchmarks/convolutions.py
 
-Forward, and the gradients for image and kernel, each compiled alone; the least of seven readings, in turn. Then the
-whole training step of ResNet-50 at 64 pixels and a batch of 16, with and without.
+Forward, and the gradients for image and kernel, each compiled alone; the least of seven readings, in turn. The products
+are those that models/convolution.py has, where it takes them and where it does not. Then the whole training steps of
+two networks, with and without.
 """
 
 import time
@@ -17,9 +18,10 @@ from interleaved import machine
 from train_step import config
 
 from jax_resnet import job, overview
-from jax_resnet.models.convolution import as_product
+from jax_resnet.models import convolution
 
-# batch, pixels a side, channels in and out, kernel, stride: of ResNet-50 at 64 pixels, of a CIFAR network, and between.
+# batch, pixels a side, channels in and out, kernel, stride: of ResNet-50 at 64 pixels, of CIFAR networks, of
+# ResNet-50 at 224, and between.
 SHAPES = (
     (16, 16, 64, 256, 1, 1),
     (16, 4, 1024, 512, 1, 1),
@@ -29,18 +31,25 @@ SHAPES = (
     (16, 4, 512, 512, 3, 2),
     (16, 3, 256, 256, 3, 1),
     (16, 4, 256, 256, 3, 1),
+    (16, 16, 64, 64, 3, 1),
+    (128, 32, 3, 16, 3, 1),
     (128, 32, 16, 16, 3, 1),
+    (128, 32, 16, 32, 3, 2),
+    (128, 16, 32, 32, 3, 1),
+    (128, 8, 64, 64, 3, 1),
+    (16, 56, 64, 64, 3, 1),
+    (16, 224, 3, 64, 7, 2),
 )
+STEPS = (("resnet50", 64, 16), ("cifar_resnet20", 32, 128))
 READINGS = 7
 
 
 def patches(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **options: Any) -> jax.Array:
     """As a product whatever its size."""
-    side, stride, pad = kernel.shape[0], strides[0], padding[0]
-    x = jax.numpy.pad(x, ((0, 0), pad, pad, (0, 0)))
-    last = (x.shape[1] - side) // stride * stride + 1
-    seen = [x[:, i : i + last : stride, j : j + last : stride] for i in range(side) for j in range(side)]
-    return jax.numpy.concatenate(seen, -1) @ kernel.reshape(-1, kernel.shape[-1])
+    spans = zip(x.shape[1:3], kernel.shape, strides, padding, strict=False)
+    out = [(size + sum(pads) - of) // stride + 1 for size, of, stride, pads in spans]
+    seen = convolution.patches(x, kernel.shape[:2], strides, padding, out)
+    return seen @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def seconds(functions: list[Callable[[], Any]]) -> list[float]:
@@ -66,33 +75,33 @@ def times(shape: tuple[int, ...]) -> str:
         where = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
         return lambda x, kernel: convolution(x, kernel, strides, padding, **where)
 
-    of = [by(jax.lax.conv_general_dilated), by(patches)]
-    gradient = of[0](x, kernel)
+    xla, as_patches, ours = (by(of) for of in (jax.lax.conv_general_dilated, patches, convolution.as_product))
+    gradient = xla(x, kernel)
     ways: tuple[Callable[[Any], Callable[..., Any]], ...] = (
         lambda f: lambda x, k, _: f(x, k),
         lambda f: lambda x, k, grad: jax.vjp(lambda x: f(x, k), x)[1](grad),
         lambda f: lambda x, k, grad: jax.vjp(lambda k: f(x, k), k)[1](grad),
     )
-    for way in ways:
-        theirs, product = seconds([partial(jax.jit(way(f)), x, kernel, gradient) for f in of])
-        ratios.append(theirs / product)
-    same = "conv_general_dilated" in str(jax.make_jaxpr(by(as_product))(x, kernel))
+    for way, product in zip(ways, (as_patches, as_patches, ours), strict=True):
+        theirs, its = seconds([partial(jax.jit(way(f)), x, kernel, gradient) for f in (xla, product)])
+        ratios.append(theirs / its)
+    kernels_alone = "conv_general_dilated" in str(jax.make_jaxpr(ours)(x, kernel))
     cells = [f"{side}²×{channels} → {out}, {size}×{size}" + (f" / {stride}" if stride > 1 else ""), str(n)]
-    return " | ".join([*cells, *(f"{ratio:.1f}" for ratio in ratios), "convolution" if same else "product"])
+    return " | ".join([*cells, *(f"{ratio:.1f}" for ratio in ratios), "the last" if kernels_alone else "all"])
 
 
-def steps() -> float:
+def steps(name: str, size: int, batch: int) -> float:
     """How many times as long the step takes with XLA's convolutions."""
-    c, runs = config("resnet50", 64, 16), []
-    for computed in (lambda model: model, job.for_cpu):
+    c, runs = config(name, size, batch), []
+    for computed in (lambda model, devices: model, convolution.for_cpu):
         job.for_cpu = computed
         ready = overview.prepare(c)[0]
         step = ready.train_step.lower(*ready.shapes(ready.plan.phases[0])).compile()
-        batch = {"image": np.zeros((16, 64, 64, 3), np.uint8), "label": np.zeros(16, np.int32)}
-        state, batch = [ready.fresh_state()], jax.device_put(batch, ready.sharding)
+        host = {"image": np.zeros((batch, size, size, 3), np.uint8), "label": np.zeros(batch, np.int32)}
+        state, data = [ready.fresh_state()], jax.device_put(host, ready.sharding)
 
-        def run(step: Any = step, state: list[Any] = state, batch: Any = batch) -> Any:
-            state[0], sums = step(state[0], batch)
+        def run(step: Any = step, state: list[Any] = state, data: Any = data) -> Any:
+            state[0], sums = step(state[0], data)
             return sums
 
         runs.append(run)
@@ -108,7 +117,8 @@ def main() -> None:
     print("| | batch | forward | for the image | for the kernel | taken |\n|---|---|---|---|---|---|")
     for shape in SHAPES:
         print(f"| {times(shape)} |", flush=True)
-    print(f"\nthe step of ResNet-50, 64 pixels, batch 16: {steps():.2f}")
+    for of in STEPS:
+        print(f"\nthe step of {of[0]}, {of[1]} pixels, batch {of[2]}: {steps(*of):.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,13 @@ class Job:
         constant = [whole] * len(self.teacher_weights)
         of_state = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         of_args = (of_state, self.sharding, *constant)
-        self.train_step = jax.jit(train_step, donate_argnums=0, in_shardings=of_args, out_shardings=(of_state, whole))
+        self.train_step = jax.jit(
+            train_step,
+            donate_argnums=0,
+            in_shardings=of_args,
+            out_shardings=(of_state, whole),
+            compiler_options=parallel.compiler_options(self.mesh.devices.flat[0]),
+        )
         self.update_of = make_gradients(self.graph, c, **given)  # for who needs a part of it, in a jit of their own
         self.gradients = jax.jit(self.update_of, in_shardings=of_args, out_shardings=whole)
         self.gathered = jax.jit(lambda tree: tree, out_shardings=whole)

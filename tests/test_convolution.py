@@ -81,6 +81,16 @@ def test_gradient_for_the_kernel(
     assert ("scan[" in program) == (in_parts and cache < 10**9)
 
 
+def test_parts_of_a_gradient_are_added_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """225 ones in each of 255 parts: bfloat16 has eight bits of a sum."""
+    monkeypatch.setattr(convolution, "CACHE", 1)
+    x, kernel = jnp.ones((255, 15, 15, 1), jnp.bfloat16), jnp.ones((2, 2, 1, 1), jnp.bfloat16)
+    y, back = jax.vjp(lambda k: as_product(x, k, (1, 1), ((0, 1), (0, 1)), **NHWC), kernel)
+    grad = back(jnp.ones_like(y))[0]
+    assert grad.dtype == jnp.bfloat16
+    assert grad[0, 0, 0, 0] == jnp.bfloat16(225 * 255)
+
+
 def test_dilated_ones_are_left_to_xla() -> None:
     x, kernel = jnp.ones((1, 3, 3, 2)), jnp.ones((1, 1, 2, 2))
     for dilation in ("lhs_dilation", "rhs_dilation"):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -206,6 +207,23 @@ def test_the_flag_is_one_that_jax_knows() -> None:
     env = main_env() | {"XLA_FLAGS": f"{parallel.OVERLAP}=true"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "42", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "options"),
+    [
+        ("TPU v5 lite", "", {"xla_tpu_scoped_vmem_limit_kib": "24576"}),
+        ("TPU v5 lite", "--xla_tpu_scoped_vmem_limit_kib=16384", None),
+        ("TPU v5 lite", "--xla_tpu_enable_async_collective_fusion=true", {"xla_tpu_scoped_vmem_limit_kib": "24576"}),
+        ("cpu", "", None),
+        ("NVIDIA H100 80GB HBM3", "", None),
+    ],
+)
+def test_a_fusion_may_use_more_of_a_tpus_memory_unless_the_user_has_decided(
+    monkeypatch: pytest.MonkeyPatch, kind: str, flags: str, options: dict[str, str] | None
+) -> None:
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", flags)
+    assert parallel.compiler_options(types.SimpleNamespace(device_kind=kind)) == options
 
 
 def test_peers_that_do_not_come_are_one_line(tiny_npz: Path, tmp_path: Path) -> None:

@@ -238,8 +238,8 @@ def trains(c: ConfigDict, workdir: Path) -> None:
 
 # Of each file, what has most of it.
 TRAINED = [
-    "bag_of_tricks:mixup", "cifar_speed:10", "composer:cifar56", "composer:hot", "deep_learning_examples:250", "ffcv:16",
-    "finetune", "goyal2017", "he2015_imagenet", "mlperf_lars:4096", "resnet20_digits", "resnet50_imagenet",
+    "bag_of_tricks:mixup", "cifar_speed:10", "composer:cifar56", "composer:hot", "deep_learning_examples:250",
+    "ffcv:16", "finetune", "goyal2017", "he2015_imagenet", "mlperf_lars:4096", "resnet20_digits", "resnet50_imagenet",
     "resnet_cifar:110", "resnet_rs:200", "strikes_back:a1", "torchvision:v2", "wide_resnet:28_10",
 ]  # fmt: skip
 

@@ -94,14 +94,14 @@ def as_product(
     spans = zip(x.shape[1:3], window, strides, padding, strict=True)
     out = [(size + sum(pads) - of) // stride + 1 for size, of, stride, pads in spans]
     if window == (1, 1) or any(size < of for size, of in zip(out, window, strict=True)):
-        seen = _patches(x, window, strides, padding, out)
+        seen = patches(x, window, strides, padding, out)
         return jnp.matmul(seen, kernel.reshape(-1, kernel.shape[-1]), precision=precision)
     for_kernel = partial(_for_kernel, strides=strides, padding=padding, precision=precision, in_parts=in_parts)
     return _with_gradient(forward, for_kernel)(x, kernel)
 
 
-def _patches(x: jax.Array, window: Any, strides: Any, padding: Any, out: Any) -> jax.Array:
-    """What each pixel of a convolution's result is computed from: [N, *out, rows · columns · C]."""
+def patches(x: jax.Array, window: Any, strides: Any, padding: Any, out: Any) -> jax.Array:
+    """What each pixel of a convolution's result is computed from: of x [N, H, W, C] [N, *out, rows · columns · C]."""
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     (down, right), (height, width) = strides, out
     seen = [
@@ -134,9 +134,10 @@ def _for_kernel(
             x = jnp.concatenate([x[:, i : i + out[0]] for i in range(rows)], -1)
             grad = jnp.concatenate([grad[:, :, j : j + width] for j in reversed(range(columns))], -1)
         else:
-            x = _patches(x, (rows, columns), strides, padding, out)
+            x = patches(x, (rows, columns), strides, padding, out)
         x, grad = (of.reshape(-1, of.shape[-1]) for of in (x, grad))
-        return jax.lax.dot_general(x, grad, (((0,), (0,)), ((), ())), precision=precision)
+        dtype = jnp.promote_types(x.dtype, jnp.float32)  # of a sum
+        return jax.lax.dot_general(x, grad, (((0,), (0,)), ((), ())), precision, dtype)
 
     size, batch = x.dtype.itemsize * (moved if moves else seen), len(x)
     parts = next(n for n in range(1, batch + 1) if batch % n == 0 and (size <= n * CACHE or n == batch))
@@ -146,6 +147,7 @@ def _for_kernel(
         found, _ = jax.lax.scan(lambda total, part: (total + of_part(*part), None), nothing, cut)
     else:
         found = of_part(x, grad)
+    found = found.astype(kernel.dtype)
     if not moves:
         return found.reshape(kernel.shape)
     return found.reshape(rows, channels, columns, features).transpose(0, 2, 1, 3)
