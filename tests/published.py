@@ -228,9 +228,9 @@ TABLES["2.5"] = Table(
             "50 / 90 / 250 ep (250 adds mixup .2)",
             {
                 "deep_learning_examples:50 train.epochs": 50.0, "train.epochs": 90.0,
-            "deep_learning_examples:250 train.epochs": 250.0,
+                "deep_learning_examples:250 train.epochs": 250.0,
                 "deep_learning_examples:50 data.mixup": 0.0, "data.mixup": 0.0,
-            "deep_learning_examples:250 data.mixup": 0.2,
+                "deep_learning_examples:250 data.mixup": 0.2,
             },
         ),
         (

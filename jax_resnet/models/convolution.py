@@ -80,8 +80,8 @@ def as_product(
 
     That is where the kernel sees one pixel, and where it is larger than the image that it gives: XLA:CPU then leaves
     its fast path, forward or for the image's gradient, and takes 30 to 50 times as long. Elsewhere only the gradient
-    for the kernel is one, `in_parts` of the batch: XLA:CPU transposes what it is computed from, and uses one core
-    (benchmarks/convolutions.py).
+    for the kernel is one, `in_parts` of the batch: XLA:CPU transposes what it is computed from and, where channels are
+    few, uses one core (benchmarks/convolutions.py).
     """
 
     def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -92,18 +92,18 @@ def as_product(
         return forward(x, kernel)
     window, precision = kernel.shape[:2], options.get("precision")
     spans = zip(x.shape[1:3], window, strides, padding, strict=True)
-    out = [(size + sum(pads) - of) // stride + 1 for size, of, stride, pads in spans]
-    if window == (1, 1) or any(size < of for size, of in zip(out, window, strict=True)):
-        seen = patches(x, window, strides, padding, out)
+    if window == (1, 1) or any((size + sum(pads) - of) // by + 1 < of for size, of, by, pads in spans):
+        seen = patches(x, window, strides, padding)
         return jnp.matmul(seen, kernel.reshape(-1, kernel.shape[-1]), precision=precision)
     for_kernel = partial(_for_kernel, strides=strides, padding=padding, precision=precision, in_parts=in_parts)
     return _with_gradient(forward, for_kernel)(x, kernel)
 
 
-def patches(x: jax.Array, window: Any, strides: Any, padding: Any, out: Any) -> jax.Array:
-    """What each pixel of a convolution's result is computed from: of x [N, H, W, C] [N, *out, rows · columns · C]."""
+def patches(x: jax.Array, window: Any, strides: Any, padding: Any) -> jax.Array:
+    """What each pixel of a convolution's result is computed from: of x [N, H, W, C] [N, H', W', rows · columns · C]."""
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    (down, right), (height, width) = strides, out
+    down, right = strides
+    height, width = ((size - of) // by + 1 for size, of, by in zip(x.shape[1:3], window, strides, strict=True))
     seen = [
         x[:, i : i + down * (height - 1) + 1 : down, j : j + right * (width - 1) + 1 : right]
         for i in range(window[0])
@@ -125,16 +125,15 @@ def _for_kernel(
     moves = max(strides) == 1 and moved < seen
 
     def of_part(x: jax.Array, grad: jax.Array) -> jax.Array:
-        out = grad.shape[1:3]
         if moves:
-            (top, bottom), (left, right) = padding
+            height, ((top, bottom), (left, right)) = grad.shape[1], padding
             none, zero = (0, 0, 0), jnp.zeros((), x.dtype)
             x = jax.lax.pad(x, zero, (none, (top, bottom, 0), none, none))
             grad = jax.lax.pad(grad, zero, (none, none, (columns - 1 - left, columns - 1 - right, 0), none))
-            x = jnp.concatenate([x[:, i : i + out[0]] for i in range(rows)], -1)
+            x = jnp.concatenate([x[:, i : i + height] for i in range(rows)], -1)
             grad = jnp.concatenate([grad[:, :, j : j + width] for j in reversed(range(columns))], -1)
         else:
-            x = patches(x, (rows, columns), strides, padding, out)
+            x = patches(x, (rows, columns), strides, padding)
         x, grad = (of.reshape(-1, of.shape[-1]) for of in (x, grad))
         dtype = jnp.promote_types(x.dtype, jnp.float32)  # of a sum
         return jax.lax.dot_general(x, grad, (((0,), (0,)), ((), ())), precision, dtype)
