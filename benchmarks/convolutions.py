@@ -3,8 +3,8 @@
 Command:  JAX_PLATFORMS=cpu python benchmarks/convolutions.py
 
 Forward, and the gradients for image and kernel, each compiled alone; the least of seven readings, in turn. The products
-are those that models/convolution.py has, where it takes them and where it does not. Then the whole training steps of
-two networks, with and without.
+are those that models/convolution.py has, where it takes them and where it does not. Then the gradient of a maximum, and
+the whole training steps of two networks, with and without.
 """
 
 import time
@@ -18,7 +18,7 @@ from interleaved import machine
 from train_step import config
 
 from jax_resnet import job, overview
-from jax_resnet.models import convolution
+from jax_resnet.models import convolution, layers
 
 # batch, pixels a side, channels in and out, kernel, stride: of ResNet-50 at 64 pixels, of CIFAR networks, of
 # ResNet-50 at 224, and between.
@@ -41,6 +41,8 @@ SHAPES = (
     (16, 224, 3, 64, 7, 2),
 )
 STEPS = (("resnet50", 64, 16), ("cifar_resnet20", 32, 128))
+MAXIMA = ((16, 32, 64), (16, 112, 64))  # batch, pixels a side, channels: of the stem at 64 and at 224 pixels
+POOLS = (layers.max_pool, convolution.max_pool_by_comparing)
 READINGS = 7
 
 
@@ -87,6 +89,15 @@ def times(shape: tuple[int, ...]) -> str:
     return " | ".join([*cells, *(f"{ratio:.1f}" for ratio in ratios), "the last" if kernels_alone else "all"])
 
 
+def maximum(n: int, side: int, channels: int) -> float:
+    """How many times as long XLA's gradient of the 3×3 maximum takes."""
+    x = np.random.default_rng(0).normal(size=(n, side, side, channels)).astype(np.float32)
+    grad = layers.max_pool(x)
+    ways = (jax.jit(lambda x, grad, f=f: jax.vjp(f, x)[1](grad)) for f in POOLS)
+    plain, ours = seconds([partial(way, x, grad) for way in ways])
+    return plain / ours
+
+
 def steps(name: str, size: int, batch: int) -> float:
     """How many times as long the step takes with XLA's convolutions."""
     c, runs = config(name, size, batch), []
@@ -114,6 +125,8 @@ def main() -> None:
     print("| | batch | forward | for the image | for the kernel | taken |\n|---|---|---|---|---|---|")
     for shape in SHAPES:
         print(f"| {times(shape)} |", flush=True)
+    for n, side, channels in MAXIMA:
+        print(f"\nthe gradient of a 3×3 maximum, {side}²×{channels}, batch {n}: {maximum(n, side, channels):.1f}")
     for of in STEPS:
         print(f"\nthe step of {of[0]}, {of[1]} pixels, batch {of[2]}: {steps(*of):.2f}", flush=True)
 

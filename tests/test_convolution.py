@@ -1,4 +1,4 @@
-"""Convolutions as products of matrices: the numbers of XLA's convolution, and where it is left to that."""
+"""Convolutions as products of matrices, maxima by comparing: XLA's numbers, and what is left to XLA."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from jax_resnet.models import convolution
-from jax_resnet.models.convolution import as_product, for_cpu
-from jax_resnet.models.layers import conv
+from jax_resnet.models.convolution import as_product, for_cpu, max_pool_by_comparing
+from jax_resnet.models.layers import conv, max_pool
 from jax_resnet.models.zoo import create_model
 
 NHWC = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
@@ -79,6 +79,21 @@ def test_gradient_for_the_kernel(
     assert "conv_general_dilated" in program  # of which the value is
     assert program.count("dot_general") == 1
     assert ("scan[" in program) == (in_parts and cache < 10**9)
+
+
+@pytest.mark.parametrize("zero_padded", [True, False])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (6, 7), (8, 8)])
+def test_gradient_of_a_maximum(shape: tuple[int, int], stride: int, zero_padded: bool) -> None:
+    """Exactly XLA's, also where several of a window are the largest, or what lies beyond the border is."""
+    random = np.random.default_rng(0)
+    x = random.integers(-3, 2, size=(3, *shape, 4)).astype(np.float32)  # small integers: ties, and exact sums
+    y, of_max = jax.vjp(lambda x: max_pool(x, stride=stride, zero_padded=zero_padded), x)
+    found, of_found = jax.vjp(lambda x: max_pool_by_comparing(x, stride=stride, zero_padded=zero_padded), x)
+    grad = random.integers(-9, 10, size=y.shape).astype(np.float32)
+    np.testing.assert_array_equal(found, y)
+    np.testing.assert_array_equal(of_found(grad)[0], of_max(grad)[0])
+    assert "select_and_scatter" not in str(jax.make_jaxpr(of_found)(grad))
 
 
 def test_parts_of_a_gradient_are_added_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Convolutions computed otherwise than XLA does by itself: the same numbers, but for rounding."""
+"""Convolutions and maxima computed otherwise than XLA does by itself: the same numbers, but for rounding."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_resnet.models.layers import blurred_conv
+from jax_resnet.models.resnet import StemPool
 
 CACHE = 4 * 2**20  # bytes that a core finds close by
 
@@ -26,7 +27,7 @@ def sum_gradients_in_float32(model: nnx.Module) -> nnx.Module:
 
 
 def for_cpu(model: nnx.Module, devices: int = 1) -> nnx.Module:
-    """The same model, of which those convolutions are products of matrices at which XLA is slow on CPUs.
+    """The same model, of which is computed otherwise what XLA is slow at on CPUs: convolutions, gradients of maxima.
 
     Several devices would add the gradients of each part of a batch up: there it is not computed in parts.
     """
@@ -34,6 +35,9 @@ def for_cpu(model: nnx.Module, devices: int = 1) -> nnx.Module:
     for module in _convolutions(model):
         blurs = module.conv_general_dilated is blurred_conv
         module.conv_general_dilated = partial(blurred_conv, conv=product) if blurs else product
+    for _, module in nnx.iter_graph(model):
+        if isinstance(module, StemPool):
+            module.max_pool = max_pool_by_comparing
     return model
 
 
@@ -94,22 +98,52 @@ def as_product(
     spans = zip(x.shape[1:3], window, strides, padding, strict=True)
     if window == (1, 1) or any((size + sum(pads) - of) // by + 1 < of for size, of, by, pads in spans):
         seen = patches(x, window, strides, padding)
-        return jnp.matmul(seen, kernel.reshape(-1, kernel.shape[-1]), precision=precision)
+        rows = seen.reshape(-1, seen.shape[-1])  # of more dimensions XLA:CPU transposes all for the kernel's gradient
+        found = jnp.matmul(rows, kernel.reshape(-1, kernel.shape[-1]), precision=precision)
+        return found.reshape(*seen.shape[:-1], -1)
     for_kernel = partial(_for_kernel, strides=strides, padding=padding, precision=precision, in_parts=in_parts)
     return _with_gradient(forward, for_kernel)(x, kernel)
 
 
 def patches(x: jax.Array, window: Any, strides: Any, padding: Any) -> jax.Array:
     """What each pixel of a convolution's result is computed from: of x [N, H, W, C] [N, H', W', rows · columns · C]."""
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    return jnp.concatenate(_moved(jnp.pad(x, ((0, 0), *padding, (0, 0))), window, strides), -1)
+
+
+def _moved(x: jax.Array, window: Any, strides: Any) -> list[jax.Array]:
+    """For each place in a window, row by row, what of x [N, H, W, C] lies there, in all windows: [N, H', W', C]."""
     down, right = strides
     height, width = ((size - of) // by + 1 for size, of, by in zip(x.shape[1:3], window, strides, strict=True))
-    seen = [
+    return [
         x[:, i : i + down * (height - 1) + 1 : down, j : j + right * (width - 1) + 1 : right]
         for i in range(window[0])
         for j in range(window[1])
     ]
-    return jnp.concatenate(seen, -1)
+
+
+def max_pool_by_comparing(x: jax.Array, *, stride: int = 2, zero_padded: bool = False) -> jax.Array:
+    """`layers.max_pool`, whose gradient is found by comparing: it goes to the first of the largest in a window.
+
+    XLA:CPU finds that place anew, along with four arrays of integers that number all places.
+    """
+    border = 0 if zero_padded else -jnp.inf
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=border)
+
+    def forward(padded: jax.Array) -> jax.Array:
+        return nnx.max_pool(padded, (3, 3), strides=(stride, stride))
+
+    def backward(given: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array]:
+        padded, largest = given
+        seen, back = jax.vjp(partial(_moved, window=(3, 3), strides=(stride, stride)), padded)
+        found, grads = jnp.zeros(largest.shape, bool), []
+        for of in seen:
+            grads.append(jnp.where((of == largest) & ~found, grad, 0))
+            found |= of == largest
+        return back(grads)
+
+    compared = jax.custom_vjp(forward)
+    compared.defvjp(lambda padded: (largest := forward(padded), (padded, largest)), backward)
+    return compared(padded)
 
 
 def _for_kernel(

@@ -223,6 +223,7 @@ class StemPool(nnx.Module):
 
     def __init__(self, width: int, spec: ResNetSpec, parts: blocks.Parts):
         self.kind, self.antialias = spec.stem_pool, spec.antialias if parts.antialias else None
+        self.max_pool = layers.max_pool
         if self.kind == "conv":
             self.conv = parts.conv(width, width, 3, stride=1 if self.antialias else 2)
             self.norm = parts.norm(width, activation=True)
@@ -234,10 +235,10 @@ class StemPool(nnx.Module):
         if self.antialias == "avg":  # without the border that ⌈H/2⌉ would add: so the published networks have it here
             return nnx.avg_pool(x, (2, 2), strides=(2, 2))
         if self.antialias == "blur":
-            return layers.blur_pool(layers.max_pool(x, stride=1))
+            return layers.blur_pool(self.max_pool(x, stride=1))
         if self.kind == "blur_max":
-            return layers.blur_pool(layers.max_pool(x, stride=1), zero_padded=True)
-        return layers.max_pool(x, zero_padded=self.kind == "zero_max")
+            return layers.blur_pool(self.max_pool(x, stride=1), zero_padded=True)
+        return self.max_pool(x, zero_padded=self.kind == "zero_max")
 
 
 class Stage(nnx.Module):
