@@ -18,11 +18,11 @@ RESNET50 = ["--config=configs/resnet50_imagenet.py", "--per_device_batch=256", "
 CASES = {  # arguments, and topologies
     "stem and a block": ([*RESNET50, "--config.model.depths=(1,)", "--config.model.widths=(64,)"], ["v5e:1x1"]),
     "resnet50": (RESNET50, ["v5e:2x2", "v5e:4x4", "v5e:16x16", "v4:2x2x1", "v5p:2x2x1", "v6e:2x2"]),
-    "resnet152": (["--config=configs/resnet50_imagenet.py:152", "--config.model.bn_group_size=16",
-                   "--per_device_batch=256", "--largest"], ["v5e:2x2"]),
+    "resnet152": (["--config=configs/resnet50_imagenet.py:152", "--config.model.bn_group_size=64",
+                   "--per_device_batch=384", "--largest"], ["v5e:2x2"]),
     "wide_resnet101_2": (["--config=configs/resnet50_imagenet.py:50", "--config.model.name=wide_resnet101_2",
-                          "--config.model.bn_group_size=16", "--per_device_batch=256", "--largest"], ["v5e:2x2"]),
-    "resnetrs420": (["--config=configs/resnet_rs.py:420", "--config.model.bn_group_size=4", "--per_device_batch=32",
+                          "--config.model.bn_group_size=64", "--per_device_batch=320", "--largest"], ["v5e:2x2"]),
+    "resnetrs420": (["--config=configs/resnet_rs.py:420", "--config.model.bn_group_size=16", "--per_device_batch=64",
                      "--largest"], ["v5e:2x2"]),
 }  # fmt: skip
 
