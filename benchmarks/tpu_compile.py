@@ -63,8 +63,8 @@ def main() -> None:
     print("| " + " | ".join([*headings, "images/s a chip, at most"]) + " |")
     print("|---" * 8 + "|")
     for key, rows in found.items():
-        for row in rows:
-            print(line(key.rpartition(", ")[0], row))
+        lines = [line(key.rpartition(", ")[0], row) for row in rows]
+        print("\n".join(dict.fromkeys(lines)))  # where the batch that is given is the largest, there are two alike
 
 
 if __name__ == "__main__":
