@@ -169,7 +169,7 @@ def largest(try_batch: Callable[[int], tuple[int, int, bool]], first: int, unit:
     """
     fits, over, known = 0, math.inf, dict[int, int]()
     guess = max(unit, first // unit * unit)
-    while over - fits > unit:
+    while (between := over - fits) > unit:
         needed, available, does = try_batch(guess)
         known[guess] = needed
         fits, over = (guess, over) if does else (fits, guess)
@@ -180,6 +180,8 @@ def largest(try_batch: Callable[[int], tuple[int, int, bool]], first: int, unit:
         # Near the limit XLA for TPUs computes anew what does not fit: then the line may be flat, and says nothing.
         if 2 * needed > available or not math.isfinite(wanted):
             wanted = min(wanted, 2 * guess)
+        if math.isfinite(between) and over - fits > between / 2:
+            wanted = (fits + over) / 2
         guess = int(min(max(wanted // unit * unit, fits + unit), over - unit))
     return fits
 

@@ -52,16 +52,19 @@ def test_the_largest_batch_is_found_in_few_tries(most: int, first: int, unit: in
     assert len(tries) <= 8
 
 
-def test_the_search_is_not_misled_where_a_compiler_computes_anew_what_does_not_fit() -> None:
-    """Then the memory hardly grows from 110 to 400 images."""
+@pytest.mark.parametrize("beyond", [3, 0.01])
+@pytest.mark.parametrize("first", [208, 384, 1600])
+def test_the_search_is_not_misled_where_a_compiler_computes_anew_what_does_not_fit(first: int, beyond: float) -> None:
+    """Then the memory hardly grows from 110 to 400 images, and beyond by `beyond` each."""
     tries: list[int] = []
 
     def try_batch(batch: int) -> tuple[int, int, bool]:
         tries.append(batch)
-        return (min(10 * batch, 1000 + batch // 100) if batch <= 400 else 3 * batch), 1100, batch <= 400
+        over = round(1101 + beyond * (batch - 400))
+        return (min(10 * batch, 1000 + batch // 100) if batch <= 400 else over), 1100, batch <= 400
 
-    assert largest(try_batch, 208, 16) == 400
-    assert max(tries) <= 2 * 400
+    assert largest(try_batch, first, 16) == 400
+    assert max(tries) <= max(2 * 400, first)
     assert len(tries) <= 12
 
 
