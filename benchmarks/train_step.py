@@ -160,7 +160,8 @@ def row(peer: str, of: Process, measured: dict[str, Process]) -> dict[str, Any]:
             for other, than in measured.items()
             if other != peer
         }
-    return found | {name: last.get(name) for name in ("device", "memory", "host_ms", "compile_s")}
+    found["host_ms"] = statistics.median(reading["host_ms"] for reading in of.readings)
+    return found | {name: last.get(name) for name in ("device", "memory", "compile_s")}
 
 
 def show(report: dict[str, Any]) -> None:
