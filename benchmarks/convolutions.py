@@ -99,7 +99,7 @@ def maximum(n: int, side: int, channels: int) -> float:
 
 
 def steps(name: str, size: int, batch: int) -> float:
-    """How many times as long the step takes with XLA's convolutions."""
+    """How many times as long the step takes with XLA's convolutions and maxima."""
     c, runs = config(name, size, batch), []
     for computed in (lambda model, devices: model, convolution.for_cpu):
         job.for_cpu = computed

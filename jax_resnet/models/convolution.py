@@ -83,7 +83,7 @@ def as_product(
     """`jax.lax.conv_general_dilated` for x [N, H, W, C] and a kernel HWIO; a product of matrices where that is faster.
 
     That is where the kernel sees one pixel, and where it is larger than the image that it gives: XLA:CPU then leaves
-    its fast path, forward or for the image's gradient, and takes 30 to 50 times as long. Elsewhere only the gradient
+    its fast path, forward or for the image's gradient, and takes 20 to 50 times as long. Elsewhere only the gradient
     for the kernel is one, `in_parts` of the batch: XLA:CPU transposes what it is computed from and, where channels are
     few, uses one core (benchmarks/convolutions.py).
     """
