@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
@@ -25,12 +25,15 @@ KEY, HEARD = "jax_resnet/end", "jax_resnet/heard/"
 PARTING, PARTED = "jax_resnet/parting/", "jax_resnet/parted/"
 EVERY = 0.5  # seconds between looking it up
 LINGER = 10.0  # seconds that the process with the service stays, at most, for the others to have looked it up
+SAVING = 10.0  # seconds for what is being saved to get onto disk, for which the others have to live
 _watching, _ending = threading.Lock(), threading.Lock()
 
 
 @contextlib.contextmanager
-def one_fate() -> Iterator[None]:
+def one_fate(saved: Callable[[], None] | None = None) -> Iterator[None]:
     """Ends the process, and its peers, when what is inside ends by an exception other than Interrupted.
+
+    Before that, `saved`, which returns when what is being saved is on disk, is waited for, but not long.
 
     Where there is one process only, this does nothing: the exception goes on to the caller.
     """
@@ -44,10 +47,23 @@ def one_fate() -> Iterator[None]:
     except (Interrupted, GeneratorExit):
         raise
     except UserError as e:
+        _wait_until(saved)
         end(f"error: {e}", 2)
     except BaseException as e:
         traceback.print_exc()
+        _wait_until(saved)
         end(f"{type(e).__name__}: {first_line(e)}", 130 if isinstance(e, KeyboardInterrupt) else 1)
+
+
+def _wait_until(saved: Callable[[], None] | None) -> None:
+    def wait() -> None:
+        with contextlib.suppress(Exception):  # what the process ends by is the first fault
+            if saved:
+                saved()
+
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    waiting.join(SAVING)
 
 
 def end(text: str, status: int) -> NoReturn:

@@ -73,7 +73,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
                     facts = {"class_names": job.data.class_names, "image_shape": job.data.train.image_shape}
                     write_json(workdir / "data.json", facts)
                 # Told to the other processes from here: leaving what is open above may wait for them.
-                with one_fate(), jax.transfer_guard("disallow"):  # what moves to or from devices does so by name
+                with one_fate(checkpoints.wait), jax.transfer_guard("disallow"):  # what moves does so by name
                     run = Run(job, workdir, steps, batches, checkpoints, telemetry, trace, signals, watchdog)
                     return run.from_step(start, state)
 

@@ -3,6 +3,8 @@
     python tests/faults.py KIND STEP RANK --config … --workdir …
 
 is `python -m jax_resnet.main`, in which process RANK has a fault before update STEP, counted from 0: see KINDS.
+What was saved is on disk by then where nothing sees to it after the fault. Before an exception, saving takes long: the
+run is to see to it.
 """
 
 import os
@@ -18,6 +20,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "injected at "
+SAVING = 4.0  # seconds that it takes at least where it is to take long
 
 
 def _raise() -> None:
@@ -44,15 +47,30 @@ KINDS: dict[str, Callable[[], Any]] = {
     "stop": _stop,
     "stuck": lambda: time.sleep(3600),
 }
+LOSE_WHAT_IS_BEING_SAVED = ("kill", "freeze", "stop", "stuck")
 
 
 def fail_at(rank: int, step: int, kind: str) -> None:
     """Has process `rank` meet the fault before update `step` of a training in this process."""
     import jax
+    import orbax.checkpoint as ocp
 
-    from jax_resnet.train import StepsAhead
+    from jax_resnet.train import Run, StepsAhead
 
-    at = StepsAhead.at
+    at, save, finalize = StepsAhead.at, Run._save, ocp.StandardCheckpointHandler.finalize
+
+    def save_whole(self: Run, *args: Any) -> None:
+        save(self, *args)
+        self.checkpoints.wait()
+
+    def finalize_late(*args: Any) -> None:
+        time.sleep(SAVING)
+        finalize(*args)
+
+    if kind == "exception":
+        ocp.StandardCheckpointHandler.finalize = finalize_late  # type: ignore[method-assign]
+    elif kind in LOSE_WHAT_IS_BEING_SAVED:
+        Run._save = save_whole  # type: ignore[method-assign]
 
     def faulty(self: StepsAhead, number: int, *args: Any, **kwargs: Any) -> Any:
         if number == step and jax.process_index() == rank and kind != "none":

@@ -6,7 +6,7 @@ import faults
 import numpy as np
 import pytest
 from conftest import ROOT
-from faults import Ended, finish, injected_at
+from faults import SAVING, Ended, finish, injected_at
 
 from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.journal import read_metrics
@@ -52,9 +52,9 @@ def test_asked_to_stop_all_save_the_same_step_and_go_on_as_fewer(tiny_npz: Path,
 @pytest.mark.parametrize(
     ("kind", "rank", "seconds", "statuses", "says"),
     [
-        ("exception", 0, 10, {1}, "process 0 on {host}: RuntimeError: injected fault"),
-        ("exception", 1, 10, {1}, "process 1 on {host}: RuntimeError: injected fault"),
-        ("exception", 2, 10, {1}, "process 2 on {host}: RuntimeError: injected fault"),  # of four
+        ("exception", 0, 10 + SAVING, {1}, "process 0 on {host}: RuntimeError: injected fault"),
+        ("exception", 1, 10 + SAVING, {1}, "process 1 on {host}: RuntimeError: injected fault"),
+        ("exception", 2, 10 + SAVING, {1}, "process 2 on {host}: RuntimeError: injected fault"),  # of four
         ("stop", 1, 10, {143}, "stopped"),
         ("kill", 1, 40, {1}, None),
         ("freeze", 1, 40, {1, -6}, None),
