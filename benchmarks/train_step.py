@@ -10,11 +10,13 @@ guard against losses that are no numbers, metrics; theirs is given normalised im
 Each peer is a process that stands still while another is measured, round after round, so that what else the machine
 does hits all alike. "of peak" is the arithmetic of the convolutions, three times that of a forward pass, as a share of
 what one large matrix product reaches here, "of copy" the bytes that XLA counts as a share of what a large copy moves.
+The peer "per_core" is ours with JAX_NUM_CPU_DEVICES the number of cores: a device for each, which share the batch.
 """
 
 import argparse
 import itertools
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -27,7 +29,8 @@ from interleaved import Process, in_turn, machine, serve
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "timm", "triton", "jax-cuda12-plugin", "jax-cuda13-plugin")
 MODES = {"torch": None, "compiled": "default", "graphs": "reduce-overhead", "tuned": "max-autotune-no-cudagraphs"}
-PEERS = ("ours", *MODES)
+OURS = ("ours", "per_core")
+PEERS = (*OURS, *MODES)
 CASES = {
     "gpu": [
         *(f"resnet50:224:{batch}" for batch in (64, 128, 256, 512)),
@@ -37,6 +40,7 @@ CASES = {
     ],
     "cpu": ["resnet50:64:16", "resnet18:64:16", "cifar_resnet20:32:128"],
 }
+USUAL = {"gpu": ["ours", "compiled", "graphs"], "cpu": ["ours", "per_core", "torch", "compiled"]}
 TOGETHER = {"gpu": 20, "cpu": 1}  # steps between waits for the device
 
 
@@ -151,7 +155,7 @@ def measure(case: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def row(peer: str, of: Process, measured: dict[str, Process]) -> dict[str, Any]:
-    """Medians of the readings; of ours also how its time compares with each other's in the same round."""
+    """Medians of the readings, and how its time compares with each other's in the same round."""
     last, images_per_second = of.readings[-1], statistics.median(of.rates("s"))
     found = {"peer": peer, "images_per_second": images_per_second, "readings": of.readings}
     for unit in ("s", "cpu_s"):
@@ -168,24 +172,27 @@ def show(report: dict[str, Any]) -> None:
     """Prints what --json writes. A CPU's times depend on what else a machine does: there it has ratios only."""
     print(", ".join(f"{name} {version}" for name, version in report["versions"].items()))
     print(f"{report['device']}, {report['machine']}, {report['cores']} cores, {report['date']}\n")
-    headings = ["model:pixels:batch", "", "images/s", "of peak", "of copy", "GiB", "host ms a step", "ours takes"]
+    peers = {r["peer"] for case in report["cases"] for r in case["rows"]}
+    headings = ["model:pixels:batch", "", "images/s", "of peak", "of copy", "GiB", "host ms a step"]
+    headings += [f"{peer} takes" for peer in OURS if peer in peers]
     print("| " + " | ".join(headings) + " |")
     print("|---" * len(headings) + "|")
     absolute = report["device"] != "cpu"
     for case in report["cases"]:
-        mine = next((r for r in case["rows"] if r["peer"] == "ours"), None)
+        mine = {r["peer"]: r for r in case["rows"] if r["peer"] in OURS}
         batch = int(case["case"].rpartition(":")[2])
-        facts = mine["readings"][-1] if mine else {}
+        facts = next(iter(mine.values()))["readings"][-1] if mine else {}
         for r in case["rows"]:
             steps = r["images_per_second"] / batch
-            moved = facts.get("moved") if r is mine else None
+            moved = facts.get("moved") if r["peer"] == "ours" else None
             cells = [case["case"], r["peer"], f"{r['images_per_second']:,.0f}" if absolute else ""]
             cells += [f"{facts['flops'] * steps / facts['peak']:.0%}" if facts else ""]
             cells += [f"{moved * steps / facts['copy']:.0%}" if moved else ""]
             cells += [f"{r['memory'] / 2**30:.2f}" if r["memory"] else ""]
-            of_host = absolute or r is mine  # torch computes on the CPU as it is called
+            of_host = absolute or r["peer"] == "ours"  # torch computes on the CPU as it is called
             cells += [f"{r['host_ms']:.1f}" if of_host else ""]
-            cells += [f"{mine['times_s'][r['peer']]:.2f} of its time" if mine and r is not mine else ""]
+            takes = (mine[peer]["times_s"].get(r["peer"]) if peer in mine else None for peer in OURS if peer in peers)
+            cells += [f"{times:.2f} of its time" if times else "" for times in takes]
             print("| " + " | ".join(cells) + " |")
         for peer, why in case["left_out"].items():
             print(f"{case['case']} {peer} left out: {why}")
@@ -199,7 +206,7 @@ def main() -> None:
         "--peers",
         nargs="+",
         choices=PEERS,
-        help="default: ours, compiled and graphs on a GPU, ours, torch and compiled on a CPU",
+        help="default: " + "; ".join(f"on a {kind.upper()} {', '.join(peers)}" for kind, peers in USUAL.items()),
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4, help="of a reading")
@@ -212,14 +219,18 @@ def main() -> None:
         facts: dict[str, Any] = {}
 
         def start() -> Iterator[int]:
-            if args.serve == "ours":
+            if args.serve == "per_core":
+                os.environ["JAX_NUM_CPU_DEVICES"] = str(os.cpu_count())
+            if args.serve in OURS:
                 return ours(name, size, batch, facts)
             return theirs(name, size, batch, MODES[args.serve], facts)
 
         together = TOGETHER[platform()]
         return serve(start, batch * together, args.seconds, 1, lambda: facts)
     kind = platform()
-    args.peers = args.peers or (["ours", "compiled", "graphs"] if kind == "gpu" else ["ours", "torch", "compiled"])
+    args.peers = args.peers or (
+        ["ours", "compiled", "graphs"] if kind == "gpu" else ["ours", "per_core", "torch", "compiled"]
+    )
     report = machine(PACKAGES) | {"seconds": args.seconds, "cases": []}
     for case in args.cases or CASES[kind]:
         report["cases"].append(measure(case, args))

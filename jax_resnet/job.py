@@ -113,7 +113,7 @@ class Job:
         if c.gradient_sums == "float32" and c.dtype != "float32":
             computed = sum_gradients_in_float32
         elif self.mesh.devices.flat[0].platform == "cpu":
-            computed = partial(for_cpu, devices=self.mesh.size)
+            computed = partial(for_cpu, mesh=self.mesh)
         self.graph, self.abstract_state, self.fresh_state = make_state(
             lambda rngs: computed(make_model(rngs=rngs)),
             optimizer,

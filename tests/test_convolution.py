@@ -13,6 +13,7 @@ from jax_resnet.models import convolution
 from jax_resnet.models.convolution import as_product, for_cpu, max_pool_by_comparing
 from jax_resnet.models.layers import conv, max_pool
 from jax_resnet.models.zoo import create_model
+from jax_resnet.parallel import mesh_over
 
 NHWC = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 
@@ -46,7 +47,7 @@ def test_product_is_the_convolution(shape: tuple[int, int], stride: int, kernel_
     assert convolutions(found, x, kernel) == (0 if small else 1)
 
 
-@pytest.mark.parametrize("in_parts", [True, False])
+@pytest.mark.parametrize("on_a_mesh", [True, False])
 @pytest.mark.parametrize("cache", [1, 1000, 10**9])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("padding", [((1, 1), (0, 1)), ((0, 2), (1, 0)), ((4, 3), (0, 5))])
@@ -57,11 +58,12 @@ def test_gradient_for_the_kernel(
     padding: tuple[tuple[int, int], ...],
     stride: int,
     cache: int,
-    in_parts: bool,
+    on_a_mesh: bool,
 ) -> None:
-    """As XLA's, whichever copies it is made of, of all the batch or of parts."""
+    """As XLA's, whichever copies it is made of, of all the batch or of parts. Of several devices: test_devices.py."""
     monkeypatch.setattr(convolution, "CACHE", cache)
     random, strides = np.random.default_rng(0), (stride, stride)
+    mesh = mesh_over(jax.devices()[:1]) if on_a_mesh else None
     x = random.normal(size=(6, 8, 9, channels[0])).astype(np.float32)
     kernel = random.normal(size=(3, 2, *channels)).astype(np.float32)
     y = jax.lax.conv_general_dilated(x, kernel, strides, padding, **NHWC)
@@ -71,14 +73,15 @@ def test_gradient_for_the_kernel(
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **NHWC)
 
     def found(kernel: jax.Array) -> jax.Array:
-        return as_product(x, kernel, strides, padding, in_parts=in_parts, **NHWC)
+        return as_product(x, kernel, strides, padding, mesh=mesh, **NHWC)
 
     of_expected, of_found = (jax.jit(lambda k, f=f: jax.vjp(f, k)[1](grad)[0]) for f in (expected, found))
     np.testing.assert_allclose(of_found(kernel), of_expected(kernel), rtol=1e-4, atol=1e-4)
     program = str(jax.make_jaxpr(of_found)(kernel))
     assert "conv_general_dilated" in program  # of which the value is
     assert program.count("dot_general") == 1
-    assert ("scan[" in program) == (in_parts and cache < 10**9)
+    assert ("scan[" in program) == (cache < 10**9)
+    assert program.count("psum") == (1 if on_a_mesh else 0)  # of all parts together
 
 
 @pytest.mark.parametrize("zero_padded", [True, False])

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
 
 from jax_resnet.models.layers import blurred_conv
 from jax_resnet.models.resnet import StemPool
@@ -26,12 +27,12 @@ def sum_gradients_in_float32(model: nnx.Module) -> nnx.Module:
     return model
 
 
-def for_cpu(model: nnx.Module, devices: int = 1) -> nnx.Module:
+def for_cpu(model: nnx.Module, mesh: Mesh | None = None) -> nnx.Module:
     """The same model, of which is computed otherwise what XLA is slow at on CPUs: convolutions, gradients of maxima.
 
-    Several devices would add the gradients of each part of a batch up: there it is not computed in parts.
+    With a mesh of several devices each has its share of the rows of a batch.
     """
-    product = partial(as_product, in_parts=devices == 1)
+    product = partial(as_product, mesh=mesh if mesh and mesh.size > 1 else None)
     for module in _convolutions(model):
         blurs = module.conv_general_dilated is blurred_conv
         module.conv_general_dilated = partial(blurred_conv, conv=product) if blurs else product
@@ -78,14 +79,14 @@ def _with_gradient(forward: Callable[..., jax.Array], for_kernel: Callable[..., 
 
 
 def as_product(
-    x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, *, in_parts: bool = True, **options: Any
+    x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, *, mesh: Mesh | None = None, **options: Any
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` for x [N, H, W, C] and a kernel HWIO; a product of matrices where that is faster.
 
     That is where the kernel sees one pixel, and where it is larger than the image that it gives: XLA:CPU then leaves
     its fast path, forward or for the image's gradient, and takes 20 to 50 times as long. Elsewhere only the gradient
-    for the kernel is one, `in_parts` of the batch: XLA:CPU transposes what it is computed from and, where channels are
-    few, uses one core (benchmarks/convolutions.py).
+    for the kernel is one, by parts of the batch: XLA:CPU transposes what it is computed from and, where channels are
+    few, uses one core (benchmarks/convolutions.py). The devices of `mesh` each go through the parts of their rows.
     """
 
     def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -101,7 +102,9 @@ def as_product(
         rows = seen.reshape(-1, seen.shape[-1])  # of more dimensions XLA:CPU transposes all for the kernel's gradient
         found = jnp.matmul(rows, kernel.reshape(-1, kernel.shape[-1]), precision=precision)
         return found.reshape(*seen.shape[:-1], -1)
-    for_kernel = partial(_for_kernel, strides=strides, padding=padding, precision=precision, in_parts=in_parts)
+    for_kernel: Callable[..., jax.Array] = partial(_for_kernel, strides=strides, padding=padding, precision=precision)
+    if mesh:
+        for_kernel = _summed_over(mesh, for_kernel)
     return _with_gradient(forward, for_kernel)(x, kernel)
 
 
@@ -146,8 +149,20 @@ def max_pool_by_comparing(x: jax.Array, *, stride: int = 2, zero_padded: bool = 
     return compared(padded)
 
 
+def _summed_over(mesh: Mesh, for_kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The sum of what each device finds for its rows. Left to XLA, the devices would add up part after part."""
+    whole, rows = PartitionSpec(), PartitionSpec("data")
+    return jax.shard_map(
+        lambda *given: jax.lax.psum(for_kernel(*given), "data"),
+        mesh=mesh,
+        in_specs=(rows, whole, rows),
+        out_specs=whole,
+        check_vma=False,  # a scan's first total would have to be marked as each device's own
+    )
+
+
 def _for_kernel(
-    x: jax.Array, kernel: jax.Array, grad: jax.Array, strides: Any, padding: Any, precision: Any, in_parts: bool
+    x: jax.Array, kernel: jax.Array, grad: jax.Array, strides: Any, padding: Any, precision: Any
 ) -> jax.Array:
     """The gradient for a kernel, from that for the result: a product of copies of both, whichever take less memory.
 
@@ -174,7 +189,7 @@ def _for_kernel(
 
     size, batch = x.dtype.itemsize * (moved if moves else seen), len(x)
     parts = next(n for n in range(1, batch + 1) if batch % n == 0 and (size <= n * CACHE or n == batch))
-    if in_parts and parts > 1:
+    if parts > 1:
         cut = [of.reshape(parts, -1, *of.shape[1:]) for of in (x, grad)]
         nothing = jnp.zeros_like(jax.eval_shape(of_part, cut[0][0], cut[1][0]))
         found, _ = jax.lax.scan(lambda total, part: (total + of_part(*part), None), nothing, cut)
