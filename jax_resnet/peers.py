@@ -33,7 +33,7 @@ _watching, _ending = threading.Lock(), threading.Lock()
 def one_fate(saved: Callable[[], None] | None = None) -> Iterator[None]:
     """Ends the process, and its peers, when what is inside ends by an exception other than Interrupted.
 
-    Before that, `saved`, which returns when what is being saved is on disk, is waited for, but not long.
+    Before it tells them, it waits for `saved`, which returns when what is being saved is on disk, but not for long.
 
     Where there is one process only, this does nothing: the exception goes on to the caller.
     """
@@ -51,7 +51,8 @@ def one_fate(saved: Callable[[], None] | None = None) -> Iterator[None]:
         end(f"error: {e}", 2)
     except BaseException as e:
         traceback.print_exc()
-        _wait_until(saved)
+        if isinstance(e, Exception):  # an impatient Ctrl-C is none
+            _wait_until(saved)
         end(f"{type(e).__name__}: {first_line(e)}", 130 if isinstance(e, KeyboardInterrupt) else 1)
 
 
