@@ -44,7 +44,7 @@ def line(case: str, row: dict[str, Any]) -> str:
     cells += [f"{row['memory'] / 2**30:.2f}"]
     if row["fits"]:
         sums = sum(count for count, _ in row["collectives"].values())
-        cells += [f"{row['moved'] / each / 1e6:.0f}", f"{row['cycles'] / 1e6:,.1f}", f"{sums}"]
+        cells += [f"{row['moved'] / each / 1e6:,.0f}", f"{row['cycles'] / 1e6:,.1f}", f"{sums}"]
         cells += [f"{each / row['least_seconds']:,.0f}"]
     else:
         cells += [""] * 4
