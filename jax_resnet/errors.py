@@ -5,6 +5,7 @@ import errno
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -54,9 +55,11 @@ def lacking(error: Exception) -> UserError:
 def hush() -> None:
     """Leaves unprinted what libraries log, and what their threads raise where a disk is full: the run says so itself.
 
-    Of TensorBoard's writer that is an OSError; of Orbax's, after an error, that its event loop is closed.
+    Of TensorBoard's writer that is an OSError; of Orbax's, after an error, that its event loop is closed, and when the
+    process ends that it did not wait for what it had begun.
     """
     logging.set_verbosity(logging.FATAL)
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
 
     def heard(hook: Callable[..., Any], error: Callable[..., BaseException | None]) -> Callable[..., None]:
         def hooked(*args: Any) -> None:

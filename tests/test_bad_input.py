@@ -408,6 +408,22 @@ def test_faults_of_the_program_are_not_hidden(error: Exception) -> None:
     assert e.value is error
 
 
+@pytest.mark.parametrize(("hush", "said"), [("", "coroutine 'begun' was never awaited"), ("hush()", "")])
+def test_what_a_library_had_begun_at_the_end_is_not_told_of(hush: str, said: str) -> None:
+    """As Orbax's writer sometimes has where a disk is full; Python tells of it as it takes everything apart."""
+    program = f"""
+from jax_resnet.errors import hush
+{hush}
+async def begun(): ...
+class Writer: ...
+writer = Writer()
+writer.itself, writer.has = writer, begun()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert said in done.stderr
+    assert said or not done.stderr
+
+
 @pytest.mark.parametrize(("size", "newest"), [("64k", None), ("700k", 16)])
 def test_a_full_disk(tiny_npz: Path, tmp_path: Path, size: str, newest: int | None) -> None:
     """One line, and what was saved before is whole."""
