@@ -24,7 +24,9 @@ from jax_resnet.parallel import PATIENCE
 KEY, HEARD = "jax_resnet/end", "jax_resnet/heard/"
 PARTING, PARTED = "jax_resnet/parting/", "jax_resnet/parted/"
 EVERY = 0.5  # seconds between looking it up
-LINGER = 10.0  # seconds that the process with the service stays, at most, for the others to have looked it up
+# Seconds that the process with the service stays, at most, for the others to have looked it up. They may be dead: JAX,
+# who wants a sign of life every half HEARTBEAT, may abort this one as long after their last.
+LINGER = 6.0
 SAVING = 10.0  # seconds for what is being saved to get onto disk, for which the others have to live
 _watching, _ending = threading.Lock(), threading.Lock()
 
