@@ -32,7 +32,7 @@ _watching, _ending = threading.Lock(), threading.Lock()
 
 
 @contextlib.contextmanager
-def one_fate(saved: Callable[[], None] | None = None) -> Iterator[None]:
+def one_fate(saved: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Ends the process, and its peers, when what is inside ends by an exception other than Interrupted.
 
     Before it tells them, it waits for `saved`, which returns when what is being saved is on disk, but not for long.
@@ -58,11 +58,10 @@ def one_fate(saved: Callable[[], None] | None = None) -> Iterator[None]:
         end(f"{type(e).__name__}: {first_line(e)}", 130 if isinstance(e, KeyboardInterrupt) else 1)
 
 
-def _wait_until(saved: Callable[[], None] | None) -> None:
+def _wait_until(saved: Callable[[], None]) -> None:
     def wait() -> None:
         with contextlib.suppress(Exception):  # what the process ends by is the first fault
-            if saved:
-                saved()
+            saved()
 
     waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()
