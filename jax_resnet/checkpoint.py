@@ -28,7 +28,7 @@ from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
 from jax_resnet import s3
 from jax_resnet.command import Parser, run
-from jax_resnet.errors import UserError, first_line
+from jax_resnet.errors import TransientError, UserError, first_line
 from jax_resnet.journal import evaluations
 from jax_resnet.parallel import all_agree, of_first_process
 from jax_resnet.paths import COMMITTED, AnyPath, absolute, is_remote, make_folder, move, names, open_path
@@ -37,7 +37,8 @@ from jax_resnet.state import TrainState
 BEST_BY = {"accuracy_top1": 1, "accuracy_top5": 1, "loss": -1}  # times what is largest for the best
 FORMAT = 1  # of the record
 # What tensorstore says where nothing is damaged, but the file system or the network does not give it.
-NOT_DAMAGE = re.compile("PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|CANCELLED")
+REFUSED = re.compile("PERMISSION_DENIED|UNAUTHENTICATED")
+UNAVAILABLE = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|CANCELLED")
 
 
 class Damaged(UserError):
@@ -196,7 +197,8 @@ class Checkpoints:
                 self._check_there()
                 newest = self.latest_step()
                 whole = "; no step is saved" if newest is None else f"; the newest whole one is of step {newest:,}"
-            raise UserError(f"{self.directory}: a checkpoint could not be {done} ({first_line(e)}){whole}") from None
+            kind = UserError if isinstance(e, PermissionError) else TransientError
+            raise kind(f"{self.directory}: a checkpoint could not be {done} ({first_line(e)}){whole}") from e
 
     # -- reading
 
@@ -301,10 +303,10 @@ class Checkpoints:
             raise
         except Exception as e:  # whatever Orbax meets in damaged files
             where = f"{self.directory}/{step}"
-            if isinstance(e, PermissionError | MemoryError | ConnectionError) or NOT_DAMAGE.search(str(e)):
-                raise UserError(
-                    f"{where}: cannot be read now ({first_line(e)}); this may pass, or need a permission"
-                ) from None
+            if isinstance(e, PermissionError) or REFUSED.search(str(e)):
+                raise UserError(f"{where}: may not be read ({first_line(e)})") from None
+            if isinstance(e, MemoryError | ConnectionError | TimeoutError) or UNAVAILABLE.search(str(e)):
+                raise TransientError(f"{where}: cannot be read now ({first_line(e)}); this may pass") from e
             raise Damaged(f"{where}: this checkpoint is damaged ({first_line(e)})") from None
 
 

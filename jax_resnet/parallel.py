@@ -13,7 +13,7 @@ from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize dete
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jax_resnet.errors import Unmet, UserError, first_line
+from jax_resnet.errors import TransientError, UserError, first_line
 from jax_resnet.signals import MEETING
 
 OVERLAP = "--xla_gpu_enable_latency_hiding_scheduler"
@@ -28,8 +28,8 @@ def join_job() -> None:
 
     By hand with JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID; else as JAX
     detects it: Open MPI, SLURM, slices of Cloud TPU on Compute Engine and GKE, indexed Kubernetes jobs with jax[k8s].
-    A process that is alone there stays so. Raises UserError if the variables are incomplete, and Unmet if the others do
-    not come within JAX_INITIALIZATION_TIMEOUT seconds, 300.
+    A process that is alone there stays so. Raises UserError if the variables are incomplete, and TransientError if the
+    others do not come within JAX_INITIALIZATION_TIMEOUT seconds, 300.
     """
     if jax.distributed.is_initialized():
         return
@@ -101,7 +101,7 @@ def _meet(where: str, given: dict[str, Any]) -> None:
     if thread.is_alive() or errors:
         why = first_line(errors[0]) if errors else f"not all have come in {patience} s"
         alone = "; for one process alone: env -u SLURM_JOB_ID python …" if where == "slurm" else ""
-        raise Unmet(f"{where}: the job's processes do not meet ({why}){alone}")
+        raise TransientError(f"{where}: the job's processes do not meet ({why}){alone}")
 
 
 def overlap_flags(processes: int) -> str:

@@ -6,17 +6,21 @@ A path is a `pathlib.Path` of this machine, or for a URL an `epath.Path`, which 
 import contextlib
 import importlib.util
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from etils import epath
 
-from jax_resnet.errors import UserError, first_line
+from jax_resnet.errors import TransientError, UserError, first_line
 
 AnyPath: TypeAlias = Path | epath.Path
 COMMITTED = "commit_success.txt"  # Orbax writes it last, where a folder cannot be renamed at once
 BACKENDS = {"gs": "gcsfs", "s3": "s3fs"}  # and the extra that brings each has the scheme's name, gcs and s3
+# A store's errors that the same command meets every time: a bucket that is not there, refused or missing credentials.
+MISTAKES = (FileNotFoundError, PermissionError, ValueError)
+MISTAKEN_TYPES = re.compile("Credential|Auth|RefreshError")  # of botocore and google.auth, which may not be installed
 
 
 def open_path(path: str | os.PathLike[str]) -> AnyPath:
@@ -122,9 +126,10 @@ def _file_system(path: AnyPath) -> Any:
 
 @contextlib.contextmanager
 def reaching(path: AnyPath, done: str) -> Iterator[None]:
-    """Raises UserError where something remote cannot be `done`: "read", "written". Local errors pass as they are.
+    """Raise UserError where something remote cannot be `done`: "read", "written". Local errors pass as they are.
 
-    So does FileNotFoundError in reading; in writing it means the bucket, for an object needs no folder.
+    So does FileNotFoundError in reading; in writing it means the bucket, for an object needs no folder. The error is a
+    TransientError unless it tells of a missing bucket or refused credentials: a store that answers 503 may be back.
     """
     try:
         yield
@@ -133,5 +138,7 @@ def reaching(path: AnyPath, done: str) -> Iterator[None]:
     except Exception as e:  # of fsspec, the store's own library and its HTTP client, which have no error in common
         if not is_remote(path) or (isinstance(e, FileNotFoundError) and done == "read"):
             raise
-        advice = "check the bucket's name, your credentials for it and the network"
-        raise UserError(f"{path}: cannot be {done} ({first_line(e)}); {advice}") from None
+        if isinstance(e, MISTAKES) or MISTAKEN_TYPES.search(type(e).__name__):
+            advice = "check the bucket's name and your credentials for it"
+            raise UserError(f"{path}: cannot be {done} ({first_line(e)}); {advice}") from None
+        raise TransientError(f"{path}: cannot be {done} ({first_line(e)}); the store or the network may be back") from e

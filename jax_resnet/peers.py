@@ -50,7 +50,7 @@ def one_fate(saved: Callable[[], None] = lambda: None) -> Iterator[None]:
         raise
     except UserError as e:
         _wait_until(saved)
-        end(f"error: {e}", 2)
+        end(f"error: {e}", e.status)
     except BaseException as e:
         traceback.print_exc()
         if isinstance(e, Exception):  # an impatient Ctrl-C is none

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jax_resnet.config import traced_steps
-from jax_resnet.errors import UserError
+from jax_resnet.errors import UserError, unwritable
 from jax_resnet.journal import FILE, read_metrics
 from jax_resnet.paths import AnyPath, is_remote, write
 from jax_resnet.plan import Plan
@@ -76,7 +76,10 @@ class Telemetry:
         self._uploaded: dict[Path, int] = {}
         write(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in rows).encode())
         self._lines = (folder / "metrics.jsonl").open("a", buffering=1)
-        self._events = _summary_writer(folder / "tensorboard", start_step + 1)
+        try:
+            self._events = _summary_writer(folder / "tensorboard", start_step + 1)
+        except OSError as e:
+            raise unwritable(folder / "tensorboard", e) from None
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("step {task.completed:,} of {task.total:,}"),
@@ -230,9 +233,7 @@ class Telemetry:
         try:
             self._lines.write(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n")
         except OSError as e:
-            raise UserError(
-                f"{self._workdir / FILE}: cannot be written ({e.strerror}); the checkpoints are whole"
-            ) from None
+            raise unwritable(self._workdir / FILE, e) from None
         group = f"{kind}_ema" if values.get("split", "").endswith("_ema") else kind
         for name, value in values.items():
             if isinstance(value, int | float):

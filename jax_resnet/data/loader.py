@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -24,7 +26,7 @@ from ml_collections import ConfigDict
 from jax_resnet.data.batches import Batch, Broken, Ledger, Report, eval_batch, train_batch
 from jax_resnet.data.order import Phase, phase_at
 from jax_resnet.data.split import ArraySplit, Split
-from jax_resnet.errors import UserError, first_line
+from jax_resnet.errors import TransientError, first_line
 from jax_resnet.parallel import global_batch, local_rows
 from jax_resnet.signals import HANDLED, follow_parent
 
@@ -56,8 +58,8 @@ class Readers:
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         return threads + (f" in each of {self.workers} processes" if self.workers else "")
 
-    def read(self, numbers: range, batch: Callable[[int], Batch]) -> grain.IterDataset:
-        """`batch` of each number, in order, ahead of need."""
+    def read(self, numbers: range, batch: Callable[[int], Batch], roll: str) -> grain.IterDataset:
+        """`batch` of each number, in order, ahead of need. Worker processes enter themselves in the folder `roll`."""
         # One Grain element is a whole batch: per-image elements cost 10 to 100 times more on small images.
         batches = grain.MapDataset.range(numbers.start, numbers.stop).map(batch)
         reading = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=self.threads + 1)
@@ -68,7 +70,13 @@ class Readers:
             flags.FLAGS.mark_as_parsed()
         resource_tracker.ensure_running()  # or the first process started brings it, and unblocks what Feed blocks
         options = grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=1)
-        return ahead.mp_prefetch(options, worker_init_fn=follow_parent).map(_unshared)
+        return ahead.mp_prefetch(options, worker_init_fn=partial(_enrol, roll)).map(_unshared)
+
+
+def _enrol(roll: str, *_: int) -> None:
+    """Tell the parent which process this is, and end when the parent does."""
+    Path(roll, str(os.getpid())).touch()
+    follow_parent()
 
 
 def _unshared(batch: Batch) -> Batch:
@@ -90,7 +98,8 @@ class Feed:
         sharding: NamedSharding,
         ledger: Ledger,
     ):
-        self._batches, self._shares_memory = iter(readers.read(numbers, batch)), bool(readers.workers)
+        self._roll = tempfile.TemporaryDirectory(prefix="jax_resnet-readers-")
+        self._batches, self._shares_memory = iter(readers.read(numbers, batch, self._roll.name)), bool(readers.workers)
         self._sharding, self._ledger = sharding, ledger
         # Not Grain's own prefetching thread: it asks for states, for which readers in processes are begun twice.
         # Processes inherit what is blocked here: Ctrl-C is not for them, not even while they start.
@@ -101,9 +110,12 @@ class Feed:
     def _put(self) -> tuple[dict[str, jax.Array], Broken, int] | None:
         try:
             batch = next(self._batches, None)
-        except RuntimeError as e:  # Grain's
+        except RuntimeError as e:
+            alive = {process.pid for process in self._started()}
+            if self._enrolled() <= alive:  # what a reader raised, for which none has ended
+                raise
             why = f"{first_line(e)} Out of memory, or of /dev/shm? Give more, or --config.data.workers=0"
-            raise UserError(f"a process that reads images has ended: {why}") from None
+            raise TransientError(f"a process that reads images has ended: {why}") from e
         if batch is None:
             return None
         broken = batch.pop("broken")
@@ -131,15 +143,24 @@ class Feed:
         self._ledger.add(broken, read)
         return batch
 
+    def _enrolled(self) -> set[int]:
+        return {int(name) for name in os.listdir(self._roll.name)}
+
+    def _started(self) -> list[multiprocessing.process.BaseProcess]:
+        """The living processes that this feed has started: its program may have children of its own."""
+        enrolled = self._enrolled()
+        return [process for process in multiprocessing.active_children() if process.pid in enrolled]
+
     def close(self) -> None:
-        """Ends the threads and processes that read, those that are stuck by force."""
+        """End the threads and processes that read, those that are stuck by force."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         if wait([coming for coming in self._coming if coming.running()], PATIENCE).not_done:
-            for process in multiprocessing.active_children():
+            for process in self._started():
                 process.kill()
         self._thread.shutdown()
         self._coming.clear()
         self._batches.close()
+        self._roll.cleanup()
         if self._shares_memory:
             gc.collect()  # the last batches lie in cycles, of an exception and its frames; Python would say they leaked
             giving_back = getattr(SharedMemoryArray, "_del_thread_pool", None)  # Grain's one thread that does
