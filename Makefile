@@ -1,5 +1,6 @@
 # make train    a virtual environment, the package, and the main job on the embedded digits
 # make test     the same for the tests;  SLOW=1 runs the slow ones too
+# make soak     the drills that take long or measure time, on a machine with nothing else to do
 # CONFIG=configs/resnet_cifar.py:20  ARGS="--config.seed=1"  EXTRAS=dev,cuda  PYTHON=python3.12
 
 PYTHON ?= python3
@@ -9,9 +10,9 @@ ARGS ?=
 EXTRAS ?=
 BIN = $(VENV)/bin
 comma := ,
-SELECT = $(if $(SLOW),,-m "not slow")
+SELECT = $(if $(SLOW),-m "not soak",-m "not slow and not soak")
 
-.PHONY: train eval test lint clean
+.PHONY: train eval test soak lint clean
 train: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python -m jax_resnet.main --config $(CONFIG) $(ARGS)
 
@@ -20,6 +21,9 @@ eval: $(VENV)/installed-$(EXTRAS)
 
 test: $(VENV)/installed-dev-$(EXTRAS)
 	$(BIN)/python -m pytest $(SELECT) $(ARGS)
+
+soak: $(VENV)/installed-dev-$(EXTRAS)
+	SOAK=1 $(BIN)/python -m pytest -m "soak or timed" $(ARGS)
 
 lint: $(VENV)/installed-dev-$(EXTRAS)
 	$(BIN)/ruff check .

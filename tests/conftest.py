@@ -1,34 +1,27 @@
 """What the tests share: the command as a user runs it, small data, a tiny config."""
 
-import atexit
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
+import programs  # first: it says where JAX keeps what it compiles
 import pytest
 import tiny
 from ml_collections import ConfigDict
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+SOAK = bool(os.environ.get("SOAK"))  # as `make soak` sets it: also what takes long or measures time
 # Beside the environment, not in it: JAX would look for a TPU, and say that there is none, in every test.
 LIBTPU = Path(sys.prefix) / "libtpu"
 needs_libtpu = pytest.mark.skipif(not LIBTPU.is_dir(), reason="needs libtpu in .venv/libtpu, as .ci/run installs it")
 
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the same small programs again and again, in many processes
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax_resnet-compiled-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-
-def run_main(*args: str, devices: int = 1, cwd: Path = ROOT, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """`python -m jax_resnet.main ARGS` in a process of its own, with `devices` simulated devices."""
-    return subprocess.run(main_command(*args), env=main_env(devices), cwd=cwd, capture_output=True, text=True,
-                          timeout=timeout)  # fmt: skip
+def run_main(*args: str, devices: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run `python -m jax_resnet.main ARGS` in a process of its own, with `devices` simulated devices."""
+    return programs.run(main_command(*args), env=main_env(devices), cwd=cwd)
 
 
 def main_command(*args: str) -> list[str]:

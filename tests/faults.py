@@ -10,13 +10,14 @@ run is to see to it.
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import programs
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "injected at "
@@ -55,7 +56,21 @@ def fail_at(rank: int, step: int, kind: str) -> None:
     import jax
     import orbax.checkpoint as ocp
 
+    from jax_resnet import peers
     from jax_resnet.train import Run, StepsAhead
+    from jax_resnet.watchdog import Watchdog
+
+    if kind not in ("kill", "freeze"):  # all processes are alive: on a busy machine they have all the time they need
+        peers.LINGER = peers.SAVING = programs.HANG_SECONDS
+    beat = Watchdog.beat
+
+    def impatient(self: Watchdog, doing: str, times: float = 1) -> None:
+        """Be patient, except with the step of the fault: the stall is told by the process that is stuck."""
+        beat(self, doing, times)
+        if kind == "stuck" and jax.process_index() == rank and doing == f"what comes before step {step + 1:,}":
+            self._until = time.monotonic() + 2
+
+    Watchdog.beat = impatient  # type: ignore[method-assign]
 
     at, save, finalize = StepsAhead.at, Run._save, ocp.StandardCheckpointHandler.finalize
 
@@ -97,7 +112,7 @@ def start(
     step: int = 0,
     rank: int = 0,
     environments: Sequence[dict[str, str]] = (),
-) -> list[subprocess.Popen[str]]:
+) -> list[programs.Program]:
     """Processes of one job, running main with `args`, in which `rank` has the fault.
 
     They know of each other by `environments`, if given, else by JAX's variables.
@@ -113,16 +128,7 @@ def start(
         elif processes > 1:
             env |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(processes)}
             env |= {"JAX_PROCESS_ID": str(number)}
-        started.append(
-            subprocess.Popen(
-                [sys.executable, __file__, kind, str(step), str(rank), *map(str, args)],
-                env=env,
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        started.append(programs.start([sys.executable, __file__, kind, step, rank, *args], env=env))
     return started
 
 
@@ -140,7 +146,7 @@ class Ended:
         return (self.stderr.strip().splitlines() or [""])[-1]
 
 
-def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 300) -> list[Ended]:
+def finish(processes: Sequence[programs.Program], timeout: float = programs.HANG_SECONDS) -> list[Ended]:
     """How each ended; when all but stopped ones have, those are killed, as are all after `timeout` seconds."""
     deadline, ends = time.monotonic() + timeout, dict[int, float]()
     while len(ends) < len(processes) and time.monotonic() < deadline:

@@ -1,7 +1,6 @@
 """What is done to pixels on the device, against numpy."""
 
 import math
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import lru_cache
@@ -10,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from conftest import ROOT, main_env
 from ml_collections import ConfigDict
@@ -422,7 +422,6 @@ for rows in (16, 8):
 
 
 def test_eight_devices_mix_and_erase_as_one_and_send_nothing_that_lies_side_by_side():
-    done = subprocess.run([sys.executable, "-c", DEVICES], env=main_env(8), cwd=ROOT,
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    done = programs.run([sys.executable, "-c", DEVICES], env=main_env(8), cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["", "collective-permute"]  # two rows a device; one, whose partner is elsewhere

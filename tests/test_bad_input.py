@@ -4,6 +4,7 @@
 """
 
 import errno
+import os
 import re
 import shlex
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 import safetensors.numpy
 import tiny
@@ -25,7 +27,7 @@ from conftest import ROOT, main_command, main_env, run_main
 from jax_resnet import main
 from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.data import tfds_source  # noqa: F401
-from jax_resnet.errors import lacking
+from jax_resnet.errors import TransientError, UserError, fail, lacking, unwritable
 from jax_resnet.job import Job
 from jax_resnet.models.torch_weights import flatten, to_torch
 
@@ -297,6 +299,13 @@ CASES = [
         ("--workdir={tmp}/file: cannot be written",),
         lambda tmp, _: (tmp / "file").touch(),
     ),
+    Case(
+        "workdir",
+        "a file where TensorBoard's folder goes",
+        RUN,
+        ("{tmp}/run/tensorboard: cannot be written (",),
+        lambda tmp, _: ((tmp / "run").mkdir(), (tmp / "run" / "tensorboard").touch()),
+    ),
     Case("workdir", "a URL", "--config={tiny}:{npz} --workdir=az://bucket/run", ("gs://… or s3://…",)),
     Case(
         "workdir",
@@ -362,9 +371,7 @@ def test_one_line(
         case.prepare(tmp_path, tiny_npz)
     args = shlex.split(case.args.format(**places))
     if case.env or case.devices:
-        done = subprocess.run(
-            main_command(*args), env=main_env(case.devices or 1) | case.env, cwd=ROOT, capture_output=True, text=True
-        )
+        done = programs.run(main_command(*args), env=main_env(case.devices or 1) | case.env, cwd=ROOT)
         status, stdout, stderr = done.returncode, done.stdout, done.stderr
     else:
         monkeypatch.chdir(ROOT)
@@ -419,9 +426,46 @@ class Writer: ...
 writer = Writer()
 writer.itself, writer.has = writer, begun()
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    done = programs.run([sys.executable, "-c", program], check=True, cwd=ROOT)
     assert said in done.stderr
     assert said or not done.stderr
+
+
+ENDS = """
+import sys, threading
+from jax_resnet.errors import hush
+hush()
+def fault():
+    raise OSError({code}, {text!r})
+if sys.argv[1] == "thread":
+    thread = threading.Thread(target=fault)
+    thread.start()
+    thread.join()
+else:
+    fault()
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "code", "text", "said"),
+    [
+        ("thread", errno.ENOSPC, "No space left on device", False),  # the run's own line tells of it
+        ("thread", errno.EIO, "Input/output error", True),
+        ("main", errno.ENOSPC, "No space left on device", True),
+        ("main", errno.EEXIST, "File exists", True),
+    ],
+)
+def test_no_error_is_left_unprinted_by_its_type(where: str, code: int, text: str, said: bool) -> None:
+    done = programs.run([sys.executable, "-c", ENDS.format(code=code, text=text), where], env=main_env())
+    assert (f"[Errno {code}] {text}" in done.stderr) == said, done.stderr
+    assert done.returncode == (1 if where == "main" else 0)
+
+
+def test_what_may_pass_is_status_1_which_launchers_restart(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (fail(TransientError("the store is busy")), fail(UserError("no such file"))) == (1, 2)
+    assert capsys.readouterr().err == "error: the store is busy\nerror: no such file\n"
+    full = [unwritable("/disk/a", OSError(code, os.strerror(code))) for code in (errno.ENOSPC, errno.EACCES)]
+    assert [error.status for error in full] == [1, 2]
 
 
 @pytest.mark.parametrize(("size", "newest"), [("64k", None), ("700k", 16)])
@@ -440,7 +484,7 @@ def test_a_full_disk(tiny_npz: Path, tmp_path: Path, size: str, newest: int | No
                 checkpoints.arrays(step)
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     line = done.stderr.strip()
     assert re.search("No space left on device|RESOURCE_EXHAUSTED", line)
     assert line.startswith(f"error: {disk / 'run'}")
@@ -451,7 +495,7 @@ def test_a_poor_environment_is_enough(tiny_npz: Path, tmp_path: Path) -> None:
     env = main_env() | {"LC_ALL": "C", "TMPDIR": "/nowhere"}
     del env["HOME"]
     args = [f"--config={TINY}:{tiny_npz}", f"--workdir={tmp_path}", "--config.stop_after_steps=1"]
-    done = subprocess.run(main_command(*args), env=env, cwd=ROOT, capture_output=True, text=True)
+    done = programs.run(main_command(*args), env=env, cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import cv2
 import numpy as np
+import programs
 import pytest
 from conftest import ROOT
 
@@ -83,7 +83,7 @@ def test_the_input_benchmark_measures_our_rows(tmp_path: Path):
         "cifar_host",
     ]
     env = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
-    run = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+    run = programs.run(command, env=env)
     assert run.returncode == 0, run.stderr
     report = json.loads((tmp_path / "out.json").read_text())
     assert [row["name"] for row in report["rows"]] == ["decoder", "files", "cifar_host"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import programs
 import pytest
 from conftest import ROOT, main_env
 from ml_collections import ConfigDict
@@ -164,7 +165,7 @@ def test_the_best_by_loss(tiny_config: ConfigDict, tmp_path: Path) -> None:
 
 def command(*args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "jax_resnet.checkpoint", *args]
-    return subprocess.run(command, env=main_env(), cwd=ROOT, capture_output=True, text=True)
+    return programs.run(command, env=main_env(), cwd=ROOT)
 
 
 def test_inspect_and_verify(begun: tuple[ConfigDict, Path], tmp_path: Path) -> None:

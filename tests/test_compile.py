@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 from conftest import LIBTPU, ROOT, main_env, needs_libtpu
 
@@ -16,7 +17,7 @@ from jax_resnet.program import collectives, largest
 def compile_for(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "jax_resnet.compile", *map(str, args)]
     env = main_env() | {"PYTHONPATH": f"{ROOT}{os.pathsep}{LIBTPU}"} | env
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    return programs.run(command, env=env)
 
 
 def test_collectives_are_counted_by_what_they_give() -> None:
@@ -80,7 +81,7 @@ def test_for_the_devices_here_and_saved_for_the_training(tiny_npz: Path, tmp_pat
     env = main_env() | {"JAX_COMPILATION_CACHE_DIR": str(saved), "JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
     command = [sys.executable, "-m", "jax_resnet.main", config, f"--workdir={tmp_path}/run",
                "--config.stop_after_steps=2"]  # fmt: skip
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    run = programs.run(command, env=env)
     assert "compilation cache hit for 'jit_train_step'" in run.stderr
 
 

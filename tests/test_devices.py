@@ -2,11 +2,11 @@
 
 import re
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 from conftest import ROOT, main_env, run_main
 
@@ -84,17 +84,14 @@ def test_two_processes_train_as_one(tiny_npz: Path, tmp_path: Path) -> None:
         port = free.getsockname()[1]
     command = [sys.executable, "-c", TWO_PROCESSES, str(port)]
     processes = [
-        subprocess.Popen(
+        programs.start(
             [*command, str(i), str(tiny_npz), str(tmp_path / "two")],
             env=main_env(2),
             cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
         )
         for i in range(2)
     ]
-    outputs = [p.communicate(timeout=300) for p in processes]
+    outputs = [p.communicate() for p in processes]
     assert [p.returncode for p in processes] == [0, 0], outputs
     assert "step 20 of 20" in outputs[0][0]
     assert "step 20 of 20" not in outputs[1][0]  # process 0 alone reports
@@ -126,8 +123,7 @@ print(step.lower(state, batch).compile().as_text())
 
 
 def collectives(group: str) -> list[str]:
-    done = subprocess.run([sys.executable, "-c", COLLECTIVES.replace("GROUP", group)], env=main_env(4),
-                          capture_output=True, text=True, timeout=300, check=True)  # fmt: skip
+    done = programs.run([sys.executable, "-c", COLLECTIVES.replace("GROUP", group)], env=main_env(4), check=True)
     names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
     return re.findall(rf"= .*? ({names})(?:-start)?\(", done.stdout)
 

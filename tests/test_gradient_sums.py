@@ -2,13 +2,13 @@
 
 import os
 import re
-import subprocess
 import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from conftest import LIBTPU, ROOT, main_env, needs_libtpu
 from flax import nnx
@@ -111,7 +111,7 @@ print(jax.jit(step, in_shardings=(whole, rows), out_shardings=whole).lower(state
 def test_what_a_tpu_sends_of_the_kernels(sums: str, dtype: str) -> None:
     """In the program that its compiler makes for four chips every 3×3 kernel is in an all-reduce of that dtype."""
     env = main_env() | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(LIBTPU)])}
-    done = subprocess.run([sys.executable, "-c", ON_TPU, sums], env=env, capture_output=True, text=True, timeout=300)
+    done = programs.run([sys.executable, "-c", ON_TPU, sums], env=env)
     assert done.returncode == 0, done.stderr
     reduced = " ".join(re.findall(r"= (.*?) all-reduce(?:-start)?\(", done.stdout))
     assert re.findall(r"(\w+)\[3,3,\d+,\d+\]", reduced) == [dtype] * 7

@@ -5,7 +5,7 @@ from pathlib import Path
 import faults
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SOAK
 from faults import SAVING, Ended, finish, injected_at
 
 from jax_resnet.checkpoint import Checkpoints
@@ -22,18 +22,25 @@ def losses(workdir: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(workdir) if row["kind"] == "train"]
 
 
+def assert_soon(ended: list[Ended], job: list[Ended], seconds: float) -> None:
+    """In the soak, on a machine with nothing else to do: `ended` were over so many seconds after the job's fault."""
+    if SOAK:
+        assert max(end.at for end in ended) - injected_at(job) < seconds
+
+
 def job(npz: Path, workdir: Path, *more: str, **fault: object) -> list[Ended]:
     return finish(faults.start(args(npz, workdir, *more), **fault))  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 def test_asked_to_stop_all_save_the_same_step_and_go_on_as_fewer(tiny_npz: Path, tmp_path: Path) -> None:
     """SIGTERM to one of four; then two processes, stopped again; then one: the losses of a run without a stop."""
     run = tmp_path / "run"
     for processes, devices, step, rank in ((4, 1, 5, 2), (2, 2, 13, 0)):
         ended = job(tiny_npz, run, processes=processes, devices=devices, kind="sigterm", step=step, rank=rank)
         assert [end.status for end in ended] == [143] * processes, "\n".join(end.stderr for end in ended)
-        assert max(end.at for end in ended) - injected_at(ended) < 30
+        assert_soon(ended, ended, 30)
         lines = {end.last_line for end in ended}
         with Checkpoints(run) as checkpoints:
             saved = checkpoints.latest_step()
@@ -49,6 +56,7 @@ def test_asked_to_stop_all_save_the_same_step_and_go_on_as_fewer(tiny_npz: Path,
 
 
 @pytest.mark.slow
+@pytest.mark.timed
 @pytest.mark.parametrize(
     ("kind", "rank", "seconds", "statuses", "says"),
     [
@@ -56,9 +64,9 @@ def test_asked_to_stop_all_save_the_same_step_and_go_on_as_fewer(tiny_npz: Path,
         ("exception", 1, 10 + SAVING, {1}, "process 1 on {host}: RuntimeError: injected fault"),
         ("exception", 2, 10 + SAVING, {1}, "process 2 on {host}: RuntimeError: injected fault"),  # of four
         ("stop", 1, 10, {143}, "stopped"),
-        ("kill", 1, 40, {1}, None),
+        ("kill", 1, 40, {1, -6}, None),
         ("freeze", 1, 40, {1, -6}, None),
-        ("stuck", 1, 60, {1}, "process 1 on {host}: stuck: what comes before step 10 has taken more than "
+        ("stuck", 1, 10, {1}, "process 1 on {host}: stuck: what comes before step 10 has taken more than "
          "config.stuck_after allows; the stacks above say where"),
     ],
 )  # fmt: skip
@@ -67,11 +75,10 @@ def test_one_fault_ends_all(
 ) -> None:
     import socket
 
-    more = ["--config.stuck_after=20"] if kind == "stuck" else []
-    ended = job(tiny_npz, tmp_path, *more, processes=4 if rank == 2 else 2, kind=kind, step=9, rank=rank)
+    ended = job(tiny_npz, tmp_path, processes=4 if rank == 2 else 2, kind=kind, step=9, rank=rank)
     others = [end for number, end in enumerate(ended) if number != rank or says]
     assert {end.status for end in others} <= statuses, ended
-    assert max(end.at for end in others) - injected_at(ended) < seconds
+    assert_soon(others, ended, seconds)
     if says:
         assert {end.last_line for end in ended} == {says.format(host=socket.gethostname())}
     if kind == "stuck":

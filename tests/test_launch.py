@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import tomllib
 from collections import Counter
 from collections.abc import Sequence
@@ -15,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import programs
 import pytest
 import yaml
 from conftest import ROOT
 from packaging.requirements import Requirement
+from programs import HANG_SECONDS, until
 
 from jax_resnet.journal import read_metrics
 
@@ -41,7 +42,7 @@ def launch(*args: object, env: dict[str, str] | None = None, cwd: Path = ROOT) -
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG_SECONDS,
     )
 
 
@@ -255,12 +256,12 @@ for step in range(step + 1, 5):
         if event != "none":  # the hosts are gone, with all that runs there
             (cloud / ("state" if event == "SUSPENDED" else "machine")).write_text(event)
             os.kill(os.getppid(), signal.SIGKILL)
-            time.sleep(100)
+            time.sleep(600)
 end(0)
 """
 
 
-def programs(folder: Path, **sources: str) -> str:
+def commands(folder: Path, **sources: str) -> str:
     """A PATH on which these Python programs come first."""
     folder.mkdir()
     for name, source in sources.items():
@@ -281,7 +282,7 @@ class Cloud:
         (folder / "fake" / "etils" / "__init__.py").touch()
         (folder / "fake" / "etils" / "epath.py").write_text(EPATH)
         self.env = os.environ | {
-            "PATH": programs(folder / "bin", gcloud=GCLOUD, uv=""),
+            "PATH": commands(folder / "bin", gcloud=GCLOUD, uv=""),
             "CLOUD": str(folder),
             "PYTHONPATH": str(folder / "fake"),
             "TMPDIR": str(folder),
@@ -395,9 +396,7 @@ def test_detach(tmp_path: Path) -> None:
     assert status() == "running"
     assert launch("detach", *command, cwd=tmp_path).stderr == "detach: runs already\n"
     (tmp_path / "go").touch()
-    deadline = time.monotonic() + 20
-    while status() == "running" and time.monotonic() < deadline:
-        time.sleep(0.05)
+    until(lambda: status() != "running")
     assert status() == "7"  # even while something that it began goes on
     assert (tmp_path / ".detached" / "log").read_text() == "begun\n"
 
@@ -491,7 +490,7 @@ elif sys.argv[1] == "get" and (folder / "created.yaml").exists():
 
 
 def test_a_jobset_is_made_once(tmp_path: Path) -> None:
-    env = os.environ | {"PATH": programs(tmp_path / "bin", kubectl=KUBECTL), "CLOUD": str(tmp_path)}
+    env = os.environ | {"PATH": commands(tmp_path / "bin", kubectl=KUBECTL), "CLOUD": str(tmp_path)}
     for _ in range(2):
         done = launch("gke", "run", *GKE, *TRAINING, env=env)
         assert done.returncode == 0, done.stderr
@@ -516,7 +515,7 @@ def test_sky(tmp_path: Path) -> None:
     given = {"WORKDIR": "gs://b/my run", "DATA": "gs://b/d", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
     env = os.environ | task["envs"] | given | {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "ARGS": "--config.seed=1 --x"}
     for gpus in (False, True):
-        path = programs(tmp_path / f"bin{gpus}", **({"nvidia-smi": ""} if gpus else {}))
+        path = commands(tmp_path / f"bin{gpus}", **({"nvidia-smi": ""} if gpus else {}))
         done = subprocess.run(
             ["bash", "-c", task["run"]],
             env=env | {"PATH": path},
@@ -552,6 +551,8 @@ what = (folder / "runs").read_text().split()[runs - 1]
 (folder / "pid").write_text(str(os.getpid()))
 signal.signal(signal.SIGTERM, lambda *_: os._exit(137))  # which kills its tasks
 signal.signal(signal.SIGUSR1, lambda *_: os._exit(143))
+if what == "wait":
+    (folder / "ready").touch()
 while what == "wait":
     time.sleep(0.05)
 sys.exit(int(what))
@@ -581,18 +582,15 @@ print((folder / "state").read_text())
 def test_slurm(tmp_path: Path, runs: str, state: str, status: int, calls: list[str]) -> None:
     (tmp_path / "runs").write_text(runs)
     (tmp_path / "state").write_text(state)
-    path = programs(tmp_path / "bin", srun=SRUN, scancel=SCANCEL, squeue=SQUEUE, scontrol=RECORD)
+    path = commands(tmp_path / "bin", srun=SRUN, scancel=SCANCEL, squeue=SQUEUE, scontrol=RECORD)
     env = os.environ | {"PATH": path, "CLOUD": str(tmp_path), "SLURM_JOB_ID": "17", "SLURM_SUBMIT_DIR": str(ROOT)}
     script = shutil.copy(LAUNCH / "slurm.sbatch", tmp_path / "slurm_script")  # from where SLURM runs it
     args = [f"--config={ROOT}/configs/resnet20_digits.py", f"--workdir={tmp_path / 'run'}"]
     job = subprocess.Popen(["bash", script, *args], env=env, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     if runs.startswith("wait"):
-        deadline = time.monotonic() + 20
-        while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        time.sleep(0.2)
+        until((tmp_path / "ready").exists, job)
         job.send_signal(signal.SIGTERM)  # to the script alone, as --signal=B:TERM has it
-    _, errors = job.communicate(timeout=60)
+    _, errors = job.communicate(timeout=HANG_SECONDS)
     assert job.returncode == status, errors
     made = (tmp_path / "calls").read_text().splitlines()
     assert [call.split()[0] for call in made] == calls
@@ -601,7 +599,7 @@ def test_slurm(tmp_path: Path, runs: str, state: str, status: int, calls: list[s
         made[0], "scancel --signal=TERM 17", "squeue --noheader --jobs=17 --format=%T", "scontrol requeue 17",
     }  # fmt: skip
     if "scontrol" in calls:  # SLURM starts it again, and it goes on by the same command
-        assert subprocess.run(["bash", script, *args], env=env, cwd=tmp_path, timeout=60).returncode == 0
+        assert subprocess.run(["bash", script, *args], env=env, cwd=tmp_path, timeout=HANG_SECONDS).returncode == 0
         assert (tmp_path / "calls").read_text().splitlines()[len(made) :] == made[:1]
 
 
@@ -639,12 +637,9 @@ def test_local_passes_a_signal_on_once(tmp_path: Path, signum: int) -> None:
         "while not got: time.sleep(0.01)\ntime.sleep(0.3)\nsys.exit(100 + len(got) + 10 * int(me))"
     )
     job = subprocess.Popen(["bash", LAUNCH / "local.sh", "2", "--", sys.executable, "-c", code])
-    deadline = time.monotonic() + 30
-    while len(list(tmp_path.iterdir())) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: len(list(tmp_path.iterdir())) == 2, job)
     job.send_signal(signum)
-    assert job.wait(timeout=30) == 111
+    assert job.wait(timeout=HANG_SECONDS) == 111
 
 
 @pytest.mark.slow
@@ -653,17 +648,13 @@ def test_local_training_stops_and_goes_on(tiny_npz: Path, tmp_path: Path) -> Non
     config = [f"--config={ROOT / 'tests' / 'tiny.py'}:{tiny_npz}", "--config.log_every=1", "--config.train.steps=40"]
     command = ["bash", str(LAUNCH / "local.sh"), "2", "--devices=2", "--", sys.executable, "-m", "jax_resnet.main"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    job = subprocess.Popen([*command, *config, f"--workdir={run}"], env=env, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 240
-    while not (run / "metrics.jsonl").exists() or sum(row["kind"] == "train" for row in read_metrics(run)) < 9:
-        assert time.monotonic() < deadline
-        assert job.poll() is None
-        time.sleep(0.1)
+    job = programs.start([*command, *config, f"--workdir={run}"], env=env)
+    until(lambda: sum(row["kind"] == "train" for row in read_metrics(run)) >= 9, job)
     job.send_signal(signal.SIGTERM)
-    _, errors = job.communicate(timeout=120)
+    _, errors = job.communicate()
     assert job.returncode == 143, errors
     assert "the same command goes on from there" in errors
-    done = subprocess.run([*command, *config, f"--workdir={run}"], env=env, capture_output=True, text=True, timeout=240)
+    done = programs.run([*command, *config, f"--workdir={run}"], env=env)
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in read_metrics(run) if row["kind"] == "train"] == list(range(1, 41))
     assert json.loads((run / "result.json").read_text())["step"] == 40

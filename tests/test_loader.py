@@ -1,5 +1,9 @@
 """Batches: functions of (seed, step) whatever the threads, the start and the hosts; evaluation of each example once."""
 
+import multiprocessing
+import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +22,8 @@ from jax_resnet.data.batches import generator, train_batch
 from jax_resnet.data.loader import eval_batches, train_batches
 from jax_resnet.data.order import Phase, train_indices
 from jax_resnet.data.source import open_dataset
-from jax_resnet.data.split import ArraySplit, Pixels, Split
-from jax_resnet.errors import UserError
+from jax_resnet.data.split import ArraySplit, EncodedSplit, Pixels, Split
+from jax_resnet.errors import TransientError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -290,6 +294,65 @@ def test_a_user_error_in_a_reading_thread_arrives_as_it_is(
     with pytest.raises(UserError) as e:
         list(batches(split, reading(threads=threads), sharding=sharding, report=no_report))
     assert str(e.value) == "numbered split: record 7: broken"
+
+
+class Breaking(ArraySplit):
+    """A split in which reading raises an error that is nobody's mistake."""
+
+    def read(self, indices, rngs, size=None):
+        raise RuntimeError("a fault of the reader")
+
+
+def test_an_error_of_a_reading_thread_arrives_with_its_traceback(sharding: NamedSharding):
+    good = numbered(10)
+    split = Breaking(good.name, good.pixels, good.images, good.labels)
+    with pytest.raises(RuntimeError, match=r"^a fault of the reader") as e:
+        stream(split, sharding, 0, 3)
+    assert any(entry.name == "read" for entry in e.traceback)
+
+
+class Stuck(EncodedSplit):
+    """A split whose records never come."""
+
+    def read(self, indices, rngs, size=None):
+        while True:
+            time.sleep(1)
+
+
+@pytest.fixture
+def stuck(photos, sharding) -> loader.Feed:
+    """A feed whose one worker process is reading for ever."""
+    split = Stuck(photos.name, photos.pixels, photos.length, photos.records, photos.num_classes)
+    batches = train_batches(
+        split, reading(workers=1), start=0, stop=5, seed=0, phases=one_phase(2), sharding=sharding, report=no_report
+    )
+    batches._coming.append(batches._thread.submit(batches._put))
+    while not batches._enrolled():
+        time.sleep(0.01)
+    return batches
+
+
+def test_a_killed_reader_may_pass(stuck: loader.Feed):
+    (pid,) = stuck._enrolled()
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(TransientError, match=r"^a process that reads images has ended: .*exit code -9") as e:
+        stuck.take()
+    assert isinstance(e.value.__cause__, RuntimeError)
+    stuck.close()
+
+
+def test_closing_kills_the_readers_that_it_started_and_nobody_elses(stuck: loader.Feed, monkeypatch):
+    (pid,) = stuck._enrolled()
+    monkeypatch.setattr(loader, "PATIENCE", 0.01)
+    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(3600,), daemon=True)
+    child.start()
+    try:
+        stuck.close()
+        assert child.is_alive()
+        assert pid not in {process.pid for process in multiprocessing.active_children()}
+    finally:
+        child.kill()
+        child.join()
 
 
 def test_a_file_that_is_damaged_while_training_is_named(tmp_path: Path, sharding: NamedSharding):

@@ -11,12 +11,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+import programs
 import pytest
 from conftest import main_env
 
 from jax_resnet import notice
 
-WAITING = "from jax_resnet.notice import watch; import time; watch(); print('began', flush=True); time.sleep(30)"
+WAITING = "from jax_resnet.notice import watch; import time; watch(); print('began', flush=True); time.sleep(600)"
 
 
 class Metadata(ThreadingHTTPServer):
@@ -81,23 +82,18 @@ def metadata() -> Iterator[Metadata]:
 
 def watching(host: str) -> subprocess.Popen[str]:
     environment = main_env() | {"GCE_METADATA_HOST": host, "http_proxy": "http://127.0.0.1:9"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", WAITING], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
+    process = programs.start([sys.executable, "-c", WAITING], env=environment)
     process.stdout.readline()
     return process
 
 
 def test_a_notice_becomes_a_sigterm(metadata: Metadata) -> None:
     process = watching(metadata.host)
-    while len(metadata.seen) < 2:  # the second hangs until there is news
-        time.sleep(0.01)
-    time.sleep(0.3)
+    programs.until(lambda: len(metadata.seen) == 2, process)  # the second hangs until there is news
     assert process.poll() is None
     assert [asked["last_etag"] for asked in metadata.seen] == [["0"], ["etag-of-FALSE"]]
     metadata.change()
-    _, stderr = process.communicate(timeout=10)
+    _, stderr = process.communicate()
     assert process.returncode == -signal.SIGTERM
     assert stderr.strip() == "this machine is being preempted"
 
@@ -105,7 +101,7 @@ def test_a_notice_becomes_a_sigterm(metadata: Metadata) -> None:
 def test_a_notice_from_before_the_start_counts(metadata: Metadata) -> None:
     metadata.change()
     process = watching(metadata.host)
-    assert process.wait(timeout=10) == -signal.SIGTERM
+    assert process.wait() == -signal.SIGTERM
     assert len(metadata.seen) == 1
 
 
@@ -159,7 +155,7 @@ def test_watches_on_compute_engine_alone_and_once(
     monkeypatch.setattr(notice, "PRODUCT", tmp_path / "product_name")
     hosts: list[str] = []
     over = threading.Event()
-    monkeypatch.setattr(notice, "_watch", lambda host: (hosts.append(host), over.wait(10)))
+    monkeypatch.setattr(notice, "_watch", lambda host: (hosts.append(host), over.wait()))
     notice.watch()
     notice.watch()
     over.set()

@@ -2,12 +2,12 @@
 
 import importlib.util
 import math
-import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from conftest import ROOT, main_env
 from matplotlib.image import imread
@@ -277,13 +277,10 @@ def test_only_published_splits_stand_in(resnet50):
 
 
 def command(*args, cwd=ROOT):
-    return subprocess.run(
+    return programs.run(
         [sys.executable, "-m", "jax_resnet.config", *map(str, args)],
         env=main_env() | {"COLUMNS": "80"},
         cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=120,
     )
 
 

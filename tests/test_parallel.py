@@ -1,7 +1,6 @@
 """Which job a process joins, by the environment that each launcher leaves; and that it is trained by any number."""
 
 import os
-import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any
 
 import faults
 import jax
+import programs
 import pytest
 from conftest import LIBTPU, ROOT, main_command, main_env, needs_libtpu
 from faults import free_port
@@ -205,7 +205,7 @@ def test_the_flag_is_one_that_jax_knows() -> None:
     """An unknown one aborts the process."""
     code = "import jax; print(jax.jit(lambda x: x + 1)(41))"
     env = main_env() | {"XLA_FLAGS": f"{parallel.OVERLAP}=true"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    done = programs.run([sys.executable, "-c", code], env=env)
     assert done.stdout.strip() == "42", done.stderr
 
 
@@ -231,7 +231,7 @@ def test_peers_that_do_not_come_are_one_line(tiny_npz: Path, tmp_path: Path) -> 
     env = main_env() | {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
     env |= {"JAX_INITIALIZATION_TIMEOUT": "2", "JAX_PROCESS_ID": "0"}
     command = main_command(f"--config={TINY}:{tiny_npz}", f"--workdir={tmp_path}")
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = programs.run(command, env=env, cwd=ROOT)
     why = f"error: JAX_COORDINATOR_ADDRESS=localhost:{port}: the job's processes do not meet (not all have come in 2 s)"
     assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (1, why)
 
@@ -271,7 +271,7 @@ for device in mesh_over([*devices[::2], *devices[1::2]]).devices:
 def test_each_slice_is_one_stretch_of_the_mesh_and_so_is_each_host() -> None:
     env = main_env() | {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(LIBTPU)])
-    done = subprocess.run([sys.executable, "-c", ON_SLICES], env=env, capture_output=True, text=True, timeout=100)
+    done = programs.run([sys.executable, "-c", ON_SLICES], env=env)
     assert done.returncode == 0, done.stderr
     places = [list(map(int, line.split())) for line in done.stdout.splitlines()]
     assert len({tuple(place) for place in places}) == 16

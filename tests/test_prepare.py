@@ -8,15 +8,14 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import programs
 import pytest
 import simplejpeg
 import tensorflow_datasets as tfds
@@ -39,7 +38,7 @@ def command(*args: Any) -> list[str]:
 
 
 def run(*args: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*args), env=ENV, capture_output=True, text=True, timeout=120)
+    return programs.run(command(*args), env=ENV)
 
 
 def here(monkeypatch: pytest.MonkeyPatch, *args: Any) -> None:
@@ -382,46 +381,55 @@ def test_other_images_are_refused(tmp_path, monkeypatch):
     assert "begun with contents=" in refusal(monkeypatch, folder, tmp_path / "to")
 
 
+# Files of 8 images. Once there are as many as the last argument says, it waits in the middle of the next.
 SMALL_FILES = """
+import sys, time
 import jax_resnet.data.prepare as p
-p.SHARD_IMAGES = 8
+write, most = p.write, int(sys.argv.pop())
+def held(file, *args):
+    *args, tick = args
+    def wait():
+        tick()
+        while len(list(file.parent.glob("images-*"))) >= most:
+            time.sleep(0.01)
+    return write(file, *args, wait)
+p.SHARD_IMAGES, p.write = 8, held
 p.run(p.main)
 """
 
 
-def begin_and_signal(folder: Path, to: Path, number: int, after: int) -> subprocess.Popen[str]:
+def begin_and_signal(folder: Path, to: Path, number: int, after: int) -> programs.Program:
     """The command in a process of its own, with files of 8 images, sent a signal once so many of them are there."""
-    args = [sys.executable, "-c", SMALL_FILES, str(folder), str(to), "--resize=20", "--workers=2"]
-    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # in the background a shell has it ignored
-    process = subprocess.Popen(args, env=ENV, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
-    while len(files(to)) < after and process.poll() is None:
-        time.sleep(0.002)
+    process = programs.start(
+        [sys.executable, "-c", SMALL_FILES, folder, to, "--resize=20", "--workers=2", after], env=ENV
+    )
+    programs.until(lambda: len(files(to)) == after, process)
     process.send_signal(number)
     return process
 
 
 def test_killed_and_interrupted_while_writing_then_run_again(tmp_path, monkeypatch):
     """kill -9 leaves whole files and a folder to sweep; the next run goes on from there, and so does the one after."""
-    folder = write_images(tmp_path / "from", 640, splits=("train",))
+    folder = write_images(tmp_path / "from", 80, splits=("train",))
     to = tmp_path / "to"
     killed = begin_and_signal(folder, to, signal.SIGKILL, after=3)
-    killed.communicate(timeout=20)
+    killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     first = files(to)
-    assert 3 <= len(first) < 80
+    assert len(first) == 3
     assert (to / ".unfinished").is_dir()
     with pytest.raises(UserError, match="not finished; run the command that began it again"):
         open_dataset(config(to))
     interrupted = begin_and_signal(folder, to, signal.SIGINT, after=len(first) + 3)
-    _, err = interrupted.communicate(timeout=20)
+    _, err = interrupted.communicate()
     assert (interrupted.returncode, err) == (130, "interrupted\n")
-    assert len(first) + 3 <= len(files(to)) < 80
+    assert len(files(to)) == 6
     assert not (to / ".unfinished").exists()
     monkeypatch.setattr(prepare, "SHARD_IMAGES", 8)
     here(monkeypatch, folder, to, "--resize=20")
     here(monkeypatch, folder, tmp_path / "whole", "--resize=20")
     assert files(to) == files(tmp_path / "whole")
-    assert len(files(to)) == 80
+    assert len(files(to)) == 10
     assert files(to).items() >= first.items()
     for name in ("dataset_info.json", "features.json", "label.labels.txt"):
         assert (to / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -565,7 +573,7 @@ def test_an_image_that_cannot_be_read_stops(source, tmp_path, monkeypatch):
 def test_a_disk_that_is_full_is_one_line(source, tmp_path):
     """Limits stand in for it: no file may grow beyond 4 KiB."""
     args = ["bash", "-c", 'ulimit -f 4; exec "$@"', "bash", *command(source, tmp_path / "to")]
-    done = subprocess.run(args, env=ENV, capture_output=True, text=True, timeout=60)
+    done = programs.run(args, env=ENV)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert done.stderr.startswith(f"error: {tmp_path / 'to'}")
 
@@ -616,7 +624,7 @@ def test_what_tfds_wrote_through_beam_is_read(tmp_path):
         f"--beam_pipeline_options=runner={runner},direct_num_workers=2,direct_running_mode=multi_processing",
     ]
     env = os.environ | {"PYTHONPATH": str(tmp_path)}  # workers import builders.photos
-    done = subprocess.run(args, cwd=tmp_path / "builders", env=env, capture_output=True, text=True, timeout=300)
+    done = programs.run(args, cwd=tmp_path / "builders", env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Python sdk harness exiting" in done.stderr  # as only such a process says
     dataset = open_dataset(config(tmp_path / "photos" / "1.0.0", image_size=None))

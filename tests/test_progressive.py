@@ -4,10 +4,8 @@ import json
 import pickle
 import shutil
 import signal
-import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,11 @@ from typing import Any
 import cv2
 import jax
 import numpy as np
+import programs
 import pytest
 from conftest import ROOT, main_command, main_env, run_main
 from ml_collections import ConfigDict
+from programs import until
 from test_resume import assert_bit_identical, wait_for_step
 
 from jax_resnet.ahead import StepsAhead
@@ -221,13 +221,6 @@ def ahead(fake: FakeStep, phases: Sequence[Phase] = PHASES) -> StepsAhead:
     return StepsAhead(fake, phases, lambda phase: (phase.image_size,), fake, (EVALUATION,))
 
 
-def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
 def test_a_step_waits_for_its_own_size_only_and_sizes_compile_once(fake: FakeStep) -> None:
     fake.allowed[1].set()
     with ahead(fake) as steps:
@@ -372,12 +365,11 @@ def test_a_signal_while_a_later_phase_compiles_saves_and_leaves_at_once(
     options = [f"--config={ROOT / 'tests' / 'tiny.py'}:{tiny_npz}", f"--config.progressive={sizes}"]
     options += ["--config.train.steps=2000", "--config.log_every=1", "--config.model.name=cifar_resnet32"]
     options += ["--config.eval.every.steps=5000", "--config.checkpoint.every.steps=5000", f"--workdir={tmp_path}"]
-    process = subprocess.Popen(main_command(*options), env=main_env(), cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
-    wait_for_step(tmp_path, 1, process)
-    time.sleep(1)
+    env = main_env() | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    process = programs.start(main_command(*options), env=env)
+    wait_for_step(tmp_path, 1 if begins > 0.5 else 2, process)  # the third step has another size
     process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate()
     assert process.returncode == 143, stderr  # not aborted by a thread that is cut off
     last = read_metrics(tmp_path)[-1]["step"]
     assert f"stopped after step {last:,} of 2,000, saved in " in stderr

@@ -1,13 +1,16 @@
 """Workdirs in an object store: a whole run against moto's S3 server, through tensorstore and fsspec."""
 
+import http.server
 import json
 import logging
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import programs
 import pytest
-from conftest import ROOT, run_main
+from conftest import ROOT, main_command, main_env, run_main
 from ml_collections import ConfigDict
 from orbax.checkpoint._src.serialization import tensorstore_utils
 from test_resume import final_state
@@ -112,8 +115,39 @@ def test_refused_credentials_are_one_line(bucket: str, monkeypatch: pytest.Monke
         raise PermissionError("Access Denied")
 
     monkeypatch.setattr(s3fs.S3FileSystem, "_lsdir", refused)
-    with pytest.raises(UserError, match=r"^s3://runs/run: cannot be read \(Access Denied\); check .* credentials"):
+    with pytest.raises(UserError, match=r"^s3://runs/run: cannot be read \(Access Denied\); check .* credentials") as e:
         names(open_path("s3://runs/run"))
+    assert e.value.status == 2
+
+
+class Busy(http.server.BaseHTTPRequestHandler):
+    """A store that answers 503 to everything."""
+
+    def answer(self) -> None:
+        body = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(503)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(b"" if self.command == "HEAD" else body)
+
+    do_GET = do_HEAD = do_PUT = do_POST = answer  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_store_that_is_busy_may_be_back(bucket: str, tiny_npz: Path) -> None:
+    """One line, and the status at which launchers start the run again."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Busy)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    env = main_env() | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}", "AWS_MAX_ATTEMPTS": "1"}
+    done = programs.run(main_command(f"--config={TINY}:{tiny_npz}", "--workdir=s3://runs/busy"), env=env)
+    server.shutdown()
+    server.server_close()
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert done.stderr.startswith("error: s3://runs/busy")
+    assert "the store or the network may be back" in done.stderr
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])

@@ -5,13 +5,13 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import programs
 import pytest
 from conftest import ROOT, main_command, main_env, run_main
 from ml_collections import ConfigDict
@@ -44,12 +44,8 @@ def assert_bit_identical(one: Path, other: Path) -> None:
         assert a[name].tobytes() == b[name].tobytes(), name
 
 
-def wait_for_step(workdir: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not any(row["step"] >= step for row in read_metrics(workdir)):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+def wait_for_step(workdir: Path, step: int, process: programs.Program) -> None:
+    programs.until(lambda: any(row["step"] >= step for row in read_metrics(workdir)), process)
 
 
 def killed_and_restarted(npz: Path, folder: Path, kills: int, seed: int) -> None:
@@ -64,8 +60,7 @@ def killed_and_restarted(npz: Path, folder: Path, kills: int, seed: int) -> None
     for _ in range(kills):
         rows = read_metrics(killed)
         step = rows[-1]["step"] if rows else 0
-        process = subprocess.Popen(main_command(*args, f"--workdir={killed}"), env=main_env(), cwd=ROOT,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+        process = programs.start(main_command(*args, f"--workdir={killed}"), env=main_env(), cwd=ROOT)
         if rng.random() < 0.9:
             wait_for_step(killed, min(step + rng.randint(1, 8), 10 * kills - 2), process)
             time.sleep(rng.uniform(0, 0.1))
@@ -102,12 +97,11 @@ def test_asked_to_stop_saves_says_so_and_goes_on(
     before = signal.signal(
         signum, signal.SIG_DFL
     )  # ignored, as a shell leaves SIGINT in the background, it is inherited
-    process = subprocess.Popen(main_command(*args, f"--workdir={stopped}"), env=main_env(), cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = programs.start(main_command(*args, f"--workdir={stopped}"), env=main_env(), cwd=ROOT)
     signal.signal(signum, before)
     wait_for_step(stopped, 3, process)
     process.send_signal(signum)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate()
     assert process.returncode == status, stderr
     assert "Traceback" not in stderr
     last = stderr.strip().splitlines()[-1]
@@ -266,19 +260,18 @@ def test_asked_to_stop_while_compiling_leaves_at_once(tiny_npz: Path, tmp_path: 
     """Nothing is unsaved then: the compiler, in which Python's handlers wait, is not waited for."""
     args = [f"--config={TINY}:{tiny_npz}", "--config.model.name=cifar_resnet110"]
     args += ["--config.model.widths=(16, 32, 64)", f"--workdir={tmp_path}"]
-    env = main_env() | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    process = subprocess.Popen(main_command(*args), env=env, cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
-    assert process.stdout
-    while not process.stdout.readline().startswith("workdir"):
-        assert process.poll() is None
-    time.sleep(1.5)
+    env = main_env() | {"JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_LOG_COMPILES": "true"}
+    process = programs.start(main_command(*args), env=env)
+    said = ""
+    while "to MLIR module conversion jit(train_step)" not in said:  # the last that JAX says before XLA compiles
+        line = process.stderr.readline()
+        assert line, said
+        said += line
     process.send_signal(signal.SIGTERM)
-    began = time.monotonic()
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate()
     assert process.returncode == 143, stderr
-    assert time.monotonic() - began < 30
     assert stderr.strip().splitlines()[-1].startswith("stopped after step 0 of 20")
+    assert "Finished XLA compilation of jit(train_step)" not in said + stderr
 
 
 def test_the_batch_changes_only_by_saying_so(tiny_config: ConfigDict, tmp_path: Path) -> None:

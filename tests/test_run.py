@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import programs
 import pytest
 from conftest import ROOT, main_command, main_env, run_main
 from ml_collections import ConfigDict
@@ -141,12 +142,10 @@ def test_neither_tensorflow_nor_torch_is_imported(tiny_npz: Path, tmp_path: Path
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(f"import os; os.write(2, b'imported {name}'); os._exit(9)")
     env = main_env()
-    done = subprocess.run(
+    done = programs.run(
         main_command(f"--config={TINY}:{tiny_npz}", f"--workdir={tmp_path / 'run'}"),
         cwd=ROOT,
         env=env | {"PYTHONPATH": f"{tmp_path}:{env['PYTHONPATH']}"},
-        capture_output=True,
-        text=True,
     )
     assert done.returncode == 0, done.stderr
 
@@ -170,7 +169,7 @@ def test_python_api() -> None:
 @pytest.mark.slow
 def test_digits_reach_the_stated_accuracy(tmp_path: Path) -> None:
     """At least 356 of 360, two under what a support vector machine gets; benchmarks/digits.py has three seeds."""
-    done = run_main("--config=resnet20_digits", f"--workdir={tmp_path}", timeout=600)
+    done = run_main("--config=resnet20_digits", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
     test = json.loads((tmp_path / "result.json").read_text())["splits"]["test"]
     assert test["examples"] == 360

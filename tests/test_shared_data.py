@@ -9,7 +9,7 @@ from conftest import run_main
 
 
 def splits(workdir: Path, *args: str) -> dict:
-    done = run_main(f"--workdir={workdir}", *args, timeout=900)
+    done = run_main(f"--workdir={workdir}", *args)
     assert done.returncode == 0, done.stderr
     return json.loads((workdir / "result.json").read_text())["splits"]
 

@@ -3,13 +3,13 @@
 import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import programs
 import pytest
 from ml_collections import ConfigDict
 
@@ -112,7 +112,7 @@ def test_opening_digits_imports_neither_tensorflow_nor_torch(tmp_path):
         "print(len(dataset.train), sorted({'tensorflow', 'torch'} & set(sys.modules)))\n"
     )
     env = os.environ | {"PYTHONPATH": f"{tmp_path / 'trap'}{os.pathsep}{ROOT}", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    done = programs.run([sys.executable, "-c", code], env=env)
     assert (done.returncode, done.stdout.splitlines()) == (0, ["1437 []"]), done.stderr
 
 

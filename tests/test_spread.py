@@ -1,10 +1,10 @@
 """config.spread_optimizer: each device keeps its share, and the training is the same."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 from conftest import ROOT, main_env, run_main
 from jax.sharding import AbstractMesh, AxisType
@@ -89,7 +89,7 @@ def test_each_of_four_devices_keeps_about_a_quarter(tiny_npz: Path) -> None:
     found = {}
     for spread_out in ("on", "off"):
         command = [sys.executable, "-c", SHARES, str(tiny_npz), spread_out]
-        done = subprocess.run(command, env=main_env(4), cwd=ROOT, capture_output=True, text=True, timeout=200)
+        done = programs.run(command, env=main_env(4), cwd=ROOT)
         assert done.returncode == 0, done.stderr
         found[spread_out] = list(map(int, done.stdout.split()))
     (shares, params, of_all), (whole, params_whole, of_all_whole) = found["on"], found["off"]

@@ -4,13 +4,12 @@ import json
 import random
 import signal
 import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import cv2
 import numpy as np
+import programs
 import pytest
 from conftest import ROOT, main_env
 from stream import BATCH, EPOCHS, SEED
@@ -35,9 +34,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def begin(folder: Path, out: Path, *args: int) -> subprocess.Popen[str]:
+def begin(folder: Path, out: Path, *args: int) -> programs.Program:
     command = [sys.executable, ROOT / "tests" / "stream.py", folder, out, *map(str, args)]
-    return subprocess.Popen(command, env=main_env(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return programs.start(command, env=main_env())
 
 
 def lines(out: Path) -> Stream:
@@ -47,7 +46,7 @@ def lines(out: Path) -> Stream:
 
 def whole(folder: Path, out: Path, *args: int) -> tuple[Stream, str]:
     process = begin(folder, out, *args)
-    printed, errors = process.communicate(timeout=120)
+    printed, errors = process.communicate()
     assert process.returncode == 0, errors
     assert not errors  # no warning of leaked memory either
     return lines(out), printed
@@ -86,9 +85,7 @@ def test_killed_at_random_and_begun_again(folder: Path, tmp_path: Path, stream: 
     rng = random.Random(workers)
     for step in sorted(rng.sample(range(1, len(stream)), 5)):
         process = begin(folder, tmp_path / "out", 2, workers)
-        deadline = time.monotonic() + 60
-        while len(lines(tmp_path / "out")) < step and time.monotonic() < deadline:
-            time.sleep(0.005)
+        programs.until(lambda step=step: len(lines(tmp_path / "out")) >= step, process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert step <= len(lines(tmp_path / "out"))
@@ -103,7 +100,7 @@ def test_several_processes_read_a_part_each(folder: Path, tmp_path: Path, stream
         port = s.getsockname()[1]
     processes = [begin(folder, tmp_path / f"out{i}", 2, 0, i, count, port) for i in range(count)]
     for process in processes:
-        errors = process.communicate(timeout=120)[1]
+        errors = process.communicate()[1]
         assert process.returncode == 0, errors
     parts = [lines(tmp_path / f"out{i}") for i in range(count)]
     assert all(len(rows) == BATCH // count for part in parts for rows in part)
@@ -135,8 +132,7 @@ print(resident)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_memory_stays_flat_over_2000_batches(folder: Path, workers: int) -> None:
-    done = subprocess.run([sys.executable, "-c", MEMORY, folder, str(workers)], env=main_env(), capture_output=True,
-                          text=True, timeout=300)  # fmt: skip
+    done = programs.run([sys.executable, "-c", MEMORY, folder, str(workers)], env=main_env())
     assert done.returncode == 0, done.stderr
     resident = json.loads(done.stdout)  # MiB; of a batch 0.19, so 8 is one in thirty-six kept
     assert max(resident[2:]) - resident[1] < 8, resident

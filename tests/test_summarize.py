@@ -1,12 +1,12 @@
 """What networks cost, against what is published of them, closed forms, and a trace of the whole network."""
 
 import dataclasses
-import subprocess
 import sys
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import programs
 import pytest
 from conftest import ROOT, main_env
 from flax import nnx
@@ -268,13 +268,10 @@ def test_mistakes(monkeypatch, capsys, args, line):
 
 
 def command(*args, **env):
-    return subprocess.run(
+    return programs.run(
         [sys.executable, "-m", "jax_resnet.summarize", *args],
         env=main_env() | env,
         cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
     )
 
 

@@ -3,12 +3,11 @@
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from programs import HANG_SECONDS, until
 
 SUPERVISE = ROOT / "launch" / "supervise"
 
@@ -30,7 +29,7 @@ def command(folder: Path, body: str) -> list[str]:
 def supervise(folder: Path, body: str, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [SUPERVISE, *flags, "--", *command(folder, body), f"--workdir={folder}"],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=HANG_SECONDS,
     )  # fmt: skip
 
 
@@ -48,13 +47,6 @@ def started(folder: Path, body: str, count: int = 1) -> subprocess.Popen[str]:
     )
     until(lambda: len(runs(folder)) == count)
     return process
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def alive(pid: int) -> bool:
@@ -107,7 +99,7 @@ def test_passes_a_signal_on_once_and_ends(tmp_path: Path, signum: int) -> None:
     process = started(tmp_path, body)
     until((tmp_path / "ready").exists)
     process.send_signal(signum)
-    assert process.wait(timeout=30) == 101
+    assert process.wait(timeout=HANG_SECONDS) == 101
     assert len(runs(tmp_path)) == 1
 
 
@@ -116,20 +108,20 @@ def test_a_signal_while_it_waits_ends_it(tmp_path: Path) -> None:
     assert process.stderr is not None
     assert "again in" in process.stderr.readline()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 7
+    assert process.wait(timeout=HANG_SECONDS) == 7
     assert len(runs(tmp_path)) == 1
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
 def test_no_command_outlives_a_killed_supervisor(tmp_path: Path) -> None:
-    process = started(tmp_path, "time.sleep(100)")
+    process = started(tmp_path, "time.sleep(600)")
     ((pid, _),) = runs(tmp_path)
     process.kill()
     until(lambda: not alive(pid))
 
 
 def test_nothing_of_the_last_run_is_left_when_the_next_begins(tmp_path: Path) -> None:
-    body = "if run == 1:\n    child = os.fork()\n    if not child: time.sleep(100)\n"
+    body = "if run == 1:\n    child = os.fork()\n    if not child: time.sleep(600)\n"
     supervise(tmp_path, body + "    (folder / 'left').write_text(str(child))\n    os.kill(os.getpid(), 9)")
     assert len(runs(tmp_path)) == 2
     assert not alive(int((tmp_path / "left").read_text()))
@@ -139,7 +131,7 @@ def test_nothing_of_the_last_run_is_left_when_the_next_begins(tmp_path: Path) ->
 def test_takes_the_workdir_from_the_command(tmp_path: Path, flag: list[str]) -> None:
     (tmp_path / "checkpoints" / "30").mkdir(parents=True)
     args = ["--attempts", "1", "--", "false", *(part.format(tmp_path) for part in flag)]
-    done = subprocess.run([SUPERVISE, *args], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([SUPERVISE, *args], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert (done.returncode, done.stderr.strip()) == (
         1,
         "supervise: error: 1 runs in a row ended at step 30, the last with 1",
@@ -156,7 +148,7 @@ def test_takes_the_workdir_from_the_command(tmp_path: Path, flag: list[str]) -> 
     ],
 )
 def test_mistakes(args: list[str], line: str) -> None:
-    done = subprocess.run([SUPERVISE, *args], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([SUPERVISE, *args], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 2
     assert line in done.stderr
     assert len(done.stderr.splitlines()) == 1
