@@ -1,22 +1,35 @@
 """What the tests share: the command as a user runs it, small data, a tiny config."""
 
+import gc
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import programs  # first: it says where JAX keeps what it compiles
+import programs
 import pytest
-import tiny
-from ml_collections import ConfigDict
+
+gc.set_threshold(100_000)  # as the command does: a tenth of tracing is a search for garbage by Python's 700
+
+SOAK = bool(os.environ.get("SOAK"))  # as `make soak` sets it: also what takes long or measures time
+programs.set_up(quickly=not SOAK)
+
+import tiny  # noqa: E402
+from ml_collections import ConfigDict  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
-SOAK = bool(os.environ.get("SOAK"))  # as `make soak` sets it: also what takes long or measures time
 # Beside the environment, not in it: JAX would look for a TPU, and say that there is none, in every test.
 LIBTPU = Path(sys.prefix) / "libtpu"
 needs_libtpu = pytest.mark.skipif(not LIBTPU.is_dir(), reason="needs libtpu in .venv/libtpu, as .ci/run installs it")
+
+
+# A shell ignores these for what it runs in the background, and programs inherit that: here they are what is tested.
+for signum, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(signum) is signal.SIG_IGN:
+        signal.signal(signum, usual)
 
 
 def run_main(*args: str, devices: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -29,13 +42,20 @@ def main_command(*args: str) -> list[str]:
 
 
 def main_env(devices: int = 1) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
     return os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
 
 
+@pytest.fixture(autouse=True)
+def _no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the picture of the curves, which takes as long as a short training, where nobody looks at it."""
+    if "curves" not in request.node.keywords:
+        monkeypatch.setattr("jax_resnet.telemetry.draw_curves", lambda *_: None)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow ones first, or the last of them would be waited for by one worker alone."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Put the long ones first, or the last of them would be waited for by one worker alone."""
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("soak", "slow")])
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+QUICKLY = "--xla_backend_optimization_level=0"
 HANG_SECONDS = 1200.0  # a program that runs longer hangs: no test measures time by it
 # Beginnings of the names of variables that are read when they are needed, or that a child sets in JAX's config.
 READ_LATE = ("JAX_", "XLA_", "SLURM_", "OMPI_", "AWS_", "HF_", "COLUMNS", "PYTEST_")
@@ -39,12 +40,22 @@ PRELOADED = (
     *("rich.progress", "ml_collections.config_flags", "absl.app"),
 )
 
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # the same small programs again and again, in many processes
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax_resnet-compiled-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+_environment: dict[str, str] = {}  # of the warm parent, whatever a test has set for itself meanwhile
 
-_ENVIRONMENT = dict(os.environ)  # of the warm parent, whatever a test has set for itself meanwhile
+
+def set_up(*, quickly: bool) -> None:
+    """Set what JAX reads of the environment, in the tests and in what they start. Call it before JAX is imported.
+
+    The same small programs are compiled again and again, in many processes: their executables are kept. Compiled
+    `quickly`, without LLVM's optimizations, they take half the time to compile and give the same numbers.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax_resnet-compiled-")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+        atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+    if quickly and QUICKLY not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY}".strip()
+    _environment.update(os.environ)
 
 
 class Program:
@@ -159,10 +170,10 @@ def until(holds: Callable[[], Any], process: Any = None) -> None:
 
 
 def _can_be_warm(env: Mapping[str, str]) -> bool:
-    parent = _ENVIRONMENT | {"PYTHONPATH": env.get("PYTHONPATH", "")}
+    parent = _environment | {"PYTHONPATH": env.get("PYTHONPATH", "")}
     changed = {name for name in parent.keys() | env.keys() if parent.get(name) != env.get(name)}
     unset = {name for name in changed if name.startswith("JAX_") and name not in env}
-    same_modules = env.get("PYTHONPATH", "") in ("", str(ROOT), _ENVIRONMENT.get("PYTHONPATH"))
+    same_modules = env.get("PYTHONPATH", "") in ("", str(ROOT), _environment.get("PYTHONPATH"))
     return same_modules and not unset and all(name.startswith(READ_LATE) for name in changed)
 
 
@@ -183,12 +194,12 @@ class _Parent:
         listening = socket.socket(socket.AF_UNIX)
         listening.bind(self._address)
         listening.listen(64)
-        path = os.pathsep.join([str(ROOT), _ENVIRONMENT.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        path = os.pathsep.join([str(ROOT), _environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         self._process = subprocess.Popen(
             [sys.executable, __file__, str(listening.fileno())],
             stdin=subprocess.PIPE,  # its end tells the parent that nobody will ask any more
             pass_fds=[listening.fileno()],
-            env=_ENVIRONMENT | {"PYTHONPATH": path},
+            env=_environment | {"PYTHONPATH": path},
         )
         listening.close()
         atexit.register(self._close)

@@ -164,8 +164,8 @@ CASES = [
     config("config", "a stem there is none of", "model.stem=cfar", "stem='cfar'", "imagenet or cifar"),
     config("config", "a norm there is none of", "model.norm=layer", "norm", "layer"),
     config("config", "too few depths", "model.depths=3", "depths=(3,)", "one of each for every stage"),
-    config("config", "no blocks", "model.depths=(0,0,0)", "depths"),
-    config("config", "no channels", "model.widths=(0,0,0)", "widths"),
+    config("config", "no blocks", "model.depths=(0,0)", "depths"),
+    config("config", "no channels", "model.widths=(0,0)", "widths"),
     config("config", "an optimizer there is none of", "optimizer.name=sdg", "config.optimizer.name", "'sdg'", "sgd"),
     config("config", "a mistyped schedule", "schedule.name=cosin", "config.schedule.name", "cosine"),
     config("config", "a number that is none", "optimizer.learning_rate=nan", "learning_rate=nan", "more than 0"),
@@ -205,7 +205,7 @@ CASES = [
     config("config", "no pattern", "optimizer.no_decay=('[',)", "no_decay", "is no pattern"),
     config("config", "two rates for one", f"optimizer.rate_factors={RATES}", "rate_factors", "both cover head/bias"),
     config("config", "a part there is none of", "freeze=('hed',)", "config.freeze", "did you mean head?"),
-    config("config", "images too small", "data.image_size=3", "cifar_resnet8", "at least 4", "have 3"),
+    config("config", "images too small", "data.image_size=1", "cifar_resnet8", "at least 2", "have 1"),
     config("data", "a dataset there is none of", "data.name=cifar01", "cifar01", "cifar10"),
     config(
         *("data", "a dataset not prepared", "data.name=cifar10 data.data_dir={tmp}"),
@@ -248,7 +248,7 @@ CASES = [
         prepare=cut_weights,
     ),
     config(
-        *("weights", "of another width", "init_from={tmp}/weights.safetensors model.widths=(16,16,32)", "(24", "(32"),
+        *("weights", "of another width", "init_from={tmp}/weights.safetensors model.widths=(16,32)", "(24", "(32"),
         prepare=tensors(),
     ),
     config(
@@ -282,7 +282,7 @@ CASES = [
         saved=True,
     ),
     Case(
-        *("checkpoint", "of another network", RUN + " --config.model.widths=(16,16,32)", ("widths", "24", "32")),
+        *("checkpoint", "of another network", RUN + " --config.model.widths=(16,32)", ("widths", "24", "32")),
         saved=True,
     ),
     Case(

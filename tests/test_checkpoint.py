@@ -126,7 +126,7 @@ def test_nothing_is_moved_when_nothing_is_sound(begun: tuple[ConfigDict, Path], 
 def test_another_network_is_no_damage(begun: tuple[ConfigDict, Path]) -> None:
     config, workdir = begun
     other = config.copy_and_resolve_references()
-    other.model.widths = (16, 16, 32)
+    other.model.widths = (16, 32)
     with Checkpoints(workdir) as checkpoints, pytest.raises(UserError, match="of another network") as e:
         checkpoints.restore_newest(Job(other).abstract_state, print)
     assert not isinstance(e.value, Damaged)

@@ -148,7 +148,7 @@ def test_statistics_of_each_device_need_no_collectives(rows: list[dict[str, Any]
     assert whole["collectives"]["all-reduce"][0] >= 7  # one for each batch norm
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @needs_libtpu
 def test_a_batch_that_does_not_fit(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"

@@ -81,7 +81,7 @@ def test_each_run_of_a_process_keeps_its_own(
     assert all(any(name.startswith("jit_train_step") for name in kept(tmp_path / str(seed))) for seed in (0, 1))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_processes_of_a_job_find_what_the_first_has_kept(tiny_npz: Path, tmp_path: Path) -> None:
     args = [f"--config={TINY}:{tiny_npz}", f"--workdir={tmp_path}", "--config.log_every=1"]
     kept_after = []

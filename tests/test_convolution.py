@@ -126,7 +126,12 @@ def test_groups_and_bfloat16() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("resnet18", {"antialias": "blur_conv"}), ("ecaresnet26t", {}), ("resnetv2_50x1_bit", {})]
+    ("name", "options"),
+    [
+        ("resnet18", {"antialias": "blur_conv"}),
+        pytest.param("ecaresnet26t", {}, marks=pytest.mark.soak),
+        pytest.param("resnetv2_50x1_bit", {}, marks=pytest.mark.soak),
+    ],
 )
 def test_networks_keep_their_logits(name: str, options: dict[str, Any]) -> None:
     """Among them those with blurred, one-dimensional and standardised convolutions."""

@@ -33,7 +33,7 @@ def column(rows: list[dict], kind: str, name: str) -> list[float]:
 @pytest.mark.parametrize(
     "more",
     [
-        [],
+        pytest.param([], marks=pytest.mark.soak),
         [
             "--config.model.bn_group_size=2",
             "--config.model.dropout=0.3",
@@ -77,6 +77,7 @@ print(train(config, sys.argv[4])["splits"])
 """
 
 
+@pytest.mark.soak  # test_processes has four, by the command
 def test_two_processes_train_as_one(tiny_npz: Path, tmp_path: Path) -> None:
     one = run(tiny_npz, tmp_path / "one", 1)
     with socket.socket() as free:
@@ -102,6 +103,7 @@ def test_two_processes_train_as_one(tiny_npz: Path, tmp_path: Path) -> None:
 
 
 COLLECTIVES = """
+import sys
 import jax, jax.numpy as jnp, optax
 from jax_resnet import parallel
 from jax_resnet.config import default
@@ -110,7 +112,9 @@ from jax_resnet.state import make_state
 from jax_resnet.step import make_train_step
 mesh = parallel.data_mesh()
 rows, whole, optimizer = parallel.batch_sharding(mesh), parallel.replicated(mesh), optax.sgd(0.1, momentum=0.9)
-make = lambda rngs: create_model("resnet50", num_classes=1000, dtype=jnp.bfloat16, bn_group_size=GROUP, rngs=rngs)
+depths = tuple(map(int, sys.argv[1].split(",")))
+options = {"depths": depths, "dtype": jnp.bfloat16, "bn_group_size": int(sys.argv[2]) or None}
+make = lambda rngs: create_model("resnet50", num_classes=1000, rngs=rngs, **options)
 graph, state, _ = make_state(make, optimizer, 0, whole)
 config = default()
 config.data.crop, config.loss.label_smoothing = "pad", 0.1
@@ -122,18 +126,24 @@ print(step.lower(state, batch).compile().as_text())
 """
 
 
-def collectives(group: str) -> list[str]:
-    done = programs.run([sys.executable, "-c", COLLECTIVES.replace("GROUP", group)], env=main_env(4), check=True)
+def collectives(depths: str, group: int) -> list[str]:
+    done = programs.run([sys.executable, "-c", COLLECTIVES, depths, group], env=main_env(4), check=True)
     names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
     return re.findall(rf"= .*? ({names})(?:-start)?\(", done.stdout)
 
 
-def test_resnet50_on_four_devices_with_per_device_groups_has_three_collectives() -> None:
-    found = collectives("4")
+DEPTHS = pytest.mark.parametrize("depths", ["1,1,1,1", pytest.param("3,4,6,3", marks=pytest.mark.soak)])
+
+
+@DEPTHS
+def test_a_resnet_on_four_devices_with_per_device_groups_has_three_collectives(depths: str) -> None:
+    found = collectives(depths, 4)
     assert set(found) == {"all-reduce"}
     assert len(found) <= 3
 
 
-@pytest.mark.slow
-def test_resnet50_on_four_devices_with_global_statistics_reduces_in_every_norm() -> None:
-    assert len(collectives("None")) >= 53  # what the test above would count if groups did not stay on their device
+@pytest.mark.soak
+@DEPTHS
+def test_a_resnet_on_four_devices_with_global_statistics_reduces_in_every_norm(depths: str) -> None:
+    norms = 1 + sum(3 * int(depth) + 1 for depth in depths.split(","))
+    assert len(collectives(depths, 0)) >= norms  # what the test above would count if groups did not stay there

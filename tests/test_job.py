@@ -1,6 +1,7 @@
 """Jobs of several processes in which one has a fault: what the others do, how fast, and how the run goes on."""
 
 from pathlib import Path
+from typing import Any
 
 import faults
 import numpy as np
@@ -55,17 +56,21 @@ def test_asked_to_stop_all_save_the_same_step_and_go_on_as_fewer(tiny_npz: Path,
     np.testing.assert_allclose(losses(run), losses(tmp_path / "whole"), rtol=2e-4)
 
 
+def soaked(*values: object) -> Any:
+    return pytest.param(*values, marks=pytest.mark.soak)
+
+
 @pytest.mark.slow
 @pytest.mark.timed
 @pytest.mark.parametrize(
     ("kind", "rank", "seconds", "statuses", "says"),
     [
-        ("exception", 0, 10 + SAVING, {1}, "process 0 on {host}: RuntimeError: injected fault"),
+        soaked("exception", 0, 10 + SAVING, {1}, "process 0 on {host}: RuntimeError: injected fault"),
         ("exception", 1, 10 + SAVING, {1}, "process 1 on {host}: RuntimeError: injected fault"),
-        ("exception", 2, 10 + SAVING, {1}, "process 2 on {host}: RuntimeError: injected fault"),  # of four
+        soaked("exception", 2, 10 + SAVING, {1}, "process 2 on {host}: RuntimeError: injected fault"),  # of four
         ("stop", 1, 10, {143}, "stopped"),
         ("kill", 1, 40, {1, -6}, None),
-        ("freeze", 1, 40, {1, -6}, None),
+        soaked("freeze", 1, 40, {1, -6}, None),
         ("stuck", 1, 10, {1}, "process 1 on {host}: stuck: what comes before step 10 has taken more than "
          "config.stuck_after allows; the stacks above say where"),
     ],

@@ -246,7 +246,7 @@ def launched(kind: str, number: int, port: int) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["slurm", "ompi"])
+@pytest.mark.parametrize("kind", ["slurm", pytest.param("ompi", marks=pytest.mark.soak)])
 def test_two_processes_as_a_launcher_starts_them(tiny_npz: Path, tmp_path: Path, kind: str) -> None:
     port = free_port()
     more = [launched(kind, number, port) | {"JAX_COORDINATOR_PORT": str(port)} for number in range(2)]

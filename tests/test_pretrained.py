@@ -145,7 +145,7 @@ def test_what_the_command_says(tiny_npz: Path, tensors: dict[str, np.ndarray], t
                     "--config.stop_after_steps=1")  # fmt: skip
     lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
     assert ["weights", str(tmp_path)] in lines
-    assert ["loaded", "35 of 37 arrays"] in lines
+    assert ["loaded", "25 of 27 arrays"] in lines
     assert ["left", "out  fc.bias, fc.weight"] in lines
     assert ["new", "head/bias, head/kernel"] in lines
     assert any(line[0] == "note" and "--config.data.mean=(0.5,)" in line[1] for line in lines)
@@ -180,13 +180,13 @@ def test_weights_of_another_network(job: Job, tmp_path: Path) -> None:
         save_file(to_torch(arrays, model.spec), tmp_path / f"{name}.safetensors")
         return tmp_path / f"{name}.safetensors"
 
-    widths = {"widths": (16, 16, 24)}
-    deeper = error(job, weights_of("cifar_resnet14", **widths))
-    assert "layer1.1.bn1.bias is not of this network, one of 30" in deeper
-    preactivation = error(job, weights_of("cifar_resnetv2_8", **widths))
+    widths = {"widths": (16, 24)}
+    deeper = error(job, weights_of("cifar_resnet14", depths=(2, 2), **widths))
+    assert "layer1.1.bn1.bias is not of this network, one of 20" in deeper
+    preactivation = error(job, weights_of("cifar_resnetv2_8", depths=(1, 1), **widths))
     assert "layer1.0.conv1.weight (stage1/block0/conv1/kernel) is missing" in preactivation
-    wider = error(job, weights_of("cifar_resnet8", widths=(16, 16, 32)))
-    assert "(stage3/block0/conv1/kernel) is (32, 16, 3, 3) there, (24, 16, 3, 3) in this network" in wider
+    wider = error(job, weights_of("cifar_resnet8", depths=(1, 1), widths=(16, 32)))
+    assert "(stage2/block0/conv1/kernel) is (32, 16, 3, 3) there, (24, 16, 3, 3) in this network" in wider
     assert jax.tree.leaves(job.abstract_state)[0].shape == ()  # still of use
 
 
@@ -334,7 +334,7 @@ def test_what_may_be_frozen(tiny_config: ConfigDict) -> None:
     tiny_config.freeze = ("stage9",)
     with pytest.raises(UserError, match=r"config\.freeze: unknown name 'stage9'; did you mean stage"):
         Job(tiny_config)
-    tiny_config.freeze = ("stem", "stage1", "stage2", "stage3", "head")
+    tiny_config.freeze = ("stem", "stage1", "stage2", "head")
     with pytest.raises(UserError, match="nothing is left to be trained"):
         Job(tiny_config)
 
@@ -348,7 +348,7 @@ def test_rates_decay_by_layer(tiny_config: ConfigDict, tmp_path: Path) -> None:
         tiny_config.optimizer.layer_decay = decay
         before, after = after_steps(tiny_config, tmp_path / f"{decay}", steps=1)
         moved.append({name: after[name] - before[name] for name in before})
-    layers_above = {"stem": 4, "stage1": 3, "stage2": 2, "stage3": 1, "head": 0}  # one block in each stage
+    layers_above = {"stem": 3, "stage1": 2, "stage2": 1, "head": 0}  # one block in each stage
     for name in moved[0]:
         scale = 1.0 if name.endswith(("mean", "var")) else 0.5 ** layers_above[name.split("/")[0]]
         np.testing.assert_allclose(moved[1][name], scale * moved[0][name], rtol=1e-3, atol=1e-6, err_msg=name)
@@ -390,7 +390,7 @@ def test_what_is_exported_is_evaluated_by_timm_as_here(crop: str, expected: tupl
 
 
 def test_export_of_a_run(tiny_config: ConfigDict, tmp_path: Path) -> None:
-    tiny_config.model.name, tiny_config.model.widths = "test_resnet", None
+    tiny_config.model.update(name="test_resnet", depths=None, widths=None)
     tiny_config.data.image_size = 32
     tiny_config.stop_after_steps = 2
     train(tiny_config, tmp_path / "run")

@@ -5,7 +5,7 @@ from pathlib import Path
 import faults
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SOAK
 
 from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.journal import read_metrics
@@ -34,9 +34,10 @@ def files(workdir: Path) -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timed  # with two processes too
 def test_four_devices_in_one_two_and_four_processes(tiny_npz: Path, tmp_path: Path) -> None:
     found = {}
-    for processes in (1, 2, 4):
+    for processes in (1, 2, 4) if SOAK else (1, 4):
         workdir = tmp_path / str(processes)
         first, *others = run(tiny_npz, workdir, processes, 4 // processes)
         assert "devices  4 × cpu" in first.stdout
@@ -50,16 +51,16 @@ def test_four_devices_in_one_two_and_four_processes(tiny_npz: Path, tmp_path: Pa
         with Checkpoints(workdir) as checkpoints:
             assert checkpoints.steps() == [40, 50]
     one = found[1]
-    assert one["train"][-5:].mean() < 0.98 * one["train"][:5].mean()  # it is a training, not a constant
+    assert one["train"][-5:].mean() < 0.99 * one["train"][:5].mean()  # it is a training, not a constant
     assert one["files"] == {"config.json", "data.json", "lock", "metrics.jsonl", "result.json", "curves.png"}
-    for other in (found[2], found[4]):
+    for other in found.values():
         assert other["files"] == one["files"]
         for kind in ("train", "eval"):
             difference = np.abs(other[kind] / one[kind] - 1).max()
             assert difference < 1e-6, difference
 
 
-@pytest.mark.slow
+@pytest.mark.soak  # test_job has the same with signals
 def test_saved_by_four_processes_gone_on_with_by_two_and_by_one(tiny_npz: Path, tmp_path: Path) -> None:
     """Each alone with one device: the sums are taken in another order each time."""
     for processes, stop in ((4, ["--config.stop_after_steps=17"]), (2, ["--config.stop_after_steps=33"]), (1, [])):

@@ -356,7 +356,9 @@ def test_a_run_killed_in_each_phase_goes_on_bit_for_bit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("begins", [0.9, 0.001], ids=["training", "waiting"])
+@pytest.mark.parametrize(
+    "begins", [pytest.param(0.9, id="training", marks=pytest.mark.soak), pytest.param(0.001, id="waiting")]
+)
 def test_a_signal_while_a_later_phase_compiles_saves_and_leaves_at_once(
     tiny_npz: Path, tmp_path: Path, begins: float
 ) -> None:
@@ -399,7 +401,7 @@ def test_a_signal_while_a_later_phase_compiles_saves_and_leaves_at_once(
         (((0, 12), (0.5, 16, 9)), {"data.mixup": 0.2}, r"progressive: batch_size=9: must be even"),
         (((0, 12), (0.5, 16, 24)), {"model.bn_group_size": 16}, r"size=16 does not divide config\.progressive: .*=24"),
         (((0, 12), (0.5, 16, 101)), {}, r"config\.progressive: batch_size=101 is larger than the train split .* 100 e"),
-        (((0, 12), (0.5, 3)), {}, r"config\.progressive: cifar_resnet8 takes images of at least 4 .* these have 3; gi"),
+        (((0, 12), (0.5, 1)), {}, r"config\.progressive: cifar_resnet8 takes images of at least 2 .* these have 1; gi"),
     ],
 )
 def test_mistakes_are_named_in_one_line(tiny_config: ConfigDict, rows: Any, changes: dict, message: str) -> None:

@@ -2,12 +2,10 @@
 
 import math
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -220,14 +218,6 @@ def shrunk(config: ConfigDict, images: Path) -> ConfigDict:
     return c
 
 
-@pytest.fixture
-def hasty_compiler() -> Iterator[None]:
-    """What runs twice is not worth optimizing."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def trains(c: ConfigDict, workdir: Path) -> None:
     assert train(c, workdir)["step"] == 2
     found = [row for row in read_metrics(workdir) if row["kind"] != "save"]
@@ -242,10 +232,13 @@ TRAINED = [
     "ffcv:16", "finetune", "goyal2017", "he2015_imagenet", "mlperf_lars:4096", "resnet20_digits", "resnet50_imagenet",
     "resnet_cifar:110", "resnet_rs:200", "strikes_back:a1", "torchvision:v2", "wide_resnet:28_10",
 ]  # fmt: skip
+# Stem, attention, progressive sizes, mixing, binary cross-entropy, Adam-like and LARS between them.
+OFTEN = ("resnet50_imagenet", "resnet_rs:200", "strikes_back:a1", "cifar_speed:10", "goyal2017")
 
 
-@pytest.mark.usefixtures("hasty_compiler")
-@pytest.mark.parametrize("config", TRAINED)
+@pytest.mark.parametrize(
+    "config", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.soak) for name in TRAINED]
+)
 def test_it_trains(config: str, images: Path, tmp_path: Path) -> None:
     c = loaded(config)
     if c.data.channels == 1:
@@ -254,7 +247,6 @@ def test_it_trains(config: str, images: Path, tmp_path: Path) -> None:
     trains(shrunk(c, images), tmp_path)
 
 
-@pytest.mark.usefixtures("hasty_compiler")
 def test_it_is_taught(images: Path, tmp_path: Path) -> None:
     trains(shrunk(loaded("bag_of_tricks:smoothing"), images), tmp_path / "teacher")
     c = shrunk(loaded("bag_of_tricks:distill"), images)
@@ -262,7 +254,6 @@ def test_it_is_taught(images: Path, tmp_path: Path) -> None:
     trains(c, tmp_path / "student")
 
 
-@pytest.mark.usefixtures("hasty_compiler")
 def test_it_is_fine_tuned(images: Path, tmp_path: Path) -> None:
     c = shrunk(loaded(f"bit_hyperrule:npz:{images}"), images)
     overrides = model_overrides(c)

@@ -18,7 +18,7 @@ def splits(workdir: Path, *args: str) -> dict:
     ("file", "examples", "steps"),
     [("cifar10_lossless_subset.npz", 1_000, 40), ("fashion_mnist.npz", 10_000, 30)],
 )
-@pytest.mark.slow
+@pytest.mark.soak
 def test_resnet20_on_arrays(shared: Path, tmp_path: Path, file: str, examples: int, steps: int) -> None:
     found = splits(
         tmp_path,
@@ -32,7 +32,7 @@ def test_resnet20_on_arrays(shared: Path, tmp_path: Path, file: str, examples: i
     assert found["test"]["accuracy_top1"] > 0.2  # twice chance
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_imagenet_jpegs_in_class_folders(shared: Path, tmp_path: Path) -> None:
     for file in (shared / "data" / "imagenet_jpegs").iterdir():
         cls = tmp_path / "jpegs" / file.name[:3]  # n01 … n13: broad groups of WordNet

@@ -51,7 +51,7 @@ def test_an_array_is_cut_along_its_longest_dimension(shape: tuple[int, ...], spe
     found.shard_shape(shape)  # which raises where the devices do not divide it
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_stopped_on_four_devices_and_on_two_it_ends_on_one_as_if_whole(tiny_npz: Path, tmp_path: Path) -> None:
     out = train(tiny_npz, tmp_path / "run", 4, ON, *MORE, "--config.stop_after_steps=7")
     assert "4 × cpu, activations float32, the optimizer's state spread over them" in out
@@ -98,7 +98,7 @@ def test_each_of_four_devices_keeps_about_a_quarter(tiny_npz: Path) -> None:
     assert of_all / 4 <= shares < of_all / 4 + 100  # counts of steps stay whole
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_processes_spread_save_and_go_on(tiny_npz: Path, tmp_path: Path) -> None:
     import faults
 

@@ -119,7 +119,7 @@ def test_the_fresh_state_is_the_network_of_that_seed(tiny_config: ConfigDict) ->
     tiny_config.seed = 3
     fresh = Job(tiny_config).fresh_state().params
     rngs = nnx.Rngs(params=jax.random.key(3))
-    model = create_model("cifar_resnet8", num_classes=4, in_channels=1, widths=(16, 16, 24), rngs=rngs)
+    model = create_model("cifar_resnet8", num_classes=4, in_channels=1, depths=(1, 1), widths=(16, 24), rngs=rngs)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
         fresh,

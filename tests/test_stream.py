@@ -80,7 +80,7 @@ def test_threads_and_worker_processes(folder: Path, tmp_path: Path, stream: Stre
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.soak)])
 def test_killed_at_random_and_begun_again(folder: Path, tmp_path: Path, stream: Stream, workers: int) -> None:
     rng = random.Random(workers)
     for step in sorted(rng.sample(range(1, len(stream)), 5)):
@@ -93,7 +93,7 @@ def test_killed_at_random_and_begun_again(folder: Path, tmp_path: Path, stream: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.soak)])
 def test_several_processes_read_a_part_each(folder: Path, tmp_path: Path, stream: Stream, count: int) -> None:
     with socket.socket() as s:
         s.bind(("localhost", 0))
@@ -128,7 +128,7 @@ print(resident)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_memory_stays_flat_over_2000_batches(folder: Path, workers: int) -> None:

@@ -287,7 +287,7 @@ def test_command_without_a_network():
     assert done.stderr == "error: give a network, for example resnet50, or --all\n"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_command_for_the_whole_zoo(tmp_path):
     done = command("--all", f"--plot={tmp_path / 'zoo.png'}")
     assert (done.returncode, done.stderr) == (0, "")

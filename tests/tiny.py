@@ -1,4 +1,4 @@
-"""The config of tests that run the command: an 8-layer net on a .npz of 12-pixel images. Argument: the .npz file."""
+"""The config of tests that run the command: a 6-layer net on a .npz of 12-pixel images. Argument: the .npz file."""
 
 from ml_collections import ConfigDict
 
@@ -11,7 +11,7 @@ def get_config(npz: str) -> ConfigDict:
     c.train = duration(steps=20)
     c.log_every = 5
     c.model.name = "cifar_resnet8"
-    c.model.widths = (16, 16, 24)
+    c.model.depths, c.model.widths = (1, 1), (16, 24)
     c.data.name = f"npz:{npz}"
     c.data.channels, c.data.mean, c.data.std = 1, (0.3,), (0.2,)
     c.data.crop, c.data.pad = "pad", 1

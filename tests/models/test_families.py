@@ -51,7 +51,7 @@ FAMILIES = {  # name → what makes it small, and leaves it what the name says
 }
 # Every kind of convolution, norm, pool and shortcut; the others combine these.
 FAST = ("cifar_resnet8", "ecaresnet50t", "resnetblur50d", "resnetv2_50d_evos", "resnetv2_50d_frn")
-SLOW = ("resnet18", "resnet50_v1", "resnet50s", "resnet50_gn", "test_resnet", "wrn_10_1", "senet154",
+SOAK = ("resnet18", "resnet50_v1", "resnet50s", "resnet50_gn", "test_resnet", "wrn_10_1", "senet154",
         "ecaresnet50d_pruned", "resnetaa34d", "resnetrs50", "resnetv2_50d", "resnetv2_50x1_bit")  # fmt: skip
 # XLA compiles its options away: at this size that takes longer than to run without.
 UNOPTIMISED = {"xla_backend_optimization_level": 0}
@@ -83,8 +83,8 @@ def started(name, **options):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, "float32") for name in FAST]
-    + [pytest.param(name, "float32", marks=pytest.mark.slow) for name in SLOW]
-    + [pytest.param(name, "bfloat16", marks=pytest.mark.slow) for name in FAST + SLOW[-5:]],
+    + [pytest.param(name, "float32", marks=pytest.mark.soak) for name in SOAK]
+    + [pytest.param(name, "bfloat16", marks=pytest.mark.soak) for name in FAST + SOAK[-5:]],
 )
 def test_ten_steps_learn_ten_images(name, dtype):
     model = started(name, **FAMILIES[name], dtype=jnp.dtype(dtype), drop_path=0.1)

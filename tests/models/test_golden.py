@@ -77,7 +77,7 @@ def check_answers(model, tensors, golden, close=1e-5):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow if golden["tensors"] > 400 else ()) for name, golden in GOLDEN.items()],
+    [pytest.param(name, marks=pytest.mark.soak if golden["tensors"] > 400 else ()) for name, golden in GOLDEN.items()],
 )
 def test_names_shapes_and_parameter_counts_of_timm(name, monkeypatch):
     check_names(exported(abstract(name, 1000), monkeypatch), GOLDEN[name])
@@ -91,7 +91,7 @@ def test_answers_of_timm_for_four_blocks(name, monkeypatch):
     check_answers(model, tensors, golden)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("name", [name for name, golden in GOLDEN.items() if "logits_l2" in golden])
 def test_answers_of_timm(name, monkeypatch):
     model = abstract(name, 1000)

@@ -377,6 +377,13 @@ def test_timm_loads_these_whole(torch, timm, name, channels):
     check_both_ways(torch, timm.create_model(name, num_classes=10, in_chans=channels), name, in_channels=channels)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        "resnet50",
+        *(pytest.param(n, marks=pytest.mark.soak) for n in ("resnext50_32x4d", "wide_resnet50_2")),
+    ],
+)
 def test_torchvision_loads_it_strictly_and_answers_alike(torch, torchvision, name):
     check_both_ways(torch, getattr(torchvision.models, name)(num_classes=10), name)
