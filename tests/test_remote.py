@@ -53,6 +53,7 @@ def bucket() -> Iterator[str]:
     server.stop()
 
 
+@pytest.mark.curves
 def test_a_run_in_an_object_store_is_the_run_in_a_folder(
     bucket: str, tiny_config: ConfigDict, tiny_npz: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,7 @@ from jax_resnet.train import train
 TINY = ROOT / "tests" / "tiny.py"
 
 
+@pytest.mark.curves
 def test_files_of_a_run(tiny_config: ConfigDict, tmp_path: Path) -> None:
     returned = train(tiny_config, tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())

@@ -65,7 +65,7 @@ def test_a_student_that_is_its_teacher_learns_nothing(teacher: tuple[ConfigDict,
     assert all(abs(found["loss"]) < 1e-3 for found in sums)
     c.distill.alpha = 1e-6  # the labels alone: it does learn
     start, after, sums = of(c)
-    assert np.abs(after.params["head"]["kernel"] - start.params["head"]["kernel"]).max() > 1e-2
+    assert np.abs(after.params["head"]["kernel"] - start.params["head"]["kernel"]).max() > 1e-3
     assert all(found["loss"] > 1 for found in sums)
     c.distill.alpha = 1.0
     c.data.mean, c.data.std = (0.5,), (0.4,)  # the teacher goes on with the numbers of its own training

@@ -380,9 +380,8 @@ def test_timm_loads_these_whole(torch, timm, name, channels):
 @pytest.mark.parametrize(
     "name",
     [
-        "resnet18",
-        "resnet50",
-        *(pytest.param(n, marks=pytest.mark.soak) for n in ("resnext50_32x4d", "wide_resnet50_2")),
+        *("resnet18", "resnet50"),
+        *(pytest.param(name, marks=pytest.mark.soak) for name in ("resnext50_32x4d", "wide_resnet50_2")),
     ],
 )
 def test_torchvision_loads_it_strictly_and_answers_alike(torch, torchvision, name):
