@@ -1,10 +1,12 @@
 """What the tests share: the command as a user runs it, small data, a tiny config."""
 
+import fcntl
 import gc
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +58,14 @@ def _no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the long ones first, or the last of them would be waited for by one worker alone."""
     items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("soak", "slow")])
+
+
+@pytest.fixture
+def turn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Have the tests that compile something large take turns: each needs gigabytes, and both cores."""
+    with (tmp_path_factory.getbasetemp().parent / "turn").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -149,6 +149,7 @@ def test_statistics_of_each_device_need_no_collectives(rows: list[dict[str, Any]
 
 
 @pytest.mark.soak
+@pytest.mark.usefixtures("turn")
 @needs_libtpu
 def test_a_batch_that_does_not_fit(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"

@@ -46,6 +46,7 @@ def test_a_run_that_goes_on_compiles_nothing(tiny_npz: Path, tmp_path: Path) -> 
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
+@pytest.mark.soak
 def test_a_file_cut_short_is_compiled_anew(tiny_npz: Path, tmp_path: Path) -> None:
     """As by a process that was killed while it wrote."""
     args = [f"--config={TINY}:{tiny_npz}", f"--workdir={tmp_path}", "--config.log_every=1"]

@@ -53,6 +53,7 @@ def test_one_and_eight_devices(tiny_npz: Path, tmp_path: Path, more: list[str]) 
     np.testing.assert_allclose(column(one, "eval", "loss"), column(eight, "eval", "loss"), rtol=TOLERANCE)
 
 
+@pytest.mark.soak
 def test_stopped_on_eight_devices_resumed_on_two(tiny_npz: Path, tmp_path: Path) -> None:
     whole = run(tiny_npz, tmp_path / "whole", 8)
     run(tiny_npz, tmp_path / "split", 8, "--config.stop_after_steps=11")
@@ -135,6 +136,7 @@ def collectives(depths: str, group: int) -> list[str]:
 DEPTHS = pytest.mark.parametrize("depths", ["1,1,1,1", pytest.param("3,4,6,3", marks=pytest.mark.soak)])
 
 
+@pytest.mark.usefixtures("turn")
 @DEPTHS
 def test_a_resnet_on_four_devices_with_per_device_groups_has_three_collectives(depths: str) -> None:
     found = collectives(depths, 4)
@@ -143,6 +145,7 @@ def test_a_resnet_on_four_devices_with_per_device_groups_has_three_collectives(d
 
 
 @pytest.mark.soak
+@pytest.mark.usefixtures("turn")
 @DEPTHS
 def test_a_resnet_on_four_devices_with_global_statistics_reduces_in_every_norm(depths: str) -> None:
     norms = 1 + sum(3 * int(depth) + 1 for depth in depths.split(","))

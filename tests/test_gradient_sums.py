@@ -106,6 +106,7 @@ print(jax.jit(step, in_shardings=(whole, rows), out_shardings=whole).lower(state
 
 
 @pytest.mark.soak
+@pytest.mark.usefixtures("turn")
 @needs_libtpu
 @pytest.mark.parametrize(("sums", "dtype"), [("auto", "bf16"), ("float32", "f32")])
 def test_what_a_tpu_sends_of_the_kernels(sums: str, dtype: str) -> None:

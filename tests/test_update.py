@@ -66,6 +66,7 @@ def test_parts_of_a_batch_give_the_update_of_the_whole(tiny_config: ConfigDict) 
     assert np.abs(other.params["stem"]["conv1"]["kernel"] - whole.params["stem"]["conv1"]["kernel"]).max() > 1e-3
 
 
+@pytest.mark.soak
 def test_parts_of_a_batch_on_four_devices(tiny_npz: Path, tmp_path: Path) -> None:
     losses = []
     for devices, parts in ((1, 1), (4, 2)):
