@@ -17,8 +17,10 @@ import numpy as np
 from interleaved import machine
 from train_step import config
 
-from jax_resnet import job, overview
-from jax_resnet.models import convolution, layers
+from jax_resnet.commands import overview
+from jax_resnet.models import cpu as convolution
+from jax_resnet.models import layers
+from jax_resnet.training import experiment as job
 
 # batch, pixels a side, channels in and out, kernel, stride: of ResNet-50 at 64 pixels, of CIFAR networks, of
 # ResNet-50 at 224, and between.

@@ -35,12 +35,12 @@ PACKAGES = ("jax", "grain", "simplejpeg", "opencv-python-headless", "tensorflow"
 
 def ours(name: str, batch: int, threads: int, on_host: bool = False, **changes: Any) -> Iterator[Any]:
     """What training reads of a dataset, or only its making on the host; `changes` are to `config.data`."""
-    from jax_resnet import parallel
     from jax_resnet.config import default
     from jax_resnet.data.batches import train_batch
     from jax_resnet.data.loader import train_batches
-    from jax_resnet.data.order import Phase
-    from jax_resnet.data.source import open_dataset
+    from jax_resnet.data.sampling import Phase
+    from jax_resnet.data.sources import open_dataset
+    from jax_resnet.runtime.mesh import batch_sharding, data_mesh
 
     c = default().data
     pixels = {"crop": "pad"} if name.startswith("npz:") else {"image_size": SIZE}
@@ -55,7 +55,7 @@ def ours(name: str, batch: int, threads: int, on_host: bool = False, **changes: 
         stop=10**9,
         seed=0,
         phases=(phase,),
-        sharding=parallel.batch_sharding(parallel.data_mesh()),
+        sharding=batch_sharding(data_mesh()),
         report=print,
     )
 
@@ -64,7 +64,7 @@ def decoder(files: Path, batch: int, threads: int, regions: bool = False) -> Ite
     """Nothing but decoding, of bytes in memory: whole images, or only rectangles as random crops would have them."""
     import simplejpeg
 
-    from jax_resnet.data import decoders, images
+    from jax_resnet.data.image import decoders, images
     from jax_resnet.errors import UserError
 
     try:
@@ -150,7 +150,7 @@ def make_data(at: Path, data: Path, names: list[str]) -> None:
         (at / "files" / part / "photos").mkdir(parents=True)
         for i, file in enumerate(some):
             (at / "files" / part / "photos" / f"{i:07d}.jpg").symlink_to(file.resolve())
-    command = [sys.executable, "-m", "jax_resnet.data.prepare", str(at / "files")]
+    command = [sys.executable, "-m", "jax_resnet", "prepare", str(at / "files")]
     if "records" in names:
         subprocess.run([*command, str(at / "records")], check=True, stdout=subprocess.DEVNULL)
     if any("resized" in name for name in names):

@@ -52,10 +52,10 @@ def child(file: Path, arguments: list[str]) -> None:
         done("command")
         import jax
 
-        import jax_resnet.train
-        from jax_resnet.job import Job
-        from jax_resnet.signals import COMPILER
-        from jax_resnet.telemetry import Telemetry
+        import jax_resnet.training.loop
+        from jax_resnet.runs.log import Telemetry
+        from jax_resnet.runtime.signals import COMPILER
+        from jax_resnet.training.experiment import Job
 
         done("imports")
 
@@ -85,7 +85,7 @@ def child(file: Path, arguments: list[str]) -> None:
             os._exit(0)
 
         Job.__init__ = then(Job.__init__, "job")  # type: ignore[method-assign]
-        jax_resnet.train.placed = then(jax_resnet.train.placed, "state")
+        jax_resnet.training.loop.placed = then(jax_resnet.training.loop.placed, "state")
         Telemetry.train = first_step  # type: ignore[method-assign]
         return main.main(argv)
 

@@ -1,7 +1,8 @@
 """What trainings take on TPUs, by the TPU compiler, without one: python benchmarks/tpu_compile.py [CASE …]
 
-Compiles the cases named, all if none is, with jax_resnet.compile, keeps what it finds in benchmarks/tpu_compile.json,
-and prints the table of all that is there. It needs libtpu, and 2 to 30 minutes of two cores for each line.
+Compiles the cases named, all if none is, with `jax-resnet compile`, keeps what it finds in
+benchmarks/tpu_compile.json, and prints the table of all that is there. It needs libtpu, and 2 to 30 minutes of two
+cores for each line.
 """
 
 import json
@@ -28,10 +29,10 @@ CASES = {  # arguments, and topologies
 
 
 def compile_case(args: list[str], topology: str) -> list[dict[str, Any]]:
-    """The rows of jax_resnet.compile."""
+    """The rows of jax_resnet.commands.compile."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "rows.json"
-        command = [sys.executable, "-m", "jax_resnet.compile", *args, f"--topology={topology}", f"--json={file}"]
+        command = [sys.executable, "-m", "jax_resnet", "compile", *args, f"--topology={topology}", f"--json={file}"]
         subprocess.run(command, cwd=HERE.parent, check=False, stdout=subprocess.DEVNULL)
         rows = json.loads(file.read_text())
     return [{**row, "command": " ".join(["python", *command[1:-1]]), "date": date.today().isoformat()} for row in rows]

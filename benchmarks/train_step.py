@@ -49,9 +49,9 @@ def ours(name: str, size: int, batch: int, report: dict[str, Any]) -> Iterator[i
     import jax
     import numpy as np
 
-    from jax_resnet.data.order import Phase
-    from jax_resnet.overview import prepare
-    from jax_resnet.parallel import data_mesh
+    from jax_resnet.commands.overview import prepare
+    from jax_resnet.data.sampling import Phase
+    from jax_resnet.runtime.mesh import data_mesh
 
     began = time.perf_counter()
     c, mesh = config(name, size, batch), data_mesh()

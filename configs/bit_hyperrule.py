@@ -19,7 +19,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from jax_resnet.config import default, duration
-from jax_resnet.data.source import open_dataset
+from jax_resnet.data.sources import open_dataset
 
 
 def get_config(dataset: str = "cifar10") -> ConfigDict:

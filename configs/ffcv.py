@@ -8,7 +8,7 @@ Hardware:  published on 8 GPUs of 512 images each; depth 18 on one, of 1,024. De
 Time:      not measured here; published: 15 to 77 minutes on 8 A100, depth 18 35 to 187 on one.
 Accuracy:  published top-1: 73.8, 75.6, 76.6, 77.2, 78.0, 78.4 %; depth 18: 66.9, 68.8, 70.0, 70.6, 71.3, 72.4; not run
            here.
-Data:      python -m jax_resnet.data.prepare tfds:imagenet2012 FOLDER --resize=400 and
+Data:      jax-resnet prepare tfds:imagenet2012 FOLDER --resize=400 and
            --config.data.name=prepared:FOLDER come near FFCV's files (long side at most 500 or 400 pixels, quality 90).
 Source:    libffcv/ffcv-imagenet: its YAML files and train_imagenet.py.
 Differs:   bfloat16 for float16; crops are resized bilinearly, FFCV's by area. Images of 160 pixels grow in multiples of

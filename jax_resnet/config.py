@@ -3,7 +3,7 @@
 A config file in configs/ calls `default()` and changes a few lines of it. Any value can be set on the command line,
 `--config.optimizer.learning_rate=0.4`; the type of the default is the type a value must have. What comes of it all:
 
-    python -m jax_resnet.config resnet50_imagenet --config.optimizer.learning_rate=0.4 --plot=rate.png
+    jax-resnet config resnet50_imagenet --config.optimizer.learning_rate=0.4 --plot=rate.png
 """
 
 import json
@@ -541,9 +541,13 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
 
 
 def config_dirs() -> list[Path]:
-    """Where the project's config files lie: beside the package in a checkout, inside it in an installed wheel."""
+    """Return where the project's config files lie: inside the package in an installed wheel, else beside it.
+
+    What lies beside an installed package is another distribution's configs/.
+    """
     package = Path(__file__).resolve().parent
-    return [d for d in (package.parent / "configs", package / "configs") if d.is_dir()]
+    inside, beside = package / "configs", package.parent / "configs"
+    return [d for d in ([inside] if inside.is_dir() else [beside]) if d.is_dir()]
 
 
 def find_config(path: str) -> str:
@@ -677,10 +681,3 @@ def _get(c: ConfigDict, key: str) -> Any:
 
 def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
-
-
-if __name__ == "__main__":
-    from jax_resnet.command import run
-    from jax_resnet.show import main
-
-    run(main)

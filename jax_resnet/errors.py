@@ -36,8 +36,11 @@ class NotPrepared(UserError):
     """A dataset that is known, but not prepared on this machine."""
 
 
-class Interrupted(Exception):
-    """A signal ended the run; its state is saved. The text says how to go on, `signum` which signal it was."""
+class Interrupted(BaseException):
+    """A signal ended the run; its state is saved. The text says how to go on, `signum` which signal it was.
+
+    No Exception, as KeyboardInterrupt is none: a caller's `except Exception` shall not go on with the next training.
+    """
 
     def __init__(self, text: str, signum: int):
         super().__init__(text)

@@ -12,9 +12,9 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from jax_resnet.commands.cli import leave
 from jax_resnet.config import parse_flags, validate
 from jax_resnet.errors import Interrupted, UserError, fail, hush, lacking
-from jax_resnet.signals import leave
 
 config_flags.DEFINE_config_file("config", None, "The config file, with `:argument` where it takes one.")
 flags.DEFINE_string("workdir", None, "Where the run is kept. Default: runs/CONFIG/DATA-seedN.")
@@ -30,15 +30,15 @@ def run() -> None:
     if FLAGS.config is not None:
         validate(FLAGS.config)
     workdir = FLAGS.workdir or default_workdir()
-    from jax_resnet.parallel import join_job  # loads JAX, for which a mistyped flag should not wait
+    from jax_resnet.runtime.distributed import join_job  # loads JAX, for which a mistyped flag should not wait
 
     join_job()
     if FLAGS.mode == "eval":
-        from jax_resnet.evaluate import evaluate_checkpoint
+        from jax_resnet.training.evaluate import evaluate_checkpoint
 
         evaluate_checkpoint(workdir, config=FLAGS.config, which=FLAGS.checkpoint)
     else:
-        from jax_resnet.train import train
+        from jax_resnet.training.loop import train
 
         train(FLAGS.config, workdir)
 

@@ -52,7 +52,7 @@ def main_env(devices: int = 1) -> dict[str, str]:
 def _no_picture(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the picture of the curves, which takes as long as a short training, where nobody looks at it."""
     if "curves" not in request.node.keywords:
-        monkeypatch.setattr("jax_resnet.telemetry.draw_curves", lambda *_: None)
+        monkeypatch.setattr("jax_resnet.runs.log.draw_curves", lambda *_: None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -29,7 +29,7 @@ def _raise() -> None:
 
 
 def _stop() -> None:
-    from jax_resnet.peers import end
+    from jax_resnet.runtime.failure import end
 
     end("stopped", 128 + signal.SIGTERM)  # as where a signal comes while XLA compiles
 
@@ -56,9 +56,9 @@ def fail_at(rank: int, step: int, kind: str) -> None:
     import jax
     import orbax.checkpoint as ocp
 
-    from jax_resnet import peers
-    from jax_resnet.train import Run, StepsAhead
-    from jax_resnet.watchdog import Watchdog
+    from jax_resnet.runtime import failure as peers
+    from jax_resnet.runtime.failure import Watchdog
+    from jax_resnet.training.loop import Run, StepsAhead
 
     if kind not in ("kill", "freeze"):  # all processes are alive: on a busy machine they have all the time they need
         peers.LINGER = peers.SAVING = programs.HANG_SECONDS

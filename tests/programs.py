@@ -34,9 +34,10 @@ HANG_SECONDS = 1200.0  # a program that runs longer hangs: no test measures time
 # Beginnings of the names of variables that are read when they are needed, or that a child sets in JAX's config.
 READ_LATE = ("JAX_", "XLA_", "SLURM_", "OMPI_", "AWS_", "HF_", "COLUMNS", "PYTEST_")
 PRELOADED = (
-    *("jax_resnet.train", "jax_resnet.evaluate", "jax_resnet.pretrained", "jax_resnet.telemetry"),
-    *("jax_resnet.data.tfds_source", "jax_resnet.data.prepare", "jax_resnet.s3", "jax_resnet.program"),
-    *("sklearn.datasets", "sklearn.model_selection", "matplotlib.figure", "matplotlib.backends.backend_agg"),
+    *("jax_resnet.training.loop", "jax_resnet.training.evaluate", "jax_resnet.training.pretrained"),
+    *("jax_resnet.runs.log", "jax_resnet.runs.s3", "jax_resnet.data.tfds", "jax_resnet.data.prepare"),
+    *("jax_resnet.commands.program", "sklearn.datasets", "sklearn.model_selection"),
+    *("matplotlib.figure", "matplotlib.backends.backend_agg"),
     *("rich.progress", "ml_collections.config_flags", "absl.app"),
 )
 

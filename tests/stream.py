@@ -15,9 +15,9 @@ import numpy as np
 
 from jax_resnet.config import default
 from jax_resnet.data.loader import train_batches
-from jax_resnet.data.order import Phase
-from jax_resnet.data.source import open_dataset
-from jax_resnet.parallel import batch_sharding, data_mesh
+from jax_resnet.data.sampling import Phase
+from jax_resnet.data.sources import open_dataset
+from jax_resnet.runtime.mesh import batch_sharding, data_mesh
 
 SEED, BATCH, EPOCHS = 3, 8, 3
 

@@ -15,7 +15,7 @@ from conftest import ROOT, main_env
 from ml_collections import ConfigDict
 
 from jax_resnet.config import default
-from jax_resnet.data.device import augment, draw, erase, mix, mix_labels, normalise
+from jax_resnet.data.image.device import augment, draw, erase, mix, mix_labels, normalise
 
 
 def distinct_images(n: int, height: int, width: int, channels: int = 3) -> np.ndarray:
@@ -397,11 +397,11 @@ def test_mixed_labels_are_those_of_the_pair_by_weight(kept):
 
 DEVICES = """
 import re, jax, jax.numpy as jnp, numpy as np
-from jax_resnet import parallel
+from jax_resnet.runtime.mesh import batch_sharding, data_mesh, replicated
 from jax_resnet.config import default
-from jax_resnet.data.device import augment, draw, mix_labels
-mesh = parallel.data_mesh()
-sharded, whole = parallel.batch_sharding(mesh), parallel.replicated(mesh)
+from jax_resnet.data.image.device import augment, draw, mix_labels
+mesh = data_mesh()
+sharded, whole = batch_sharding(mesh), replicated(mesh)
 data = default().data
 data.update(crop="pad", pad=2, pad_mode="reflect", pca_noise=0.1, colout=0.2, erase=0.5, mixup=0.2, cutmix=1.0)
 def mixed(images, labels, seed):

@@ -9,13 +9,13 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 from test_update import assert_close
 
-from jax_resnet.average import average, main
-from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.errors import UserError
-from jax_resnet.evaluate import evaluate_checkpoint
-from jax_resnet.job import Job
-from jax_resnet.models.torch_weights import flatten, to_torch
-from jax_resnet.train import train
+from jax_resnet.models.torch_names import flatten, to_torch
+from jax_resnet.runs.checkpoint import Checkpoints
+from jax_resnet.training.average import average, main
+from jax_resnet.training.evaluate import evaluate_checkpoint
+from jax_resnet.training.experiment import Job
+from jax_resnet.training.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_weights_and_statistics_are_means_of_the_saved_ones_if_none_are_estimate
 
 
 def config_of(run: Path) -> ConfigDict:
-    from jax_resnet.workdir import read_config
+    from jax_resnet.runs.workdir import read_config
 
     config = read_config(run)
     assert config is not None
@@ -60,8 +60,8 @@ def test_statistics_are_those_of_training_batches(run: Path, tmp_path: Path) -> 
     params, _ = mean_of(run, 8, 16, 20)
     means, variances = [], []
     for step, batch in enumerate(job.train_batches(20, 23, print), 20):
-        from jax_resnet.data import device
-        from jax_resnet.step import _drawn
+        from jax_resnet.data.image import device
+        from jax_resnet.training.step import _drawn
 
         rows, whole, _ = _drawn(batch, np.int32(step), config, None)
         images = device.augment(rows["image"], rows, whole, config.data)

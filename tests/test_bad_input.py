@@ -25,11 +25,11 @@ from absl.testing import flagsaver
 from conftest import ROOT, main_command, main_env, run_main
 
 from jax_resnet import main
-from jax_resnet.checkpoint import Checkpoints
-from jax_resnet.data import tfds_source  # noqa: F401
+from jax_resnet.data import tfds as tfds_source  # noqa: F401
 from jax_resnet.errors import TransientError, UserError, fail, lacking, unwritable
-from jax_resnet.job import Job
-from jax_resnet.models.torch_weights import flatten, to_torch
+from jax_resnet.models.torch_names import flatten, to_torch
+from jax_resnet.runs.checkpoint import Checkpoints
+from jax_resnet.training.experiment import Job
 
 TINY = ROOT / "tests" / "tiny.py"
 RUN = "--config={tiny}:{npz} --workdir={tmp}/run"

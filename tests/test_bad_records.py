@@ -12,11 +12,11 @@ from PIL import Image
 
 from jax_resnet.config import default
 from jax_resnet.data.batches import Ledger, eval_batch, train_batch
-from jax_resnet.data.order import Phase, train_indices
-from jax_resnet.data.source import open_dataset
-from jax_resnet.data.split import Split
+from jax_resnet.data.dataset import Split
+from jax_resnet.data.sampling import Phase, train_indices
+from jax_resnet.data.sources import open_dataset
 from jax_resnet.errors import UserError
-from jax_resnet.journal import read_metrics
+from jax_resnet.runs.metrics_log import read_metrics
 
 TINY = ROOT / "tests" / "tiny.py"
 

@@ -19,11 +19,11 @@ from conftest import ROOT, main_env
 from ml_collections import ConfigDict
 from test_resume import final_state
 
-from jax_resnet.checkpoint import Checkpoints, Damaged, Keep, inspect
 from jax_resnet.config import duration
 from jax_resnet.errors import UserError
-from jax_resnet.job import Job
-from jax_resnet.train import train
+from jax_resnet.runs.checkpoint import Checkpoints, Damaged, Keep, inspect
+from jax_resnet.training.experiment import Job
+from jax_resnet.training.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_the_best_by_loss(tiny_config: ConfigDict, tmp_path: Path) -> None:
 
 
 def command(*args: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "jax_resnet.checkpoint", *args]
+    command = [sys.executable, "-m", "jax_resnet", "checkpoints", *args]
     return programs.run(command, env=main_env(), cwd=ROOT)
 
 

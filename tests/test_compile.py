@@ -11,11 +11,11 @@ import programs
 import pytest
 from conftest import LIBTPU, ROOT, main_env, needs_libtpu
 
-from jax_resnet.program import collectives, largest
+from jax_resnet.commands.program import collectives, largest
 
 
 def compile_for(*args: object, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "jax_resnet.compile", *map(str, args)]
+    command = [sys.executable, "-m", "jax_resnet", "compile", *map(str, args)]
     env = main_env() | {"PYTHONPATH": f"{ROOT}{os.pathsep}{LIBTPU}"} | env
     return programs.run(command, env=env)
 

@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT, run_main
 from ml_collections import ConfigDict
 
-from jax_resnet.journal import read_metrics
-from jax_resnet.train import train
+from jax_resnet.runs.metrics_log import read_metrics
+from jax_resnet.training.loop import train
 
 TINY = ROOT / "tests" / "tiny.py"
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jax_resnet.models import convolution
-from jax_resnet.models.convolution import as_product, for_cpu, max_pool_by_comparing
+from jax_resnet.models import cpu as convolution
+from jax_resnet.models.cpu import as_product, for_cpu, max_pool_by_comparing
 from jax_resnet.models.layers import conv, max_pool
 from jax_resnet.models.zoo import create_model
-from jax_resnet.parallel import mesh_over
+from jax_resnet.runtime.mesh import mesh_over
 
 NHWC = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 

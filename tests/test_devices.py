@@ -10,7 +10,7 @@ import programs
 import pytest
 from conftest import ROOT, main_env, run_main
 
-from jax_resnet.journal import read_metrics
+from jax_resnet.runs.metrics_log import read_metrics
 
 TINY = ROOT / "tests" / "tiny.py"
 # Sums over a batch are taken in another order on another number of devices; over 20 steps of SGD that
@@ -70,7 +70,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
 sys.path.insert(0, "tests")
 import tiny
-from jax_resnet.train import train
+from jax_resnet.training.loop import train
 config = tiny.get_config(sys.argv[3])
 config.log_every, config.eval.batch_size = 1, 8
 assert jax.process_count() == 2
@@ -106,13 +106,13 @@ def test_two_processes_train_as_one(tiny_npz: Path, tmp_path: Path) -> None:
 COLLECTIVES = """
 import sys
 import jax, jax.numpy as jnp, optax
-from jax_resnet import parallel
+from jax_resnet.runtime.mesh import batch_sharding, data_mesh, replicated
 from jax_resnet.config import default
 from jax_resnet.models.zoo import create_model
-from jax_resnet.state import make_state
-from jax_resnet.step import make_train_step
-mesh = parallel.data_mesh()
-rows, whole, optimizer = parallel.batch_sharding(mesh), parallel.replicated(mesh), optax.sgd(0.1, momentum=0.9)
+from jax_resnet.training.state import make_state
+from jax_resnet.training.step import make_train_step
+mesh = data_mesh()
+rows, whole, optimizer = batch_sharding(mesh), replicated(mesh), optax.sgd(0.1, momentum=0.9)
 depths = tuple(map(int, sys.argv[1].split(",")))
 options = {"depths": depths, "dtype": jnp.bfloat16, "bn_group_size": int(sys.argv[2]) or None}
 make = lambda rngs: create_model("resnet50", num_classes=1000, rngs=rngs, **options)

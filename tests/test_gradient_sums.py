@@ -14,9 +14,9 @@ from conftest import LIBTPU, ROOT, main_env, needs_libtpu
 from flax import nnx
 from ml_collections import ConfigDict
 
-from jax_resnet.job import Job
-from jax_resnet.models.convolution import sum_gradients_in_float32
+from jax_resnet.models.cpu import sum_gradients_in_float32
 from jax_resnet.models.layers import conv
+from jax_resnet.training.experiment import Job
 
 
 def of_kernel(model: nnx.Conv, x: jax.Array, weights: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -83,15 +83,15 @@ def test_float32_activations_give_the_same_gradients(tiny_config: ConfigDict) ->
 ON_TPU = """
 import sys
 import jax, jax.numpy as jnp, optax
-from jax_resnet import parallel
+from jax_resnet.runtime.mesh import batch_sharding, parts_sharding, replicated
 from jax_resnet.config import default
-from jax_resnet.models.convolution import sum_gradients_in_float32
+from jax_resnet.models.cpu import sum_gradients_in_float32
 from jax_resnet.models.zoo import create_model
-from jax_resnet.program import topology_mesh
-from jax_resnet.state import make_state
-from jax_resnet.step import make_train_step
+from jax_resnet.commands.program import topology_mesh
+from jax_resnet.training.state import make_state
+from jax_resnet.training.step import make_train_step
 mesh = topology_mesh("v5e:2x2")
-rows, whole, optimizer = parallel.batch_sharding(mesh), parallel.replicated(mesh), optax.sgd(0.1)
+rows, whole, optimizer = batch_sharding(mesh), replicated(mesh), optax.sgd(0.1)
 as_summed = sum_gradients_in_float32 if sys.argv[1] == "float32" else lambda model: model
 options = {"num_classes": 4, "dtype": jnp.bfloat16, "bn_group_size": 4}
 make = lambda rngs: as_summed(create_model("cifar_resnet8", rngs=rngs, **options))
@@ -100,7 +100,7 @@ config = default()
 config.data.crop = "none"
 batch = {"image": jax.ShapeDtypeStruct((16, 16, 16, 3), jnp.uint8, sharding=rows),
          "label": jax.ShapeDtypeStruct((16,), jnp.int32, sharding=rows)}
-step = make_train_step(graph, optimizer, config, parts=parallel.parts_sharding(mesh))
+step = make_train_step(graph, optimizer, config, parts=parts_sharding(mesh))
 print(jax.jit(step, in_shardings=(whole, rows), out_shardings=whole).lower(state, batch).compile().as_text())
 """
 

@@ -16,18 +16,18 @@ import pytest
 from conftest import ROOT, run_main
 from ml_collections import ConfigDict
 
-from jax_resnet import step as step_module
-from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.config import validate
-from jax_resnet.data import device
-from jax_resnet.data.order import train_indices
+from jax_resnet.data.image import device
+from jax_resnet.data.sampling import train_indices
 from jax_resnet.errors import UserError
-from jax_resnet.job import Job
-from jax_resnet.state import TrainState
-from jax_resnet.step import _guarded
-from jax_resnet.study import Skipped
-from jax_resnet.telemetry import Telemetry, read_metrics
-from jax_resnet.train import train
+from jax_resnet.runs.checkpoint import Checkpoints
+from jax_resnet.runs.log import Telemetry, read_metrics
+from jax_resnet.training import step as step_module
+from jax_resnet.training.experiment import Job
+from jax_resnet.training.loop import train
+from jax_resnet.training.skipped import Skipped
+from jax_resnet.training.state import TrainState
+from jax_resnet.training.step import _guarded
 
 
 @pytest.fixture

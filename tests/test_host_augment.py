@@ -13,8 +13,8 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
 from jax_resnet.config import default, from_json, to_json, validate
-from jax_resnet.data import augment as module
-from jax_resnet.data.augment import (
+from jax_resnet.data.image import augment as module
+from jax_resnet.data.image.augment import (
     LEVELS,
     OPERATIONS,
     TIMM_OPERATIONS,

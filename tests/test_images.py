@@ -16,9 +16,9 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageOps
 
-from jax_resnet.data import decoders, images
-from jax_resnet.data.decoders import choose_decoder, describe
-from jax_resnet.data.images import (
+from jax_resnet.data.image import decoders, images
+from jax_resnet.data.image.decoders import choose_decoder, describe
+from jax_resnet.data.image.images import (
     FAST,
     Sampling,
     decode,

@@ -15,22 +15,22 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from ml_collections import ConfigDict
 
-from jax_resnet import parallel
 from jax_resnet.config import default
 from jax_resnet.data import loader
 from jax_resnet.data.batches import generator, train_batch
+from jax_resnet.data.dataset import ArraySplit, EncodedSplit, Pixels, Split
 from jax_resnet.data.loader import eval_batches, train_batches
-from jax_resnet.data.order import Phase, train_indices
-from jax_resnet.data.source import open_dataset
-from jax_resnet.data.split import ArraySplit, EncodedSplit, Pixels, Split
+from jax_resnet.data.sampling import Phase, train_indices
+from jax_resnet.data.sources import open_dataset
 from jax_resnet.errors import TransientError, UserError
+from jax_resnet.runtime.mesh import batch_sharding
 
 
 @pytest.fixture(scope="module")
 def sharding() -> NamedSharding:
     """Of batches on one device."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
-    return parallel.batch_sharding(mesh)
+    return batch_sharding(mesh)
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_resnet.loss import binary_cross_entropy, cross_entropy
-from jax_resnet.metrics import accuracy_text, classification_sums, summary, total
+from jax_resnet.training.losses import binary_cross_entropy, cross_entropy
+from jax_resnet.training.metrics import accuracy_text, classification_sums, summary, total
 
 
 def random_batch(examples: int, classes: int) -> tuple[np.ndarray, np.ndarray]:

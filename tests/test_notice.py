@@ -15,9 +15,15 @@ import programs
 import pytest
 from conftest import main_env
 
-from jax_resnet import notice
+from jax_resnet.runtime import notice
 
-WAITING = "from jax_resnet.notice import watch; import time; watch(); print('began', flush=True); time.sleep(600)"
+WAITING = """
+import time
+from jax_resnet.runtime.notice import watch
+watch()
+print("began", flush=True)
+time.sleep(600)
+"""
 
 
 class Metadata(ThreadingHTTPServer):

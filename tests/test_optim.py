@@ -25,12 +25,12 @@ from optimizer_goldens import (
     start_and_gradients,
 )
 
-from jax_resnet import optim
 from jax_resnet.config import OPTIMIZERS, default, validate
 from jax_resnet.errors import UserError
-from jax_resnet.job import Job
 from jax_resnet.models.layers import BatchNorm
 from jax_resnet.models.zoo import create_model
+from jax_resnet.training import optimizers as optim
+from jax_resnet.training.experiment import Job
 
 NAMES = set(named(random_trees(SHAPES, 1)[0]))
 

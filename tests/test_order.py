@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from jax_resnet.data.order import train_indices
-from jax_resnet.parallel import local_rows
+from jax_resnet.data.sampling import train_indices
+from jax_resnet.runtime.mesh import local_rows
 
 
 def stream(seed: int, steps: int, *, batch_size: int, num_examples: int) -> tuple[np.ndarray, np.ndarray]:

@@ -13,10 +13,10 @@ from conftest import ROOT, main_env
 from matplotlib.image import imread
 from ml_collections import ConfigDict
 
-from jax_resnet import overview
+from jax_resnet.commands import overview
 from jax_resnet.config import OPTIMIZERS, SCHEDULES, default, duration
 from jax_resnet.errors import NotPrepared, UserError
-from jax_resnet.optim import make_optimizer
+from jax_resnet.training.optimizers import make_optimizer
 
 CONFIGS = sorted(file.stem for file in (ROOT / "configs").glob("*.py"))
 
@@ -278,7 +278,7 @@ def test_only_published_splits_stand_in(resnet50):
 
 def command(*args, cwd=ROOT):
     return programs.run(
-        [sys.executable, "-m", "jax_resnet.config", *map(str, args)],
+        [sys.executable, "-m", "jax_resnet", "config", *map(str, args)],
         env=main_env() | {"COLUMNS": "80"},
         cwd=cwd,
     )

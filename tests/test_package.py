@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT, main_env
 
 import jax_resnet
+from jax_resnet import config
 
 
 @pytest.mark.slow
@@ -61,3 +62,36 @@ def test_a_command_in_the_folder_of_the_configs() -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "none.npz" in done.stderr
+
+
+def test_configs_of_another_distribution_do_not_shadow_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in site-packages, where a folder configs/ may lie beside the package."""
+    for folder in (tmp_path / "configs", tmp_path / "jax_resnet" / "configs"):
+        folder.mkdir(parents=True)
+        (folder / "resnet20_digits.py").touch()
+    monkeypatch.setattr(config, "__file__", str(tmp_path / "jax_resnet" / "config.py"))
+    monkeypatch.chdir(tmp_path / "jax_resnet")
+    assert config.find_config("resnet20_digits") == str(tmp_path / "jax_resnet" / "configs" / "resnet20_digits.py")
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "out", "err"),
+    [
+        ([], 0, "prepare      write a dataset once", ""),
+        (["--help"], 0, "usage: jax-resnet COMMAND", ""),
+        (["exprot"], 2, "", "error: exprot: no such command; did you mean export?"),
+        (["train", "--wokrdir=x"], 2, "", "error: --wokrdir: no such flag; did you mean workdir?"),
+        (["eval"], 2, "", "error: --config is missing"),
+        (["average", "--wrkdir=x"], 2, "", "error: "),
+    ],
+)
+def test_the_front_door(args: list[str], status: int, out: str, err: str) -> None:
+    code = "import sys; from jax_resnet.__main__ import main\n" + (
+        "try: main()\nfinally: print('jax' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *args], env=main_env(), capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert out in done.stdout
+    assert err in done.stderr
+    if args[:1] != ["average"]:
+        assert "False" in done.stderr.splitlines()  # JAX was not waited for

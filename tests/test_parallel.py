@@ -16,8 +16,9 @@ from faults import free_port
 from jax._src import clusters
 from jax._src.clusters import cloud_tpu_cluster
 
-from jax_resnet import parallel
 from jax_resnet.errors import UserError
+from jax_resnet.runtime.distributed import HEARTBEAT, OVERLAP, PATIENCE, _detected, join_job
+from jax_resnet.runtime.mesh import compiler_options
 
 TINY = ROOT / "tests" / "tiny.py"
 
@@ -73,7 +74,7 @@ def join(monkeypatch: pytest.MonkeyPatch) -> Join:
     def joined(env: dict[str, str]) -> dict[str, Any] | None:
         for name, value in env.items():
             monkeypatch.setenv(name, value)
-        parallel.join_job()
+        join_job()
         return started[0] if started else None
 
     return joined
@@ -100,8 +101,8 @@ def test_joins_the_job_that_the_launcher_started(join: Join, env: dict[str, str]
     given = join(env)
     assert given
     assert tuple(given[name] for name in ("address", "processes", "process", "devices")) == found
-    assert given["heartbeat_timeout_seconds"] == parallel.HEARTBEAT
-    assert given["shutdown_timeout_seconds"] == parallel.PATIENCE
+    assert given["heartbeat_timeout_seconds"] == HEARTBEAT
+    assert given["shutdown_timeout_seconds"] == PATIENCE
 
 
 @pytest.mark.parametrize(
@@ -149,9 +150,9 @@ def test_a_pod_of_no_indexed_job_is_not_taken_for_one(join: Join, monkeypatch: p
     monkeypatch.setattr(clusters.K8sCluster, "is_env_present", lambda: True)
     monkeypatch.setattr(clusters.K8sCluster, "get_process_count", lambda: 4)
     monkeypatch.delenv("JOB_COMPLETION_INDEX", raising=False)
-    assert parallel._detected() == ("", 1)
+    assert _detected() == ("", 1)
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
-    assert parallel._detected() == ("k8s", 4)
+    assert _detected() == ("k8s", 4)
 
 
 def test_a_tpu_without_a_metadata_server_is_alone(join: Join, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +205,7 @@ def test_several_gpus_overlap_unless_the_user_has_decided(
 def test_the_flag_is_one_that_jax_knows() -> None:
     """An unknown one aborts the process."""
     code = "import jax; print(jax.jit(lambda x: x + 1)(41))"
-    env = main_env() | {"XLA_FLAGS": f"{parallel.OVERLAP}=true"}
+    env = main_env() | {"XLA_FLAGS": f"{OVERLAP}=true"}
     done = programs.run([sys.executable, "-c", code], env=env)
     assert done.stdout.strip() == "42", done.stderr
 
@@ -223,7 +224,7 @@ def test_a_fusion_may_use_more_of_a_tpus_memory_unless_the_user_has_decided(
     monkeypatch: pytest.MonkeyPatch, kind: str, flags: str, options: dict[str, str] | None
 ) -> None:
     monkeypatch.setenv("LIBTPU_INIT_ARGS", flags)
-    assert parallel.compiler_options(types.SimpleNamespace(device_kind=kind)) == options
+    assert compiler_options(types.SimpleNamespace(device_kind=kind)) == options
 
 
 def test_peers_that_do_not_come_are_one_line(tiny_npz: Path, tmp_path: Path) -> None:
@@ -259,7 +260,7 @@ def test_two_processes_as_a_launcher_starts_them(tiny_npz: Path, tmp_path: Path,
 
 ON_SLICES = """
 from jax.experimental import topologies
-from jax_resnet.parallel import mesh_over
+from jax_resnet.runtime.mesh import mesh_over
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4", num_slices=2).devices
 for device in mesh_over([*devices[::2], *devices[1::2]]).devices:
     print(device.slice_index, *device.coords)

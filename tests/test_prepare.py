@@ -25,8 +25,8 @@ from PIL import Image, ImageOps
 
 from jax_resnet.config import default
 from jax_resnet.data import prepare
-from jax_resnet.data.images import decode
-from jax_resnet.data.source import open_dataset
+from jax_resnet.data.image.images import decode
+from jax_resnet.data.sources import open_dataset
 from jax_resnet.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +34,7 @@ ENV = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
 
 
 def command(*args: Any) -> list[str]:
-    return [sys.executable, "-m", "jax_resnet.data.prepare", *map(str, args)]
+    return [sys.executable, "-m", "jax_resnet", "prepare", *map(str, args)]
 
 
 def run(*args: Any) -> subprocess.CompletedProcess[str]:

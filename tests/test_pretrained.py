@@ -17,17 +17,17 @@ from ml_collections import ConfigDict
 from numpy.testing import assert_array_equal
 from safetensors.numpy import load_file, save_file
 
-from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.config import default
-from jax_resnet.data.split import Pixels
+from jax_resnet.data.dataset import Pixels
 from jax_resnet.errors import UserError
-from jax_resnet.evaluate import evaluate_checkpoint
-from jax_resnet.export import export, hub_config, timm_name
-from jax_resnet.job import Job
-from jax_resnet.models.torch_weights import flatten, to_torch
+from jax_resnet.inference.safetensors import export, hub_config, timm_name
+from jax_resnet.models.torch_names import flatten, to_torch
 from jax_resnet.models.zoo import create_model, model_spec
-from jax_resnet.pretrained import fitting, placed
-from jax_resnet.train import train
+from jax_resnet.runs.checkpoint import Checkpoints
+from jax_resnet.training.evaluate import evaluate_checkpoint
+from jax_resnet.training.experiment import Job
+from jax_resnet.training.loop import train
+from jax_resnet.training.pretrained import fitting, placed
 
 TINY = ROOT / "tests" / "tiny.py"
 

@@ -20,17 +20,17 @@ from ml_collections import ConfigDict
 from programs import until
 from test_resume import assert_bit_identical, wait_for_step
 
-from jax_resnet.ahead import StepsAhead
 from jax_resnet.config import default, differences, duration, from_json, to_json, validate
-from jax_resnet.data.order import Phase, train_indices
-from jax_resnet.data.source import open_dataset
+from jax_resnet.data.sampling import Phase, train_indices
+from jax_resnet.data.sources import open_dataset
 from jax_resnet.errors import UserError
-from jax_resnet.job import Job
-from jax_resnet.journal import read_metrics
-from jax_resnet.plan import Plan, describe
-from jax_resnet.signals import COMPILER
-from jax_resnet.telemetry import Telemetry
-from jax_resnet.train import train
+from jax_resnet.runs.log import Telemetry
+from jax_resnet.runs.metrics_log import read_metrics
+from jax_resnet.runtime.signals import COMPILER
+from jax_resnet.training.durations import Plan, describe
+from jax_resnet.training.experiment import Job
+from jax_resnet.training.loop import train
+from jax_resnet.training.precompile import StepsAhead
 
 ROWS = ((0.0, 6, 32), (0.4, 10), (0.75, 12, 8))
 

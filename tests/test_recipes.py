@@ -17,11 +17,11 @@ from safetensors.numpy import save_file
 
 from jax_resnet.config import UNITS, duration, find_config, model_overrides, validate
 from jax_resnet.errors import UserError
-from jax_resnet.journal import read_metrics
-from jax_resnet.models.torch_weights import flatten, to_torch
+from jax_resnet.models.torch_names import flatten, to_torch
 from jax_resnet.models.zoo import create_model, model_spec
-from jax_resnet.plan import Plan
-from jax_resnet.train import train
+from jax_resnet.runs.metrics_log import read_metrics
+from jax_resnet.training.durations import Plan
+from jax_resnet.training.loop import train
 
 ARGUMENTS = {
     "bag_of_tricks": ("efficient", "cosine", "smoothing", "mixup", "distill"),

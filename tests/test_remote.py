@@ -15,15 +15,15 @@ from ml_collections import ConfigDict
 from orbax.checkpoint._src.serialization import tensorstore_utils
 from test_resume import final_state
 
-from jax_resnet import paths, s3
-from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.errors import UserError
-from jax_resnet.evaluate import evaluate_checkpoint
-from jax_resnet.export import export
-from jax_resnet.journal import read_metrics
-from jax_resnet.paths import COMMITTED, AnyPath, move, names, open_path, read, write
-from jax_resnet.pretrained import read_weights
-from jax_resnet.train import train
+from jax_resnet.inference.safetensors import export
+from jax_resnet.runs import paths, s3
+from jax_resnet.runs.checkpoint import Checkpoints
+from jax_resnet.runs.metrics_log import read_metrics
+from jax_resnet.runs.paths import COMMITTED, AnyPath, move, names, open_path, read, write
+from jax_resnet.training.evaluate import evaluate_checkpoint
+from jax_resnet.training.loop import train
+from jax_resnet.training.pretrained import read_weights
 
 TINY = ROOT / "tests" / "tiny.py"
 

@@ -16,13 +16,13 @@ import pytest
 from conftest import ROOT, main_command, main_env, run_main
 from ml_collections import ConfigDict
 
-from jax_resnet.ahead import StepsAhead
-from jax_resnet.checkpoint import Checkpoints
 from jax_resnet.errors import Interrupted, UserError
-from jax_resnet.job import Job
-from jax_resnet.journal import read_metrics
-from jax_resnet.train import train
-from jax_resnet.workdir import claimed, read_config
+from jax_resnet.runs.checkpoint import Checkpoints
+from jax_resnet.runs.metrics_log import read_metrics
+from jax_resnet.runs.workdir import claimed, read_config
+from jax_resnet.training.experiment import Job
+from jax_resnet.training.loop import train
+from jax_resnet.training.precompile import StepsAhead
 
 TINY = ROOT / "tests" / "tiny.py"
 
@@ -223,7 +223,7 @@ def test_an_unreadable_evaluation_image_loses_no_steps(
         raise UserError("test split: record 5: not an image")
 
     with monkeypatch.context() as patch:
-        patch.setattr("jax_resnet.train.evaluate_all", broken)
+        patch.setattr("jax_resnet.training.loop.evaluate_all", broken)
         with pytest.raises(UserError, match="record 5"):
             train(tiny_config, tmp_path)
     train(tiny_config, tmp_path)
@@ -297,7 +297,7 @@ def test_the_batch_changes_only_by_saying_so(tiny_config: ConfigDict, tmp_path: 
 
 
 def test_a_workdir_that_goes_away_is_one_line(tiny_config: ConfigDict, tmp_path: Path) -> None:
-    from jax_resnet.train import Run
+    from jax_resnet.training.loop import Run
 
     gone = tmp_path / "run"
     save = Run._save

@@ -11,9 +11,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from jax_resnet.config import SCHEDULES, default, validate
-from jax_resnet.data.order import Phase
+from jax_resnet.data.sampling import Phase
 from jax_resnet.errors import UserError
-from jax_resnet.schedule import make_schedule, over_phases, peak_learning_rate
+from jax_resnet.training.schedules import make_schedule, over_phases, peak_learning_rate
 
 PEAK, STEPS, WARMUP, COOLDOWN, FROM, FINAL, POWER, FACTOR = 0.4, 100, 10, 20, 0.25, 0.05, 3.0, 0.2
 

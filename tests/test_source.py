@@ -14,9 +14,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from jax_resnet.config import default
-from jax_resnet.data import tfds_source
-from jax_resnet.data.source import open_dataset
-from jax_resnet.data.split import Dataset, EncodedSplit, Pixels, Split
+from jax_resnet.data import tfds as tfds_source
+from jax_resnet.data.dataset import Dataset, EncodedSplit, Pixels, Split
+from jax_resnet.data.sources import open_dataset
 from jax_resnet.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,7 +105,7 @@ def test_opening_digits_imports_neither_tensorflow_nor_torch(tmp_path):
     code = (
         "import sys\n"
         "from jax_resnet.config import default\n"
-        "from jax_resnet.data.source import open_dataset\n"
+        "from jax_resnet.data.sources import open_dataset\n"
         "c = default().data\n"
         f"c.name, c.channels, c.data_dir = 'digits', 1, {str(tmp_path / 'tfds')!r}\n"
         "dataset = open_dataset(c)\n"

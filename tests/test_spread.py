@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT, main_env, run_main
 from jax.sharding import AbstractMesh, AxisType
 
-from jax_resnet.journal import read_metrics
-from jax_resnet.parallel import spread
+from jax_resnet.runs.metrics_log import read_metrics
+from jax_resnet.runtime.mesh import spread
 
 TINY = ROOT / "tests" / "tiny.py"
 ON = "--config.spread_optimizer"
@@ -69,8 +69,8 @@ import sys, jax
 sys.path.insert(0, "tests")
 import numpy as np
 import tiny
-from jax_resnet.job import Job
-from jax_resnet.state import TrainState
+from jax_resnet.training.experiment import Job
+from jax_resnet.training.state import TrainState
 config = tiny.get_config(sys.argv[1])
 config.ema.decay, config.optimizer.name, config.spread_optimizer = 0.9, "adam", sys.argv[2] == "on"
 job = Job(config)

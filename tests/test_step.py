@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
-from jax_resnet.data import device
+from jax_resnet.data.image import device
 from jax_resnet.errors import UserError
-from jax_resnet.job import Job
 from jax_resnet.models.zoo import create_model
-from jax_resnet.train import train
+from jax_resnet.training.experiment import Job
+from jax_resnet.training.loop import train
 
 
 def batches(job: Job, stop: int, start: int = 0) -> Any:

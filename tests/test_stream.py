@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, main_env
 from stream import BATCH, EPOCHS, SEED
 
-from jax_resnet.data.order import train_indices
+from jax_resnet.data.sampling import train_indices
 
 IMAGES = 30
 Stream = list[dict[int, str]]
@@ -112,9 +112,9 @@ import re, sys
 from pathlib import Path
 from jax_resnet.config import default
 from jax_resnet.data.loader import train_batches
-from jax_resnet.data.order import Phase
-from jax_resnet.data.source import open_dataset
-from jax_resnet.parallel import batch_sharding, data_mesh
+from jax_resnet.data.sampling import Phase
+from jax_resnet.data.sources import open_dataset
+from jax_resnet.runtime.mesh import batch_sharding, data_mesh
 c = default().data
 c.update(name="folder:" + sys.argv[1], image_size=64, crop="random_resized", randaugment=(2, 9), threads=2,
          workers=int(sys.argv[2]), max_broken=0.2)

@@ -13,11 +13,11 @@ from flax import nnx
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from jax_resnet import summarize
+from jax_resnet.commands import summarize
+from jax_resnet.commands.summarize import count
 from jax_resnet.errors import UserError
 from jax_resnet.models.cost import cost
 from jax_resnet.models.zoo import ZOO, create_model
-from jax_resnet.summarize import count
 
 
 def millions(network):
@@ -269,7 +269,7 @@ def test_mistakes(monkeypatch, capsys, args, line):
 
 def command(*args, **env):
     return programs.run(
-        [sys.executable, "-m", "jax_resnet.summarize", *args],
+        [sys.executable, "-m", "jax_resnet", "summarize", *args],
         env=main_env() | env,
         cwd=ROOT,
     )

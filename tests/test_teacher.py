@@ -10,10 +10,10 @@ from ml_collections import ConfigDict
 from test_update import assert_close, trained
 
 from jax_resnet.errors import UserError
-from jax_resnet.export import export
-from jax_resnet.job import Job
-from jax_resnet.loss import distillation
-from jax_resnet.train import train
+from jax_resnet.inference.safetensors import export
+from jax_resnet.training.experiment import Job
+from jax_resnet.training.loop import train
+from jax_resnet.training.losses import distillation
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -52,7 +52,7 @@ def test_a_student_that_is_its_teacher_learns_nothing(teacher: tuple[ConfigDict,
     c.schedule.warmup.steps = 0
 
     def of(c: ConfigDict) -> tuple[Any, Any, Any]:
-        from jax_resnet.pretrained import placed
+        from jax_resnet.training.pretrained import placed
 
         job = Job(c)
         start = placed(job.fresh_state(), job.weights_to_begin_with()[0])
@@ -81,7 +81,7 @@ def test_a_teacher_that_normalises_otherwise_is_given_its_own_numbers(teacher: t
     for mean, std in (((0.3,), (0.2,)), ((0.6,), (0.7,))):
         c.data.mean, c.data.std = mean, std
         job = Job(c)
-        from jax_resnet.teacher import Teacher
+        from jax_resnet.training.distill import Teacher
 
         found = Teacher.of(c.distill, c.data, 4, np.float32, job.sharding.update(spec=jax.sharding.PartitionSpec()))
         logits.append(found.logits(found.weights, (images - np.float32(mean)) / np.float32(std)))

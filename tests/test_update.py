@@ -13,10 +13,10 @@ from ml_collections import ConfigDict
 
 from jax_resnet.data.loader import train_batches
 from jax_resnet.errors import UserError
-from jax_resnet.job import Job
-from jax_resnet.journal import read_metrics
-from jax_resnet.state import TrainState
-from jax_resnet.step import _averaged, _sharpness_aware
+from jax_resnet.runs.metrics_log import read_metrics
+from jax_resnet.training.experiment import Job
+from jax_resnet.training.state import TrainState
+from jax_resnet.training.step import _averaged, _sharpness_aware
 
 TINY = ROOT / "tests" / "tiny.py"
 
@@ -158,9 +158,9 @@ def test_running_average_is_the_recursion(every: int, start: int, ramp: bool) ->
 
 
 def test_running_average_of_a_training_is_evaluated_and_checkpointed(tiny_config: ConfigDict, tmp_path: Path) -> None:
-    from jax_resnet.checkpoint import Checkpoints
-    from jax_resnet.evaluate import evaluate_checkpoint
-    from jax_resnet.train import train
+    from jax_resnet.runs.checkpoint import Checkpoints
+    from jax_resnet.training.evaluate import evaluate_checkpoint
+    from jax_resnet.training.loop import train
 
     c = tiny_config
     c.ema.decay = 0.7
@@ -266,8 +266,8 @@ def test_running_average_guard_and_teacher_take_no_place_where_there_is_none(tin
 
 def test_a_procedure_that_is_stopped_ends_as_one_that_is_not(tiny_config: ConfigDict, tmp_path: Path) -> None:
     """Bit for bit: running average, steps uphill every third step, the end of mixing, residuals left out."""
-    from jax_resnet.checkpoint import Checkpoints
-    from jax_resnet.train import train
+    from jax_resnet.runs.checkpoint import Checkpoints
+    from jax_resnet.training.loop import train
 
     c = procedure(tiny_config)
     c.model.drop_path, c.optimizer.sam_every, c.data.mix_until, c.ema.ramp = 0.2, 3, 0.7, True

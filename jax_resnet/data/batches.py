@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from jax_resnet.data.order import Phase, mirrored, train_indices
-from jax_resnet.data.split import Split
+from jax_resnet.data.dataset import Split
+from jax_resnet.data.sampling import Phase, mirrored, train_indices
 from jax_resnet.errors import UserError
 
 Broken = list[tuple[str, str]]  # name and reason of each image that could not be decoded

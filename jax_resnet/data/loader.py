@@ -24,11 +24,11 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from jax_resnet.data.batches import Batch, Broken, Ledger, Report, eval_batch, train_batch
-from jax_resnet.data.order import Phase, phase_at
-from jax_resnet.data.split import ArraySplit, Split
+from jax_resnet.data.dataset import ArraySplit, Split
+from jax_resnet.data.sampling import Phase, phase_at
 from jax_resnet.errors import TransientError, first_line
-from jax_resnet.parallel import global_batch, local_rows
-from jax_resnet.signals import HANDLED, follow_parent
+from jax_resnet.runtime.mesh import global_batch, local_rows
+from jax_resnet.runtime.signals import HANDLED, follow_parent
 
 PATIENCE = 10  # seconds, with batches that are being read when they are no longer wanted
 ON_DEVICE = 2  # batches there ahead of need

@@ -11,9 +11,9 @@ from flax import nnx
 
 from jax_resnet.config import default
 from jax_resnet.models.zoo import create_model
-from jax_resnet.optim import parameter_kinds
-from jax_resnet.state import TrainState
-from jax_resnet.step import make_train_step
+from jax_resnet.training.optimizers import parameter_kinds
+from jax_resnet.training.state import TrainState
+from jax_resnet.training.step import make_train_step
 
 SMALL = {"depths": (1, 1), "widths": (8, 16), "stem_width": 8}
 IN_GROUPS = SMALL | {"groups": 4}

@@ -14,7 +14,7 @@ from flax import nnx
 from numpy.testing import assert_allclose
 from test_families import Keys
 
-from jax_resnet.models.torch_weights import flatten, import_weights, to_torch
+from jax_resnet.models.torch_names import flatten, import_weights, to_torch
 from jax_resnet.models.zoo import create_model
 
 TIMM = json.loads((Path(__file__).parents[1] / "data" / "timm_golden.json").read_text())

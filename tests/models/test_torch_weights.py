@@ -13,7 +13,7 @@ from test_families import FAMILIES, SMALL, Keys
 
 from jax_resnet import create_model, export_weights, import_weights
 from jax_resnet.errors import UserError
-from jax_resnet.models.torch_weights import Report, flatten
+from jax_resnet.models.torch_names import Report, flatten
 
 SHIM = Path(__file__).parents[3] / "shared" / "tools" / "torchvision_shim.py"
 

@@ -1,0 +1,45 @@
+"""The command `jax-resnet checkpoints inspect|verify RUN`: what a run has saved, and whether it is sound."""
+
+import json
+import sys
+import time
+from typing import Any
+
+from jax_resnet.commands.cli import Parser
+from jax_resnet.errors import UserError
+from jax_resnet.runs.checkpoint import inspect
+from jax_resnet.runs.paths import open_path
+
+
+def main() -> None:
+    """Runs the command; exits with status 1 when something is damaged."""
+    parser = Parser(
+        prog="jax-resnet checkpoints",
+        description="Lists the checkpoints of a run. A step's digest covers its config and the digest of every array.",
+    )
+    parser.add_argument("what", choices=("inspect", "verify"), help="verify: read the arrays, compare their digests")
+    parser.add_argument("workdir", help="the run, as it was given to jax_resnet.main")
+    parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
+    args = parser.parse_args()
+    workdir = open_path(args.workdir)
+    rows = inspect(workdir, verify=args.what == "verify")
+    if not rows and not args.json:
+        raise UserError(f"{workdir}: no checkpoint has been saved here")
+    print(json.dumps(rows, indent=2) if args.json else _table(rows))
+    if any(row["sound"] is False for row in rows):
+        sys.exit(1)
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    sound = {True: "sound", False: "damaged", None: "not read"}
+    lines = [f"{'step':>10}  {'MB':>9}  {'saved':19}  {'digest':12}  {'arrays':8}  evaluated"]
+    for row in rows:
+        saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["saved"])) if row["saved"] else ""
+        metrics = ", ".join(
+            f"{split} {values['accuracy_top1']:.2%}".replace("%", " %")
+            for split, values in row["metrics"].items()
+            if "accuracy_top1" in values
+        )
+        columns = f"{row['step']:>10,}  {row['bytes'] / 1e6:>9,.2f}  {saved:19}  {(row['sha256'] or '')[:12]:12}"
+        lines.append(f"{columns}  {sound[row['sound']]:8}  {metrics}")
+    return "\n".join(lines + [row["fault"] for row in rows if row["fault"]])

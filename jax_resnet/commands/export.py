@@ -1,0 +1,16 @@
+"""The command `jax-resnet export --workdir RUN`: a run's weights for timm and torchvision."""
+
+from jax_resnet.commands.cli import Parser, print_files
+from jax_resnet.inference.safetensors import export
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = Parser(prog="jax-resnet export", description="Writes a run's weights for timm and torchvision.")
+    parser.add_argument("--workdir", required=True, help="the run, as it was given to jax_resnet.main")
+    parser.add_argument("--to", default="safetensors", choices=["safetensors"], help="the form of the file")
+    parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
+    parser.add_argument("--weights", default="ema", choices=["ema", "raw"], help="ema: their running average, if any")
+    parser.add_argument("--out", help="the folder to write; default: WORKDIR/export")
+    args = parser.parse_args()
+    print_files(export(args.workdir, checkpoint=args.checkpoint, averaged=args.weights == "ema", out=args.out))

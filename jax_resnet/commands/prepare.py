@@ -1,0 +1,47 @@
+"""The command `jax-resnet prepare SOURCE DESTINATION`: images written once, to be read fast at random."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from jax_resnet.commands.cli import Parser, whole
+from jax_resnet.data.prepare import UNFINISHED, claim, extract, list_folder, list_tfds, prepare
+from jax_resnet.errors import UserError
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = Parser(
+        prog="jax-resnet prepare",
+        description="Writes images once, to be read fast at random: ArrayRecord files, for config.data.name=prepared:… "
+        "Stopped or killed, it goes on when it is run again.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", help="a folder or .tar of class folders, alone or in train/ and val/; or tfds:NAME")
+    parser.add_argument("destination", type=Path, help="a folder")
+    parser.add_argument("--resize", metavar="N", help="shrink to N pixels on the short side; default: bytes stay as is")
+    parser.add_argument("--quality", metavar="N", default="90", help="of the JPEGs that --resize makes; default: 90")
+    parser.add_argument("--workers", metavar="N", help="threads; default: as many as there are processors")
+    parser.add_argument("--data_dir", "--data-dir", metavar="FOLDER", help="with tfds:NAME, where TFDS keeps it")
+    args = parser.parse_args()
+    kind, _, name = args.source.partition(":")
+    path, destination = Path(args.source).expanduser(), args.destination.expanduser()
+    resize = whole("--resize", args.resize) if args.resize else None
+    plan = {"source": args.source, "resize": resize, "quality": whole("--quality", args.quality, most=100)}
+    workers = whole("--workers", args.workers, most=1024) if args.workers else os.cpu_count() or 1
+    if kind != "tfds" and not path.exists():
+        raise UserError(f"{path}: no such folder or .tar; a TFDS dataset is given as tfds:NAME")
+    if destination.resolve().is_relative_to(path.resolve()):
+        raise UserError(f"{destination}: lies in {path}, from which is read; give a folder elsewhere")
+    try:
+        with claim(destination):
+            if kind == "tfds":
+                source = list_tfds(name, args.data_dir)
+            else:
+                source = list_folder(path if path.is_dir() else extract(path, destination / UNFINISHED / "extracted"))
+            plan["contents"] = hashlib.sha256(repr((source.classes, source.contents)).encode()).hexdigest()[:16]
+            prepare(source, plan, destination, workers, Console(highlight=False, markup=False, soft_wrap=True))
+    except OSError as e:
+        raise UserError(f"{e.filename or destination}: {e.strerror or e}") from None

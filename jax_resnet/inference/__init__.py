@@ -1,0 +1,1 @@
+"""A trained run without its dataset: its weights for other programs."""

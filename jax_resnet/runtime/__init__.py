@@ -1,0 +1,1 @@
+"""Devices and processes: the mesh, joining a job, one fate, signals."""

@@ -1,0 +1,84 @@
+"""Being asked to stop: note it, let the loop save, and leave."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from typing import Any
+
+COMPILER = "compiler"  # the name of a thread that compiles what is not needed yet
+MEETING = "meeting"  # of one that waits for a job's other processes
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+BLOCKED = 5.0  # seconds after which the main thread is taken to be inside the compiler, where Python's handlers wait
+IMPATIENT = 2.0  # seconds that a KeyboardInterrupt has, after the second signal, to end the process by itself
+
+
+class Signals:
+    """Notes the first SIGINT, SIGTERM or SIGHUP, so that the loop can save and leave; a second one acts at once.
+
+    `otherwise` is what leaves in place of a main thread that does not come back to Python: it is called with the
+    signal, on another thread, BLOCKED seconds after it. To be None while something would be lost.
+    """
+
+    def __init__(self, otherwise: Callable[[int], Any] | None = None) -> None:
+        self.received = 0
+        self.otherwise = otherwise
+        self._left = False
+
+    def __enter__(self) -> "Signals":
+        self._previous: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for signum in HANDLED:
+                if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup wants it
+                    self._previous[signum] = signal.signal(signum, self._note)
+            # Python's handlers wait until C++ code returns; what is written here does not.
+            self._read, self._write = os.pipe()
+            os.set_blocking(self._write, False)
+            self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, args=(self._read,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.otherwise, self._left = None, True
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(self._wakeup)
+            os.close(self._write)  # which ends the thread
+
+    def _note(self, signum: int, _: Any) -> None:
+        self.received = signum
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        os.write(2, b"\nstopping: the step at hand ends, then its state is saved; once more to leave at once\n")
+
+    def _watch(self, pipe: int) -> None:
+        received: list[int] = []
+        while got := os.read(pipe, 1):
+            received += [signum for signum in got if signum in self._previous]
+            if len(received) == 1:
+                threading.Thread(target=self._leave, args=(received[0],), daemon=True).start()
+            elif len(received) > 1:
+                time.sleep(IMPATIENT)
+                if not self._left:
+                    os._exit(128 + received[-1])
+        os.close(pipe)
+
+    def _leave(self, signum: int) -> None:
+        time.sleep(BLOCKED)
+        if leave := self.otherwise:
+            leave(signum)
+
+
+def follow_parent(*_: int) -> None:
+    """Has this process end when the one that began it does, even if that is killed."""
+    parent: Any = multiprocessing.parent_process()
+
+    def follow() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

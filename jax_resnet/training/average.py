@@ -1,0 +1,89 @@
+"""Weights averaged over checkpoints, with batch statistics of their own: `jax-resnet average --workdir DIR`.
+
+Izmailov et al. 2018, "Averaging weights leads to wider optima". The mean of several networks' batch statistics is not
+what their mean network has: the statistics are estimated anew, as means over training batches (Ioffe and Szegedy 2015,
+section 3.1). Of one checkpoint, only they change.
+"""
+
+import os
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import partial, reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_resnet.config import from_json
+from jax_resnet.errors import UserError
+from jax_resnet.inference.safetensors import write_model
+from jax_resnet.models.torch_names import flatten
+from jax_resnet.runs.checkpoint import Checkpoints
+from jax_resnet.runs.paths import AnyPath, open_path
+from jax_resnet.runs.workdir import has_checkpoints, read_config
+from jax_resnet.training.evaluate import evaluate, to_stderr
+from jax_resnet.training.experiment import Job
+from jax_resnet.training.metrics import accuracy_text
+from jax_resnet.training.pretrained import place
+from jax_resnet.training.state import TrainState
+
+BATCHES = 100
+
+
+def average(
+    workdir: str | os.PathLike[str],
+    *,
+    checkpoints: Sequence[str] = (),
+    batches: int = BATCHES,
+    out: str | None = None,
+) -> tuple[dict[str, Any], list[AnyPath]]:
+    """Averages the weights of `checkpoints` ("best", "latest" or steps; none: all that are saved) of `workdir`.
+
+    Batch statistics are estimated over `batches` training batches that follow the run's. Returns the metrics over the
+    evaluation split, as `evaluate` gives them, and the files that are written, as `export` does, to `out`, by default
+    WORKDIR/average. Raises UserError for a workdir without those checkpoints, or a folder that cannot be written.
+    """
+    workdir = open_path(workdir)
+    if read_config(workdir) is None or not has_checkpoints(workdir):
+        raise UserError(f"{workdir}: no checkpoint has been saved here")
+    with Checkpoints(workdir) as saved:
+        steps = sorted({saved.find(which) for which in checkpoints} or saved.steps())
+        config = from_json(saved.config(steps[-1]))
+        wide = (jax.tree.map(np.float64, saved.weights(step, averaged=False)) for step in steps)
+        mean = jax.tree.map(lambda total: np.float32(total / len(steps)), reduce(partial(jax.tree.map, np.add), wide))
+    config.model.bn_momentum = 0.0  # statistics of one batch, nothing of those before
+    config.distill.teacher = config.distill.model = None
+    job = Job(config)
+    arrays = flatten(*mean)
+    abstract = job.abstract_state
+    state = TrainState(
+        abstract.step, place(abstract.params, arrays), place(abstract.batch_stats, arrays), opt_state=None
+    )
+    if batches and jax.tree.leaves(state.batch_stats):
+        state = replace(state, batch_stats=estimate_statistics(job, state, batches))
+    metrics = evaluate(job, state)
+    assert metrics
+    folder = open_path(out) if out else workdir / "average"
+    trees = jax.device_get((state.params, state.batch_stats))
+    print(f"mean of steps {', '.join(f'{step:,}' for step in steps)}", end=": ")
+    print(f"{job.data.eval.name} accuracy {accuracy_text(metrics)}, loss {metrics['loss']:.4f}")
+    return metrics, write_model(trees, config, workdir, folder, new=bool(out))
+
+
+def estimate_statistics(job: Job, state: TrainState, batches: int) -> Any:
+    """The batch statistics of `state.params`: means over the first `batches` training batches after the run's last.
+
+    `job` must be of a config with bn_momentum 0.
+    """
+    first = job.plan.steps
+    whole = jax.tree.leaves(state.params)[0].sharding
+    of_batch = jax.jit(lambda *of: job.update_of(*of)[1], in_shardings=(whole, job.sharding), out_shardings=whole)
+    add = jax.jit(partial(jax.tree.map, lambda total, one: total + one / batches), donate_argnums=0)
+    total = jax.tree.map(np.zeros_like, jax.device_get(state.batch_stats))
+    with closing(job.train_batches(first, first + batches, to_stderr)) as feed:
+        for number, batch in enumerate(feed, first):
+            total = add(total, of_batch(replace(state, step=jnp.int32(number)), batch))
+            jax.block_until_ready(total)  # or the host would run ahead, with a batch on the devices for each
+    return total

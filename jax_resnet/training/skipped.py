@@ -1,0 +1,116 @@
+"""Updates that are skipped, for their numbers are wrong: told as they come, and too many in a row written for study."""
+
+import math
+from collections import deque
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_resnet.data.sampling import phase_at, train_indices
+from jax_resnet.errors import UserError
+from jax_resnet.runs.log import Telemetry
+from jax_resnet.runs.paths import AnyPath
+from jax_resnet.runs.workdir import write_json
+from jax_resnet.training.evaluate import IN_FLIGHT
+from jax_resnet.training.experiment import Job
+from jax_resnet.training.metrics import Sums
+from jax_resnet.training.state import TrainState
+
+
+class Skipped:
+    """Follows which of a run's updates are skipped, some steps late, and says so. Without a guard it sees none."""
+
+    def __init__(self, job: Job, state: TrainState, start: int, telemetry: Telemetry) -> None:
+        self._job, self._telemetry = job, telemetry
+        self._unread: deque[tuple[int, Sums]] = deque()
+        self._last = start  # the last step that was read
+        self.row = int(jax.device_get(state.guard["row"])) if state.guard else 0  # skipped up to it, without a break
+
+    @property
+    def too_many(self) -> bool:
+        """Whether `config.guard.max_skipped` in a row were skipped: what comes after them will be too."""
+        return 0 < self._job.config.guard.max_skipped <= self.row
+
+    def add(self, step: int, sums: Sums) -> None:
+        """Takes the sums of one more step; reads those of an earlier one, which is done or as good as done."""
+        if "skipped" in sums:
+            self._unread.append((step, sums))
+            self.read(leave=IN_FLIGHT - 1)
+
+    def read(self, leave: int = 0) -> None:
+        """Reads what was added, up to the last `leave` steps or to where too many are skipped."""
+        while len(self._unread) > leave and not self.too_many:
+            self._last, sums = self._unread.popleft()
+            if not jax.device_get(sums["skipped"]):
+                self.row = 0
+                continue
+            self.row += 1
+            loss, spikes = float(jax.device_get(sums["skipped_loss"])), self._job.config.guard.loss_spike
+            why = (
+                ""
+                if not math.isfinite(loss)
+                else ", a spike or gradients not finite"
+                if spikes
+                else ", gradients not finite"
+            )
+            self._telemetry.say(f"step {self._last:,}: update skipped: loss {loss:.4g}{why}")
+
+    def study(self, state: TrainState, workdir: AnyPath) -> UserError:
+        """Writes skipped-STEP.json, of the row's updates computed once more; returns the error that ends the run.
+
+        `state` is any after the first of them: it has the same parameters as they had. The file holds first_step and
+        last_step; parameters, the norm of each part's; and updates, for each its step, its records' numbers in the
+        split, its loss, and gradients, the norm of each part's before clipping. What is no number is text, "nan".
+        """
+        first, last = self._last - self.row + 1, self._last
+        file = workdir / f"skipped-{last}.json"
+        with jax.transfer_guard("allow"):
+            found = {
+                "first_step": first,
+                "last_step": last,
+                "parameters": _norms(state.params),
+                "updates": self._again(state, range(first, last + 1)),
+            }
+        written = f"{file} has their records, losses and norms"
+        if jax.process_index() == 0:
+            try:
+                write_json(file, found)
+            except OSError as e:
+                written = f"{file}, of their records and norms, cannot be written ({e.strerror})"
+        return UserError(
+            f"the updates of steps {first:,} to {last:,} were all skipped, their loss or gradients being wrong, and "
+            f"the run ends without saving; {written}; lower config.optimizer.learning_rate or lengthen "
+            "config.schedule.warmup"
+        )
+
+    def _again(self, state: TrainState, steps: range) -> list[dict[str, Any]]:
+        job, c = self._job, self._job.config
+        split, phases = job.data.train, job.plan.phases
+        updates = []
+        with closing(job.train_batches(steps.start - 1, steps.stop - 1, self._telemetry.broken)) as feed:
+            for done, batch in enumerate(feed, steps.start - 1):
+                before = replace(state, step=jax.device_put(np.int32(done), state.step.sharding))
+                grads, _, sums = job.gradients(before, batch, *job.teacher_weights)
+                phase = phase_at(phases, done)
+                records, _ = train_indices(c.seed, phase.examples(done), phase.batch_size, len(split), c.data.repeats)
+                loss = float(sums["loss"]) / int(sums["examples"])
+                updates.append(
+                    {"step": done + 1, "records": records.tolist(), "loss": _json(loss), "gradients": _norms(grads)}
+                )
+        return updates
+
+
+def _norms(tree: dict[str, Any]) -> dict[str, float | str]:
+    """The norm of each part (stem, stage1, …, head)."""
+    squares = {
+        part: sum(np.square(x, dtype=np.float64).sum() for x in jax.tree.leaves(jax.device_get(inside)))
+        for part, inside in tree.items()
+    }
+    return {part: _json(math.sqrt(square)) for part, square in squares.items()}
+
+
+def _json(number: float) -> float | str:
+    return number if math.isfinite(number) else str(number)  # JSON has no nan

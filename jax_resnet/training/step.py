@@ -1,0 +1,238 @@
+"""One update and one evaluation: pure functions of (state, batch)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
+
+from jax_resnet.data.image import device
+from jax_resnet.training.distill import Teacher
+from jax_resnet.training.losses import distillation, make_loss
+from jax_resnet.training.metrics import Sums, classification_sums
+from jax_resnet.training.optimizers import at_step
+from jax_resnet.training.state import TrainState, all_finite
+
+Batch = dict[str, jax.Array]
+MEAN_OF = 100  # losses in the running mean: as many are waited for before it tells spikes; then it decays by 0.99
+STEPS = 2**32 - 1  # folded into the seed's key: the parameters are drawn from the same key, with counts from 0
+
+
+def make_train_step(
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    *,
+    mix_stop: int | None = None,
+    ema_start: int = 0,
+    teacher: Teacher | None = None,
+    parts: NamedSharding | None = None,
+) -> Callable[..., tuple[TrainState, Sums]]:
+    """The update: (state, {image uint8 [N, H, W, C], label int32 [N]}) → (new state, sums over the batch).
+
+    With data.flip_alternate the batch also has mirrored, bool [N]; with a `teacher` its weights are a third argument.
+    `ema_start` is the step until which the average is a copy; the rest is as in `make_gradients`.
+
+    Where the state has a guard, an update whose loss or gradients, before clipping, are not finite is skipped: of the
+    state only step and guard change. So are those whose loss is more than `config.guard.loss_spike` times the running
+    mean of the losses before it, once there are MEAN_OF, and all after `config.guard.max_skipped` in a row. The sums
+    then also have skipped, int32 0 or 1, and skipped_loss, float32, the mean loss of what was; all others are 0.
+    """
+    c, gradients = config, make_gradients(graph, config, mix_stop=mix_stop, teacher=teacher, parts=parts)
+
+    def train_step(state: TrainState, batch: Batch, *teacher_weights: Any) -> tuple[TrainState, Sums]:
+        grads, batch_stats, sums = gradients(state, batch, *teacher_weights)
+        opt_state = at_step(state.opt_state, state.step) if state.guard else state.opt_state
+        updates, opt_state = optimizer.update(grads, opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        new = replace(state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
+        new = replace(new, ema=_averaged(new, c.ema, ema_start)) if c.ema.decay else new
+        return _guarded(state, new, grads, sums, c.guard) if state.guard else (new, sums)
+
+    return train_step
+
+
+def make_gradients(
+    graph: nnx.GraphDef,
+    config: ConfigDict,
+    *,
+    mix_stop: int | None = None,
+    teacher: Teacher | None = None,
+    parts: NamedSharding | None = None,
+) -> Callable[..., tuple[Any, Any, Sums]]:
+    """(state, batch) → what an update is made of: gradients, the new batch statistics, sums over the batch.
+
+    With a `teacher` its weights are a third argument. `mix_stop` is the step from which images are not mixed (None:
+    they are to the end), `parts` the sharding of arrays [config.accumulate, N / config.accumulate, …].
+
+    Of a mixed image the label with more weight is the right one (of equals the lower), as torchvision counts too.
+    The parts of the network in `config.freeze` normalise by their running statistics and leave them as they are.
+    All randomness comes from (seed, state.step) and the row in the global batch; that of dropout, drop_path and
+    drop_block from the part and the row in it.
+    """
+    c, loss_of = config, make_loss(config.loss, training=True)
+
+    def of_batch(state: TrainState, batch: Batch, *teacher_weights: Any) -> tuple[Any, Any, Sums]:
+        rows, whole, dropout_key = _drawn(batch, state.step, c, mix_stop)
+
+        def loss(params: Any, rows: Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Sums]]:
+            images = device.augment(rows["image"], rows, whole, c.data)
+            params = {name: jax.lax.stop_gradient(p) if name in c.freeze else p for name, p in params.items()}
+            model = _training(graph, params, state.batch_stats, c.freeze)
+            logits = model(images, rngs=nnx.Rngs(dropout=key))
+            labels = right = rows["label"]
+            if "kept" in whole:
+                labels = device.mix_labels(right, whole["kept"], logits.shape[-1])
+                right = labels.argmax(-1)
+            losses = loss_of(logits, labels)
+            if teacher:
+                taught = distillation(logits, teacher.logits(teacher_weights[0], images), c.distill.temperature)
+                losses = (1 - c.distill.alpha) * losses + c.distill.alpha * taught
+            stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+            return losses.mean(), (stats, classification_sums(logits, right, losses))
+
+        def gradients(params: Any) -> tuple[Any, tuple[Any, Sums]]:
+            grad = jax.grad(loss, has_aux=True)
+            if c.accumulate == 1:
+                return grad(params, rows, dropout_key)
+            return _accumulated(lambda part, key: grad(params, part, key), rows, dropout_key, c.accumulate, parts)
+
+        grads, (batch_stats, sums) = gradients(state.params)
+        if c.optimizer.sam_rho:
+            grads = _sharpness_aware(
+                grads, gradients, state, c.optimizer.sam_rho, c.optimizer.sam_every, _on_cpu(parts)
+            )
+        return grads, batch_stats, sums
+
+    return of_batch
+
+
+def _drawn(
+    batch: Batch, step: jax.Array, c: ConfigDict, mix_stop: int | None
+) -> tuple[Batch, dict[str, jax.Array], jax.Array]:
+    """The batch with what is random about each of its rows, what is random about all of them, and a key for dropout."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(c.seed), STEPS), step)
+    augment_key, dropout_key = jax.random.split(key)
+    mixing = None if mix_stop is None else step < mix_stop
+    rows, whole = device.draw(augment_key, batch["image"].shape, c.data, mixing)
+    return rows | batch, whole, dropout_key
+
+
+def _training(graph: nnx.GraphDef, params: Any, batch_stats: Any, freeze: Sequence[str]) -> Any:
+    model: Any = nnx.merge(graph, params, batch_stats)
+    model.train()
+    for name in freeze:
+        getattr(model, name).eval()
+    return model
+
+
+def _accumulated(
+    grad: Callable[[Batch, jax.Array], tuple[Any, tuple[Any, Sums]]],
+    rows: Batch,
+    key: jax.Array,
+    count: int,
+    sharding: NamedSharding | None,
+) -> tuple[Any, tuple[Any, Sums]]:
+    """What `grad` gives of the whole batch, from `count` parts of consecutive rows, one after another.
+
+    Each part begins with the same batch statistics: the mean of what they become is what the whole batch, whose groups
+    are as large or smaller, makes of them.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        x = x.reshape(count, -1, *x.shape[1:])
+        # Each part over all devices; consecutive rows lie on one device, so they are sent, as uint8.
+        return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+    def add(total: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        number, some = part
+        return jax.tree.map(jnp.add, total, grad(some, jax.random.fold_in(key, number))), None
+
+    pieces = jnp.arange(count), jax.tree.map(split, rows)
+    shapes = jax.eval_shape(grad, jax.tree.map(lambda x: x[0], pieces[1]), key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    # A convolution inside a loop misses the CPU's fast path.
+    (grads, (stats, sums)), _ = jax.lax.scan(add, zeros, pieces, unroll=_on_cpu(sharding))
+    grads, stats = jax.tree.map(lambda x: x / count, (grads, stats))
+    return grads, (stats, sums)
+
+
+def _on_cpu(sharding: NamedSharding | None) -> bool:
+    """Whether the step is for CPUs, whatever the machine is that it is compiled on."""
+    return (jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform) == "cpu"
+
+
+def _sharpness_aware(
+    grads: Any, gradients: Callable[[Any], tuple[Any, Any]], state: TrainState, rho: float, every: int, on_cpu: bool
+) -> Any:
+    """The gradients at `rho` uphill of the parameters, each `every` steps (Foret et al. 2020, equation 2).
+
+    Batch statistics are not taken from there: they belong to the parameters that are kept.
+    """
+
+    def uphill(grads: Any) -> Any:
+        scale = rho / (optax.tree.norm(grads) + 1e-12)
+        return gradients(jax.tree.map(lambda p, g: p + scale * g, state.params, grads))[0]
+
+    if every == 1:
+        return uphill(grads)
+    if on_cpu:  # where a convolution misses the fast path inside a conditional
+        return jax.tree.map(partial(jnp.where, state.step % every == 0), uphill(grads), grads)
+    return jax.lax.cond(state.step % every == 0, uphill, lambda same: same, grads)
+
+
+def _averaged(new: TrainState, c: ConfigDict, start: int) -> Any:
+    """The running average after an update: new.ema moved towards the new weights, as `config.ema` says."""
+    decay = jnp.float32(c.decay)
+    if c.ramp:
+        updates = (new.step - start) // c.every
+        decay = jnp.minimum(decay, (1 + updates) / (10 + updates))
+    if start:
+        decay = jnp.where(new.step <= start, 0.0, decay)
+    if c.every > 1:
+        decay = jnp.where(new.step % c.every == 0, decay, 1.0)
+    return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, new.ema, new.weights)
+
+
+def _guarded(old: TrainState, new: TrainState, grads: Any, sums: Sums, c: ConfigDict) -> tuple[TrainState, Sums]:
+    """`new` and `sums`, or where the update is to be skipped `old`, a step on, and sums that leave it out."""
+    loss, row = sums["loss"] / sums["examples"], old.guard["row"]
+    taken = jnp.isfinite(loss) & (row < c.max_skipped) & all_finite(grads)
+    mean = {}
+    if c.loss_spike:
+        before, losses = old.guard["loss"], old.guard["losses"]
+        taken &= (losses < MEAN_OF) | (loss <= c.loss_spike * before)
+        after = before + (loss - before) / jnp.minimum(losses + 1, MEAN_OF)
+        mean = {"loss": jnp.where(taken, after, before), "losses": losses + taken}
+    guard = mean | {"row": jnp.where(taken, 0, row + 1)}
+    state = jax.tree.map(partial(jnp.where, taken), replace(new, guard={}), replace(old, step=new.step, guard={}))
+    sums = {name: jnp.where(taken, value, 0) for name, value in sums.items()}
+    skipped = {"skipped": 1 - taken.astype(jnp.int32), "skipped_loss": jnp.where(taken, 0.0, loss)}
+    return replace(state, guard=guard), sums | skipped
+
+
+def make_eval_step(graph: nnx.GraphDef, config: ConfigDict) -> Callable[[Any, Any, Batch], Sums]:
+    """The evaluation: (params, batch_stats, {image, label, mask, undecodable}) → sums over the rows where mask holds.
+
+    mask and undecodable, bool [N], are those of batches.eval_batch; the latter's rows are counted too.
+    """
+    loss_of, data = make_loss(config.loss, training=False), config.data
+
+    def eval_step(params: Any, batch_stats: Any, batch: Batch) -> Sums:
+        model: Any = nnx.merge(graph, params, batch_stats)
+        model.eval()
+        images = device.normalise(batch["image"], data.mean, data.std)
+        logits = model(images)
+        if config.eval.mirror:
+            logits = (logits + model(images[:, :, ::-1])) / 2
+        losses = loss_of(logits, batch["label"])
+        counts = {"undecodable": batch["undecodable"].sum()}
+        return classification_sums(logits, batch["label"], losses, batch["mask"]) | counts
+
+    return eval_step

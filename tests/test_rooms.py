@@ -1,0 +1,83 @@
+"""The house: imports point down the list of rooms, in a circle nowhere, and hide in no function."""
+
+import ast
+from graphlib import TopologicalSorter
+
+from conftest import ROOT
+
+PACKAGE = ROOT / "jax_resnet"
+# From the top of the house to its cellar.
+ROOMS = (
+    *("__main__", "main", "commands", "inference", "training", "data", "runs", "recipes", "config", "models"),
+    *("runtime", "errors"),
+)
+# Arrows that still point up, each to be taken out with what it carries.
+POINT_UP = {
+    ("runs.checkpoint", "training.state"),  # the names of the fields of TrainState
+    ("runs.log", "training.durations"),  # the epoch of a step
+    ("training.average", "inference.safetensors"),  # an average is written as an export is
+}
+# In a function, because the module is heavy and a mistyped flag or another command shall not wait for it.
+LAZY = {
+    ("__init__", "*"),
+    ("main", "runtime.distributed"),
+    ("main", "training.evaluate"),
+    ("main", "training.loop"),
+    ("commands.cli", "runtime.failure"),
+    ("commands.config", "commands.overview"),
+    ("commands.compile", "commands.program"),
+    ("data.sources", "data.tfds"),
+}
+
+
+def modules() -> dict[str, ast.Module]:
+    files = {".".join(f.relative_to(PACKAGE).with_suffix("").parts): f for f in PACKAGE.rglob("*.py")}
+    return {name: ast.parse(file.read_text()) for name, file in files.items() if not name.startswith("configs.")}
+
+
+def imports(tree: ast.AST, known: set[str]) -> set[str]:
+    """The modules of the package that are imported anywhere below `tree`."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "jax_resnet":
+            module = (node.module or "").removeprefix("jax_resnet").removeprefix(".")
+            inside = [f"{module}.{alias.name}".removeprefix(".") for alias in node.names]
+            found |= {name if name in known else module for name in inside}
+    return found - {""}
+
+
+def arrows() -> dict[str, set[str]]:
+    trees = modules()
+    return {name: imports(tree, set(trees)) for name, tree in trees.items() if not name.endswith("__init__")}
+
+
+def floor(module: str) -> int:
+    return ROOMS.index(module.split(".")[0])
+
+
+def test_imports_point_down() -> None:
+    up = {(name, other) for name, others in arrows().items() for other in others if floor(other) < floor(name)}
+    assert up <= POINT_UP, up - POINT_UP
+
+
+def test_the_list_of_exceptions_is_no_longer_than_it_has_to_be() -> None:
+    there = {(name, other) for name, others in arrows().items() for other in others}
+    assert there >= POINT_UP
+
+
+def test_no_circle() -> None:
+    TopologicalSorter(arrows()).prepare()  # raises CycleError, which names them
+
+
+def test_no_import_hides_in_a_function() -> None:
+    trees = modules()
+    hidden = set()
+    for name, tree in trees.items():
+        for function in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
+            hidden |= {(name, other) for other in imports(function, set(trees))}
+    assert {pair for pair in hidden if pair not in LAZY and (pair[0], "*") not in LAZY} == set()
+
+
+def test_at_most_sixteen_entries_at_the_first_level() -> None:
+    entries = [f for f in PACKAGE.iterdir() if f.name not in ("__pycache__", "configs")]
+    assert len(entries) <= 16, entries
