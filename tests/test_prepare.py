@@ -23,6 +23,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 
+from jax_resnet.commands import prepare as command_prepare
 from jax_resnet.config import default
 from jax_resnet.data import prepare
 from jax_resnet.data.image.images import decode
@@ -44,7 +45,7 @@ def run(*args: Any) -> subprocess.CompletedProcess[str]:
 def here(monkeypatch: pytest.MonkeyPatch, *args: Any) -> None:
     """The command in this process."""
     monkeypatch.setattr(sys, "argv", ["prepare", *map(str, args)])
-    prepare.main()
+    command_prepare.main()
 
 
 def refusal(monkeypatch: pytest.MonkeyPatch, *args: Any) -> str:
@@ -385,6 +386,7 @@ def test_other_images_are_refused(tmp_path, monkeypatch):
 SMALL_FILES = """
 import sys, time
 import jax_resnet.data.prepare as p
+from jax_resnet.commands import cli, prepare
 write, most = p.write, int(sys.argv.pop())
 def held(file, *args):
     *args, tick = args
@@ -394,7 +396,7 @@ def held(file, *args):
             time.sleep(0.01)
     return write(file, *args, wait)
 p.SHARD_IMAGES, p.write = 8, held
-p.run(p.main)
+cli.run(prepare.main)
 """
 
 
@@ -566,7 +568,7 @@ def test_an_image_that_cannot_be_read_stops(source, tmp_path, monkeypatch):
     def vanishes(split, index):
         raise FileNotFoundError(2, "No such file or directory", "gone.jpg")
 
-    monkeypatch.setattr(prepare, "list_folder", lambda _: listed._replace(read=vanishes))
+    monkeypatch.setattr(command_prepare, "list_folder", lambda _: listed._replace(read=vanishes))
     assert refusal(monkeypatch, source, tmp_path / "to") == "gone.jpg: No such file or directory"
 
 
