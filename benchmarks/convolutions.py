@@ -3,7 +3,7 @@
 Command:  JAX_PLATFORMS=cpu python benchmarks/convolutions.py
 
 Forward, and the gradients for image and kernel, each compiled alone; the least of seven readings, in turn. The products
-are those that models/convolution.py has, where it takes them and where it does not. Then the gradient of a maximum, and
+are those that models/cpu.py has, where it takes them and where it does not. Then the gradient of a maximum, and
 the whole training steps of two networks, with and without.
 """
 

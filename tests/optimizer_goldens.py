@@ -1,4 +1,4 @@
-"""Parameters after 20 updates by torch's and timm's optimizers, in float64, that optim.py's are compared with.
+"""Parameters after 20 updates by torch's and timm's optimizers, in float64, with which ours are compared.
 
 `python tests/optimizer_goldens.py` writes them to tests/data/optimizers.npz. It needs torch 2.9 or later and timm.
 """

@@ -1,6 +1,7 @@
 """What a config comes to, section by section, and the curve of its rates.
 
-The numbers are those of Job, Plan and optim.py, which training has them from too. Only the schedule is computed.
+The numbers are those of Job, Plan and training/optimizers.py, which training has them from too. Only the schedule is
+computed.
 """
 
 from collections import Counter
@@ -287,7 +288,7 @@ def _images(job: Job) -> Iterator[Row]:
 
 
 def _augmentation(job: Job) -> Iterator[Row]:
-    """In the order in which it is done: by data/split.py and augment.py, then, from `shift` on, by device.py."""
+    """In the order in which it is done: by data/image/augment.py, then, from `shift` on, by data/image/device.py."""
     c, plan = job.config.data, job.plan
     (low, high), (narrow, wide), (small, large) = c.crop_area, c.crop_ratio, c.crop_resize
     crops = {

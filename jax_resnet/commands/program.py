@@ -79,7 +79,7 @@ class TooLarge:
 
 
 def topology_mesh(name: str) -> Mesh:
-    """What `parallel.data_mesh` makes of the devices here, of those of a TPU topology.
+    """What `mesh.data_mesh` makes of the devices here, of those of a TPU topology.
 
     `name` is GENERATION:SHAPE, v5e:4x4. Raises UserError if there is none of that name, or no libtpu.
     """

@@ -25,7 +25,7 @@ PREPARE = "pip install tensorflow apache-beam mlcroissant"  # what TFDS's own co
 
 
 def open_tfds(name: str, c: ConfigDict) -> Dataset:
-    """The dataset of that name, as `config.data` says; see source.open_dataset."""
+    """The dataset of that name, as `config.data` says; see sources.open_dataset."""
     builder = tfds_builder(name, c.data_dir)
     info = builder.info
     image_key, label_key = image_and_label(builder, name)

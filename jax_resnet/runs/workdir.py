@@ -56,7 +56,7 @@ def claimed(workdir: AnyPath, config: ConfigDict) -> Iterator[ConfigDict | None]
     """Makes the folder and keeps other runs out of it; writes config.json, or checks that the run there is the same.
 
     Gives the config of the run that is there, None if nothing has been saved yet: then the folder takes the new one.
-    Its `progressive` may differ, see train.check_same_past. An object store has no locks: nothing keeps another run
+    Its `progressive` may differ, see loop.check_same_past. An object store has no locks: nothing keeps another run
     out of one. Raises UserError if the folder cannot be written, is in use, or names what differs.
     """
     with contextlib.ExitStack() as stack:

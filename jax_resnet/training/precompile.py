@@ -35,7 +35,7 @@ class StepsAhead:
     def __enter__(self) -> "StepsAhead":
         if self._wanted:
             # No daemon: it would be cut off inside the compiler when the interpreter ends, which aborts the process. A
-            # command that wants to end sooner calls signals.leave.
+            # command that wants to end sooner calls commands.cli.leave.
             Thread(target=self._compile, name=COMPILER).start()
         return self
 
