@@ -82,7 +82,7 @@ def ours(name: str, size: int, batch: int, report: dict[str, Any]) -> Iterator[i
 
 def config(name: str, size: int, batch: int) -> Any:
     """ResNet-50's config, or that of the CIFAR networks, with that model."""
-    from jax_resnet.recipes import cifar, nvidia
+    from jax_resnet.config.recipes import cifar, nvidia
 
     c = cifar(name, batch_size=batch) if name.startswith("cifar_") else nvidia(name, batch_size=batch, epochs=90)
     c.data.image_size = size

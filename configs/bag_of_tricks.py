@@ -18,8 +18,8 @@ Differs:   bfloat16 for float16. Brightness, contrast and saturation × 0.6 … 
 from ml_collections import ConfigDict
 
 from jax_resnet.config import duration
+from jax_resnet.config.recipes import imagenet
 from jax_resnet.errors import choose
-from jax_resnet.recipes import imagenet
 
 REFINEMENTS = ("efficient", "cosine", "smoothing", "mixup", "distill")
 

@@ -21,8 +21,8 @@ Differs:   three residual blocks of two convolutions and ReLU in place of a plai
 from ml_collections import ConfigDict
 
 from jax_resnet.config import duration
+from jax_resnet.config.recipes import cifar
 from jax_resnet.errors import UserError
-from jax_resnet.recipes import cifar
 
 
 def get_config(epochs: str = "10") -> ConfigDict:

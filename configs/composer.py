@@ -20,7 +20,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from jax_resnet.config import duration
-from jax_resnet.recipes import cifar, imagenet, variant
+from jax_resnet.config.recipes import cifar, imagenet, variant
 
 
 class Recipe(NamedTuple):

@@ -13,7 +13,7 @@ Differs:   bfloat16 needs no scaling of the loss. MXNet's batch is 4096 and its 
 
 from ml_collections import ConfigDict
 
-from jax_resnet.recipes import nvidia, variant
+from jax_resnet.config.recipes import nvidia, variant
 
 MIXUP = {"50": 0.0, "90": 0.0, "250": 0.2}
 

@@ -18,7 +18,7 @@ Differs:   bfloat16 for float16; crops are resized bilinearly, FFCV's by area. I
 from ml_collections import ConfigDict
 
 from jax_resnet.config import duration
-from jax_resnet.recipes import imagenet, variant
+from jax_resnet.config.recipes import imagenet, variant
 
 FIRST_AT_192 = {"16": 12, "24": 19, "32": 25, "40": 32, "56": 45, "88": 71}  # epochs → epoch
 DEPTHS = {"50": (4096, 512, 1.7, 1e-4), "18": (1024, 1024, 0.5, 5e-5)}  # batch, that of a GPU, rate, decay

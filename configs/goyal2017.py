@@ -16,7 +16,7 @@ Differs:   of the colour augmentation of fb.resnet.torch, which the authors' cod
 from ml_collections import ConfigDict
 
 from jax_resnet.config import duration
-from jax_resnet.recipes import imagenet
+from jax_resnet.config.recipes import imagenet
 
 
 def get_config() -> ConfigDict:

@@ -16,7 +16,7 @@ Differs:   the rate falls at 30, 60 and 80 of 90 epochs, the common stand-in for
 from ml_collections import ConfigDict
 
 from jax_resnet.config import duration
-from jax_resnet.recipes import imagenet, variant
+from jax_resnet.config.recipes import imagenet, variant
 
 NETWORKS = {
     **{depth: f"resnet{depth}" for depth in ("18", "34")},

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from jax_resnet.config import duration
-from jax_resnet.recipes import IMAGENET_TRAIN, imagenet, variant
+from jax_resnet.config.recipes import IMAGENET_TRAIN, imagenet, variant
 
 
 class Entry(NamedTuple):

@@ -14,7 +14,7 @@ Source:    NVIDIA DeepLearningExamples, ResNet-50 v1.5, as in configs/deep_learn
 
 from ml_collections import ConfigDict
 
-from jax_resnet.recipes import nvidia
+from jax_resnet.config.recipes import nvidia
 
 
 def get_config(depth: str = "50") -> ConfigDict:

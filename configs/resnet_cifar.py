@@ -17,7 +17,7 @@ Differs:   for depth 110 the paper begins with a rate of 0.01 until the training
 from ml_collections import ConfigDict
 
 from jax_resnet.config import duration
-from jax_resnet.recipes import cifar
+from jax_resnet.config.recipes import cifar
 
 
 def get_config(depth: str = "20") -> ConfigDict:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from jax_resnet.config import duration
-from jax_resnet.recipes import imagenet, variant
+from jax_resnet.config.recipes import imagenet, variant
 
 
 class Procedure(NamedTuple):

@@ -15,8 +15,8 @@ Differs:   the cosine of v2 falls with each update, torchvision's with each epoc
 from ml_collections import ConfigDict
 
 from jax_resnet.config import duration
+from jax_resnet.config.recipes import imagenet
 from jax_resnet.errors import choose
-from jax_resnet.recipes import imagenet
 
 
 def get_config(version: str = "v2") -> ConfigDict:

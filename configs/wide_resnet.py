@@ -14,7 +14,7 @@ Differs:   the variant without dropout, which the paper puts between the two con
 from ml_collections import ConfigDict
 
 from jax_resnet.config import duration
-from jax_resnet.recipes import cifar
+from jax_resnet.config.recipes import cifar
 
 
 def get_config(size: str = "28_10") -> ConfigDict:

@@ -1,6 +1,6 @@
 """The command: `python -m jax_resnet.main --config configs/resnet20_digits.py`.
 
---config.KEY=VALUE changes a value of the config; jax_resnet/config.py has them all.
+--config.KEY=VALUE changes a value of the config; jax_resnet/config/defaults.py has them all.
 """
 
 import gc

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from jax_resnet.config import default, duration, in_steps
 from jax_resnet.errors import UserError
-from jax_resnet.training.durations import Plan
+from jax_resnet.training.plan import Plan
 
 
 def plan_config(batch_size: int = 64, **durations: dict[str, Any]) -> ConfigDict:

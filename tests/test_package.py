@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, main_env
 
 import jax_resnet
-from jax_resnet import config
+from jax_resnet.config import command_line
 
 
 @pytest.mark.slow
@@ -69,9 +69,11 @@ def test_configs_of_another_distribution_do_not_shadow_ours(tmp_path: Path, monk
     for folder in (tmp_path / "configs", tmp_path / "jax_resnet" / "configs"):
         folder.mkdir(parents=True)
         (folder / "resnet20_digits.py").touch()
-    monkeypatch.setattr(config, "__file__", str(tmp_path / "jax_resnet" / "config.py"))
+    monkeypatch.setattr(command_line, "__file__", str(tmp_path / "jax_resnet" / "config" / "command_line.py"))
     monkeypatch.chdir(tmp_path / "jax_resnet")
-    assert config.find_config("resnet20_digits") == str(tmp_path / "jax_resnet" / "configs" / "resnet20_digits.py")
+    assert command_line.find_config("resnet20_digits") == str(
+        tmp_path / "jax_resnet" / "configs" / "resnet20_digits.py"
+    )
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,9 @@ from jax_resnet.errors import UserError
 from jax_resnet.runs.log import Telemetry
 from jax_resnet.runs.metrics_log import read_metrics
 from jax_resnet.runtime.signals import COMPILER
-from jax_resnet.training.durations import Plan, describe
 from jax_resnet.training.experiment import Job
 from jax_resnet.training.loop import train
+from jax_resnet.training.plan import Plan, describe
 from jax_resnet.training.precompile import StepsAhead
 
 ROWS = ((0.0, 6, 32), (0.4, 10), (0.75, 12, 8))

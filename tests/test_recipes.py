@@ -20,8 +20,8 @@ from jax_resnet.errors import UserError
 from jax_resnet.models.torch_names import flatten, to_torch
 from jax_resnet.models.zoo import create_model, model_spec
 from jax_resnet.runs.metrics_log import read_metrics
-from jax_resnet.training.durations import Plan
 from jax_resnet.training.loop import train
+from jax_resnet.training.plan import Plan
 
 ARGUMENTS = {
     "bag_of_tricks": ("efficient", "cosine", "smoothing", "mixup", "distill"),

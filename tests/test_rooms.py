@@ -8,13 +8,13 @@ from conftest import ROOT
 PACKAGE = ROOT / "jax_resnet"
 # From the top of the house to its cellar.
 ROOMS = (
-    *("__main__", "main", "commands", "inference", "training", "data", "runs", "recipes", "config", "models"),
+    *("__main__", "main", "commands", "inference", "training", "data", "runs", "config", "models"),
     *("runtime", "errors"),
 )
 # Arrows that still point up, each to be taken out with what it carries.
 POINT_UP = {
     ("runs.checkpoint", "training.state"),  # the names of the fields of TrainState
-    ("runs.log", "training.durations"),  # the epoch of a step
+    ("runs.log", "training.plan"),  # the epoch of a step
     ("training.average", "inference.safetensors"),  # an average is written as an export is
 }
 # In a function, because the module is heavy and a mistyped flag or another command shall not wait for it.

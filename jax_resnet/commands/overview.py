@@ -23,8 +23,8 @@ from jax_resnet.data.sources import open_dataset
 from jax_resnet.errors import NotPrepared
 from jax_resnet.models.zoo import model_spec
 from jax_resnet.training import optimizers as optim
-from jax_resnet.training.durations import Plan
 from jax_resnet.training.experiment import Job, short
+from jax_resnet.training.plan import Plan
 from jax_resnet.training.schedules import peak_learning_rate
 
 Row = tuple[str, str]  # a name and a text, of one line or more

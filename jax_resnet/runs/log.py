@@ -21,7 +21,7 @@ from jax_resnet.errors import UserError, unwritable
 from jax_resnet.runs.metrics_log import FILE, read_metrics
 from jax_resnet.runs.paths import AnyPath, is_remote, write
 from jax_resnet.runs.workdir import write_json
-from jax_resnet.training.durations import Plan
+from jax_resnet.training.plan import Plan
 
 COLUMNS = ("step", "epoch", "split", "examples", "loss", "top-1", "top-5")
 WIDTHS = {"split": len("validation_ema")}

@@ -35,8 +35,8 @@ from jax_resnet.runtime.mesh import (
     spread,
 )
 from jax_resnet.training.distill import Teacher
-from jax_resnet.training.durations import Plan, describe
 from jax_resnet.training.optimizers import make_optimizer
+from jax_resnet.training.plan import Plan, describe
 from jax_resnet.training.pretrained import fitting
 from jax_resnet.training.schedules import make_schedule, over_phases, peak_learning_rate
 from jax_resnet.training.state import all_finite, make_state

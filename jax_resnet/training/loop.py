@@ -25,10 +25,10 @@ from jax_resnet.runtime import notice
 from jax_resnet.runtime.distributed import Agreement, all_agree
 from jax_resnet.runtime.failure import COMPILING, WAITING, Watchdog, end, one_fate
 from jax_resnet.runtime.signals import Signals
-from jax_resnet.training.durations import Plan
 from jax_resnet.training.evaluate import IN_FLIGHT, evaluate_all
 from jax_resnet.training.experiment import Job
 from jax_resnet.training.metrics import Sums, accuracy_text, total
+from jax_resnet.training.plan import Plan
 from jax_resnet.training.precompile import StepsAhead
 from jax_resnet.training.pretrained import placed
 from jax_resnet.training.skipped import Skipped
