@@ -103,7 +103,7 @@ def maximum(n: int, side: int, channels: int) -> float:
 def steps(name: str, size: int, batch: int) -> float:
     """How many times as long the step takes with XLA's convolutions and maxima."""
     c, runs = config(name, size, batch), []
-    for computed in (lambda model, devices: model, convolution.for_cpu):
+    for computed in (lambda model, mesh: model, convolution.for_cpu):
         job.for_cpu = computed
         ready = overview.prepare(c)[0]
         step = ready.train_step.lower(*ready.shapes(ready.plan.phases[0])).compile()
