@@ -56,12 +56,12 @@ def fail_at(rank: int, step: int, kind: str) -> None:
     import jax
     import orbax.checkpoint as ocp
 
-    from jax_resnet.runtime import failure as peers
+    from jax_resnet.runtime import failure
     from jax_resnet.runtime.failure import Watchdog
     from jax_resnet.training.loop import Run, StepsAhead
 
     if kind not in ("kill", "freeze"):  # all processes are alive: on a busy machine they have all the time they need
-        peers.LINGER = peers.SAVING = programs.HANG_SECONDS
+        failure.LINGER = failure.SAVING = programs.HANG_SECONDS
     beat = Watchdog.beat
 
     def impatient(self: Watchdog, doing: str, times: float = 1) -> None:

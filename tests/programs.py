@@ -109,10 +109,6 @@ class Program:
         """Send SIGKILL."""
         self.send_signal(signal.SIGKILL)
 
-    def terminate(self) -> None:
-        """Send SIGTERM."""
-        self.send_signal(signal.SIGTERM)
-
     def _status(self, timeout: float) -> int | None:
         if self.returncode is None:
             self._connection.settimeout(timeout or 1e-6)
@@ -145,12 +141,11 @@ def run(
     *,
     env: Mapping[str, str] | None = None,
     cwd: Path = ROOT,
-    timeout: float = HANG_SECONDS,
     check: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run `command` to its end, as `subprocess.run(…, capture_output=True, text=True)` does."""
     process = start(command, env=env, cwd=cwd)
-    stdout, stderr = process.communicate(timeout=timeout)
+    stdout, stderr = process.communicate(timeout=HANG_SECONDS)
     done = subprocess.CompletedProcess(list(map(str, command)), process.returncode, stdout, stderr)
     if check and done.returncode:
         raise AssertionError(f"{done.args} ended with status {done.returncode}:\n{stderr}")

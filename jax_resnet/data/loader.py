@@ -98,8 +98,8 @@ class Feed:
         sharding: NamedSharding,
         ledger: Ledger,
     ):
-        self._roll = tempfile.TemporaryDirectory(prefix="jax_resnet-readers-")
-        self._batches, self._shares_memory = iter(readers.read(numbers, batch, self._roll.name)), bool(readers.workers)
+        self._roll = tempfile.TemporaryDirectory(prefix="jax_resnet-readers-") if readers.workers else None
+        self._batches = iter(readers.read(numbers, batch, self._roll.name if self._roll else ""))
         self._sharding, self._ledger = sharding, ledger
         # Not Grain's own prefetching thread: it asks for states, for which readers in processes are begun twice.
         # Processes inherit what is blocked here: Ctrl-C is not for them, not even while they start.
@@ -144,7 +144,7 @@ class Feed:
         return batch
 
     def _enrolled(self) -> set[int]:
-        return {int(name) for name in os.listdir(self._roll.name)}
+        return {int(name) for name in os.listdir(self._roll.name)} if self._roll else set()
 
     def _started(self) -> list[multiprocessing.process.BaseProcess]:
         """The living processes that this feed has started: its program may have children of its own."""
@@ -160,8 +160,8 @@ class Feed:
         self._thread.shutdown()
         self._coming.clear()
         self._batches.close()
-        self._roll.cleanup()
-        if self._shares_memory:
+        if self._roll:
+            self._roll.cleanup()
             gc.collect()  # the last batches lie in cycles, of an exception and its frames; Python would say they leaked
             giving_back = getattr(SharedMemoryArray, "_del_thread_pool", None)  # Grain's one thread that does
             if giving_back:

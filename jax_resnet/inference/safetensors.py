@@ -1,6 +1,6 @@
-"""The command that gives a run's weights to timm and torchvision: `jax-resnet export --workdir runs/mine`.
+"""A run's weights for timm and torchvision, as `jax-resnet export --workdir runs/mine` writes them.
 
-It writes DIR/model.safetensors, which `load_state_dict` takes with strict=True, and DIR/config.json, from which
+They are DIR/model.safetensors, which `load_state_dict` takes with strict=True, and DIR/config.json, from which
 `timm.create_model("local-dir:DIR", pretrained=True)` builds the same network; uploaded, it is a model of the hub.
 """
 
