@@ -6,11 +6,11 @@ Without arguments: the digits of the README, and ResNet-50 on random images of 6
 in a fresh workdir ("cold"), and another in which only what the first compiled is left ("warm"). Medians of the rounds,
 in seconds:
 
-    command   Python, absl, ml_collections and the config file
-    imports   of JAX, Flax, Optax, Orbax, Grain and this package
-    job       data opened, network and optimizer traced for their shapes
-    state     weights drawn on the devices, while another thread begins to compile the step
-    step 1    what is left of that, first batch, run, reported; meanwhile the thread goes on with the evaluation's step
+    command     Python, absl, ml_collections and the config file
+    imports     of JAX, Flax, Optax, Orbax, Grain and this package
+    experiment  data opened, network and optimizer traced for their shapes
+    state       weights drawn on the devices, while another thread begins to compile the step
+    step 1      what is left of that, first batch, run, reported; the thread goes on with the evaluation's step
 
 "programs" are those that XLA was asked for, that of the evaluation with them, "read" those found compiled.
 """
@@ -33,7 +33,7 @@ import numpy as np
 from interleaved import machine
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("command", "imports", "job", "state", "step 1")
+PARTS = ("command", "imports", "experiment", "state", "step 1")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 
@@ -54,8 +54,7 @@ def child(file: Path, arguments: list[str]) -> None:
 
         import jax_resnet.training.loop
         from jax_resnet.runs.log import Telemetry
-        from jax_resnet.runtime.signals import COMPILER
-        from jax_resnet.training.experiment import Job
+        from jax_resnet.runtime.host import COMPILER_THREAD
 
         done("imports")
 
@@ -79,13 +78,14 @@ def child(file: Path, arguments: list[str]) -> None:
         def first_step(*_: Any, **__: Any) -> None:
             done("step 1")
             for thread in threading.enumerate():
-                if thread.name == COMPILER:  # what it is at is kept for the warm start
+                if thread.name == COMPILER_THREAD:  # what it is at is kept for the warm start
                     thread.join()
             file.write_text(json.dumps(report))
             os._exit(0)
 
-        Job.__init__ = then(Job.__init__, "job")  # type: ignore[method-assign]
-        jax_resnet.training.loop.placed = then(jax_resnet.training.loop.placed, "state")
+        loop = jax_resnet.training.loop
+        loop.build = then(loop.build, "experiment")
+        loop.placed = then(loop.placed, "state")
         Telemetry.train = first_step  # type: ignore[method-assign]
         return main.main(argv)
 

@@ -55,21 +55,21 @@ def ours(name: str, size: int, batch: int, report: dict[str, Any]) -> Iterator[i
 
     began = time.perf_counter()
     c, mesh = config(name, size, batch), data_mesh()
-    job = prepare(c, mesh)[0]
-    phase: Phase = job.plan.phases[0]
-    compiled = job.train_step.lower(*job.shapes(phase)).compile()
+    experiment = prepare(c, mesh)[0]
+    phase: Phase = experiment.plan.phases[0]
+    compiled = experiment.steps.train.lower(*experiment.shapes(phase)).compile()
     report["compile_s"] = time.perf_counter() - began
     device = jax.devices()[0]
     check_kind(device.platform)
-    report |= {"device": device.device_kind, "peak": matmul_rate(job.config.dtype), "copy": copy_rate()}
-    report["flops"] = 3 * batch * job.flops(size, size)
+    report |= {"device": device.device_kind, "peak": matmul_rate(experiment.config.dtype), "copy": copy_rate()}
+    report["flops"] = 3 * batch * experiment.network.flops(size, size, 3)
     report["moved"] = (compiled.cost_analysis() or {}).get("bytes accessed", 0) or None
     random = np.random.default_rng(0)
     host = {
         "image": random.integers(0, 256, (batch, size, size, 3), np.uint8),
-        "label": np.arange(batch, dtype=np.int32) % job.data.num_classes,
+        "label": np.arange(batch, dtype=np.int32) % experiment.data.num_classes,
     }
-    data, state = jax.device_put(host, job.sharding), job.fresh_state()
+    data, state = jax.device_put(host, experiment.sharding), experiment.network.fresh_state()
     while True:
         began = time.perf_counter()
         for _ in range(TOGETHER[device.platform]):

@@ -2,34 +2,17 @@
 
 import difflib
 import errno
-import os
-import re
-import sys
-import threading
-import warnings
-from collections.abc import Callable, Iterable
-from typing import Any
-
-from absl import logging
+from collections.abc import Iterable
 
 LACKING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE)  # what the machine has no more of
-# What threads and finalizers of libraries raise where the disk is full; the run itself ends with a line about it.
-REPORTED_BY_THE_RUN = (
-    *(os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)),  # TensorBoard's thread that writes
-    *("handle is closed", "Event loop is closed"),  # that thread's queue, and Orbax's loop, as the interpreter ends
-)
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: a command prints its one line, without a traceback, and exits with `status`."""
-
-    status = 2  # the same command can never succeed: launchers do not restart it
+    """A mistake in what the user gave: a command prints its one line, without a traceback."""
 
 
 class TransientError(UserError):
     """A fault of a network, a disk or a killed process, told in one line too: the same command may succeed later."""
-
-    status = 1  # launchers restart it
 
 
 class NotPrepared(UserError):
@@ -47,51 +30,10 @@ class Interrupted(BaseException):
         self.signum = signum
 
 
-def fail(error: UserError) -> int:
-    """Print the one line and return the exit status of a command that `error` has ended."""
-    print(f"error: {error}", file=sys.stderr)
-    return error.status
-
-
 def unwritable(path: object, error: OSError) -> UserError:
     """Return the error for a file or folder that cannot be written: transient where the machine has run out of room."""
     kind = TransientError if error.errno in LACKING else UserError
     return kind(f"{path}: cannot be written ({error.strerror})")
-
-
-def lacking(error: Exception) -> UserError:
-    """Return, in one line, that memory, disk or files ran out. Raises `error` again if it says nothing of the kind."""
-    if isinstance(error, MemoryError) or re.search(r"RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
-        return UserError(
-            f"memory ran out ({first_line(error)}); give a smaller config.batch_size, a larger config.accumulate or a "
-            "smaller network"
-        )
-    if isinstance(error, OSError) and error.errno in LACKING:
-        return TransientError(
-            f"{error.filename or 'a file of the run'}: cannot be written or opened ({error.strerror})"
-        )
-    raise error
-
-
-def hush() -> None:
-    """Silence what libraries log, and what their threads and finalizers raise where the run itself reports the fault.
-
-    On a full disk TensorBoard's writer raises an OSError in its thread, and Orbax leaves a closed event loop and a
-    coroutine that was never awaited. Those texts alone are left out. `sys.excepthook` stays as it is: what ends the
-    main thread is always printed.
-    """
-    logging.set_verbosity(logging.FATAL)
-    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
-
-    def unless_reported(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
-        def filtered(args: Any) -> None:
-            if not any(text in str(args.exc_value) for text in REPORTED_BY_THE_RUN):
-                hook(args)
-
-        return filtered
-
-    sys.unraisablehook = unless_reported(sys.__unraisablehook__)
-    threading.excepthook = unless_reported(threading.__excepthook__)
 
 
 def first_line(error: BaseException) -> str:

@@ -12,9 +12,10 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jax_resnet.commands.cli import leave
+from jax_resnet.commands.ending import hush, lacking, leave
+from jax_resnet.commands.status import fail
 from jax_resnet.config import parse_flags, validate
-from jax_resnet.errors import Interrupted, UserError, fail, hush, lacking
+from jax_resnet.errors import Interrupted, UserError
 
 config_flags.DEFINE_config_file("config", None, "The config file, with `:argument` where it takes one.")
 flags.DEFINE_string("workdir", None, "Where the run is kept. Default: runs/CONFIG/DATA-seedN.")
@@ -24,7 +25,7 @@ FLAGS = flags.FLAGS
 
 
 def run() -> None:
-    """Trains or evaluates as the flags say. Raises UserError for a user's mistake."""
+    """Train or evaluate as the flags say. Raises UserError for a user's mistake."""
     if FLAGS.config is None and not (FLAGS.mode == "eval" and FLAGS.workdir):
         raise UserError("--config is missing: give a file, for example --config configs/resnet20_digits.py")
     if FLAGS.config is not None:
@@ -38,13 +39,15 @@ def run() -> None:
 
         evaluate_checkpoint(workdir, config=FLAGS.config, which=FLAGS.checkpoint)
     else:
+        from jax_resnet.commands.host import command_host
         from jax_resnet.training.loop import train
 
-        train(FLAGS.config, workdir)
+        with command_host() as host:
+            train(FLAGS.config, workdir, host=host)
 
 
 def default_workdir() -> Path:
-    """runs/CONFIG/DATA-seedN, the same for the same command."""
+    """Return runs/CONFIG/DATA-seedN, the same for the same command."""
     file, _, argument = config_flags.get_config_filename(FLAGS["config"]).partition(":")
     kind, colon, path = FLAGS.config.data.name.partition(":")
     is_path = colon and kind in ("npz", "folder", "prepared")
@@ -54,7 +57,7 @@ def default_workdir() -> Path:
 
 
 def main(_: list[str]) -> int:
-    """Runs; a user's mistake is one line on stderr and status 2, a signal 128 + its number."""
+    """Run the command; a user's mistake is one line on stderr and status 2, a signal 128 + its number."""
     hush()
     try:
         run()

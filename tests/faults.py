@@ -29,7 +29,7 @@ def _raise() -> None:
 
 
 def _stop() -> None:
-    from jax_resnet.runtime.failure import end
+    from jax_resnet.commands.failure import end
 
     end("stopped", 128 + signal.SIGTERM)  # as where a signal comes while XLA compiles
 
@@ -56,9 +56,9 @@ def fail_at(rank: int, step: int, kind: str) -> None:
     import jax
     import orbax.checkpoint as ocp
 
-    from jax_resnet.runtime import failure
-    from jax_resnet.runtime.failure import Watchdog
-    from jax_resnet.training.loop import Run, StepsAhead
+    from jax_resnet.commands import failure
+    from jax_resnet.commands.failure import Watchdog
+    from jax_resnet.training.loop import Loop, StepsAhead
 
     if kind not in ("kill", "freeze"):  # all processes are alive: on a busy machine they have all the time they need
         failure.LINGER = failure.SAVING = programs.HANG_SECONDS
@@ -72,9 +72,9 @@ def fail_at(rank: int, step: int, kind: str) -> None:
 
     Watchdog.beat = impatient  # type: ignore[method-assign]
 
-    at, save, finalize = StepsAhead.at, Run._save, ocp.StandardCheckpointHandler.finalize
+    at, save, finalize = StepsAhead.at, Loop._save, ocp.StandardCheckpointHandler.finalize
 
-    def save_whole(self: Run, *args: Any) -> None:
+    def save_whole(self: Loop, *args: Any) -> None:
         save(self, *args)
         self.checkpoints.wait()
 
@@ -85,7 +85,7 @@ def fail_at(rank: int, step: int, kind: str) -> None:
     if kind == "exception":
         ocp.StandardCheckpointHandler.finalize = finalize_late  # type: ignore[method-assign]
     elif kind in LOSE_WHAT_IS_BEING_SAVED:
-        Run._save = save_whole  # type: ignore[method-assign]
+        Loop._save = save_whole  # type: ignore[method-assign]
 
     def faulty(self: StepsAhead, number: int, *args: Any, **kwargs: Any) -> Any:
         if number == step and jax.process_index() == rank and kind != "none":

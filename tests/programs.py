@@ -36,7 +36,7 @@ READ_LATE = ("JAX_", "XLA_", "SLURM_", "OMPI_", "AWS_", "HF_", "COLUMNS", "PYTES
 PRELOADED = (
     *("jax_resnet.training.loop", "jax_resnet.training.evaluate", "jax_resnet.training.pretrained"),
     *("jax_resnet.runs.log", "jax_resnet.runs.s3", "jax_resnet.data.tfds", "jax_resnet.data.prepare"),
-    *("jax_resnet.commands.program", "sklearn.datasets", "sklearn.model_selection"),
+    *("jax_resnet.commands.program", "jax_resnet.commands.host", "sklearn.datasets", "sklearn.model_selection"),
     *("matplotlib.figure", "matplotlib.backends.backend_agg"),
     *("rich.progress", "ml_collections.config_flags", "absl.app"),
 )

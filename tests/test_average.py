@@ -15,7 +15,7 @@ from jax_resnet.models.torch_names import flatten, to_torch
 from jax_resnet.runs.checkpoint import Checkpoints
 from jax_resnet.training.average import average
 from jax_resnet.training.evaluate import evaluate_checkpoint
-from jax_resnet.training.experiment import Job
+from jax_resnet.training.experiment import build
 from jax_resnet.training.loop import train
 
 
@@ -39,7 +39,7 @@ def mean_of(run: Path, *steps: int) -> tuple[dict, dict]:
 
 def test_weights_and_statistics_are_means_of_the_saved_ones_if_none_are_estimated(run: Path, tmp_path: Path) -> None:
     _, files = average(run, batches=0, out=str(tmp_path / "all"))
-    spec = Job(config_of(run)).spec
+    spec = build(config_of(run)).network.spec
     assert_close(load_file(files[0]), to_torch(flatten(*mean_of(run, 8, 16, 20)), spec), rtol=1e-6, atol=1e-7)
     _, files = average(run, checkpoints=["8", "latest"], batches=0, out=str(tmp_path / "two"))
     assert_close(load_file(files[0]), to_torch(flatten(*mean_of(run, 8, 20)), spec), rtol=1e-6, atol=1e-7)
@@ -56,11 +56,11 @@ def config_of(run: Path) -> ConfigDict:
 def test_statistics_are_those_of_training_batches(run: Path, tmp_path: Path) -> None:
     """Of the stem's norm, whose input is a convolution of the very batches: computed here in float64."""
     config = config_of(run)
-    job = Job(config)
+    experiment = build(config)
     _, files = average(run, batches=3, out=str(tmp_path / "out"))
     params, _ = mean_of(run, 8, 16, 20)
     means, variances = [], []
-    for step, batch in enumerate(job.train_batches(20, 23, print), 20):
+    for step, batch in enumerate(experiment.train_batches(20, 23, print), 20):
         from jax_resnet.data.image import device
         from jax_resnet.training.step import _drawn
 
@@ -91,7 +91,7 @@ def test_what_is_written_evaluates_to_what_is_said(run: Path, tmp_path: Path, ca
 def test_one_checkpoint_keeps_its_weights(run: Path, tmp_path: Path) -> None:
     _, files = average(run, checkpoints=["16"], batches=2, out=str(tmp_path / "out"))
     params, stats = mean_of(run, 16)
-    expected = to_torch(flatten(params, stats), Job(config_of(run)).spec)
+    expected = to_torch(flatten(params, stats), build(config_of(run)).network.spec)
     for name, found in load_file(files[0]).items():
         if "running" not in name:
             np.testing.assert_array_equal(found, expected[name].astype(np.float32))

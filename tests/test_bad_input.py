@@ -25,11 +25,13 @@ from absl.testing import flagsaver
 from conftest import ROOT, main_command, main_env, run_main
 
 from jax_resnet import main
+from jax_resnet.commands.ending import lacking
+from jax_resnet.commands.status import exit_status, fail
 from jax_resnet.data import tfds as tfds_source  # noqa: F401
-from jax_resnet.errors import TransientError, UserError, fail, lacking, unwritable
+from jax_resnet.errors import TransientError, UserError, unwritable
 from jax_resnet.models.torch_names import flatten, to_torch
 from jax_resnet.runs.checkpoint import Checkpoints
-from jax_resnet.training.experiment import Job
+from jax_resnet.training.experiment import build
 
 TINY = ROOT / "tests" / "tiny.py"
 RUN = "--config={tiny}:{npz} --workdir={tmp}/run"
@@ -328,10 +330,12 @@ CASES = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _weights(tiny_npz: Path) -> None:
-    job = Job(tiny.get_config(str(tiny_npz)))
-    state = job.fresh_state()
+    experiment = build(tiny.get_config(str(tiny_npz)))
+    state = experiment.network.fresh_state()
     trees = jax.device_get((state.params, state.batch_stats))
-    WEIGHTS.update({name: np.ascontiguousarray(x) for name, x in to_torch(flatten(*trees), job.spec).items()})
+    WEIGHTS.update(
+        {name: np.ascontiguousarray(x) for name, x in to_torch(flatten(*trees), experiment.network.spec).items()}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -419,7 +423,7 @@ def test_faults_of_the_program_are_not_hidden(error: Exception) -> None:
 def test_what_a_library_had_begun_at_the_end_is_not_told_of(hush: str, said: str) -> None:
     """As Orbax's writer sometimes has where a disk is full; Python tells of it as it takes everything apart."""
     program = f"""
-from jax_resnet.errors import hush
+from jax_resnet.commands.ending import hush
 {hush}
 async def begun(): ...
 class Writer: ...
@@ -433,7 +437,7 @@ writer.itself, writer.has = writer, begun()
 
 ENDS = """
 import sys, threading
-from jax_resnet.errors import hush
+from jax_resnet.commands.ending import hush
 hush()
 def fault():
     raise OSError({code}, {text!r})
@@ -465,7 +469,7 @@ def test_what_may_pass_is_status_1_which_launchers_restart(capsys: pytest.Captur
     assert (fail(TransientError("the store is busy")), fail(UserError("no such file"))) == (1, 2)
     assert capsys.readouterr().err == "error: the store is busy\nerror: no such file\n"
     full = [unwritable("/disk/a", OSError(code, os.strerror(code))) for code in (errno.ENOSPC, errno.EACCES)]
-    assert [error.status for error in full] == [1, 2]
+    assert [exit_status(error) for error in full] == [1, 2]
 
 
 @pytest.mark.parametrize(("size", "saves"), [("64k", False), ("700k", True)])

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from jax_resnet.models.cpu import sum_gradients_in_float32
 from jax_resnet.models.layers import conv
-from jax_resnet.training.experiment import Job
+from jax_resnet.training.experiment import build
 
 
 def of_kernel(model: nnx.Conv, x: jax.Array, weights: jax.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -72,10 +72,12 @@ def test_float32_activations_give_the_same_gradients(tiny_config: ConfigDict) ->
     found = []
     for sums in ("auto", "float32"):
         tiny_config.gradient_sums = sums
-        job = Job(tiny_config)
+        experiment = build(tiny_config)
         rng = np.random.default_rng(0)
         batch = {"image": rng.integers(0, 256, (16, 12, 12, 1), np.uint8), "label": np.arange(16, dtype=np.int32) % 4}
-        grads, _, _ = job.gradients(job.fresh_state(), jax.device_put(batch, job.sharding))
+        grads, _, _ = experiment.steps.gradients(
+            experiment.network.fresh_state(), jax.device_put(batch, experiment.sharding)
+        )
         found.append(jax.device_get(grads))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *found)
 

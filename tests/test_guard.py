@@ -23,7 +23,7 @@ from jax_resnet.errors import UserError
 from jax_resnet.runs.checkpoint import Checkpoints
 from jax_resnet.runs.log import Telemetry, read_metrics
 from jax_resnet.training import step as step_module
-from jax_resnet.training.experiment import Job
+from jax_resnet.training.experiment import Experiment, build
 from jax_resnet.training.loop import train
 from jax_resnet.training.skipped import Skipped
 from jax_resnet.training.state import TrainState
@@ -81,33 +81,33 @@ def poison_steps(poison: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[Cal
     return of
 
 
-def batches(job: Job, steps: int, *, poisoned: bool = True) -> Iterator[dict[str, jax.Array]]:
+def batches(experiment: Experiment, steps: int, *, poisoned: bool = True) -> Iterator[dict[str, jax.Array]]:
     """Those of the first updates."""
-    c = job.config
-    feed = job.train_batches(0, steps, print)
+    c = experiment.config
+    feed = experiment.train_batches(0, steps, print)
     for step, batch in enumerate(feed):
         poison, label = np.zeros(c.batch_size, np.float32), np.array(batch["label"])
         if poisoned and step == IMAGE:
             poison[5] = np.nan
         if poisoned and step == LOSS:
             label[5] = 9
-        yield batch | jax.device_put({"poison": poison, "label": label}, job.sharding)
+        yield batch | jax.device_put({"poison": poison, "label": label}, experiment.sharding)
 
 
-def without(job: Job, steps: int, left_out: set[int]) -> TrainState:
+def without(experiment: Experiment, steps: int, left_out: set[int]) -> TrainState:
     """The state after the updates but those left out, of which only the step and the schedule's are counted."""
 
     def counted(state: Any) -> Any:
         return state._replace(count=state.count + 1) if isinstance(state, optax.ScaleByScheduleState) else state
 
-    state = job.fresh_state()
-    for step, batch in enumerate(batches(job, steps, poisoned=False)):
+    state = experiment.network.fresh_state()
+    for step, batch in enumerate(batches(experiment, steps, poisoned=False)):
         if step in left_out:
             is_schedule = lambda s: isinstance(s, optax.ScaleByScheduleState)  # noqa: E731
             later = jax.tree.map(counted, state.opt_state, is_leaf=is_schedule)
             state = replace(state, step=state.step + 1, opt_state=later)
         else:
-            state, _ = job.train_step(state, batch)
+            state, _ = experiment.steps.train(state, batch)
     return jax.device_get(state)
 
 
@@ -136,11 +136,11 @@ PROCEDURES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("procedure", PROCEDURES)
 def test_a_bad_update_is_as_if_left_out(config: ConfigDict, procedure: str) -> None:
     config.update(PROCEDURES[procedure])
-    job = Job(config)
-    state, finite = job.fresh_state(), {}
-    for step, batch in enumerate(batches(job, 7)):
+    experiment = build(config)
+    state, finite = experiment.network.fresh_state(), {}
+    for step, batch in enumerate(batches(experiment, 7)):
         before = jax.device_get(state)
-        state, sums = jax.device_get(job.train_step(state, batch))
+        state, sums = jax.device_get(experiment.steps.train(state, batch))
         assert state.step == step + 1
         assert sums["skipped"] == state.guard["row"] == (step in (IMAGE, LOSS))
         if sums["skipped"]:
@@ -150,12 +150,12 @@ def test_a_bad_update_is_as_if_left_out(config: ConfigDict, procedure: str) -> N
         else:
             assert not np.array_equal(state.params["head"]["kernel"], before.params["head"]["kernel"])
             assert (sums["examples"], sums["skipped_loss"]) == (16, 0)
-        state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, job.abstract_state))
+        state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, experiment.network.abstract_state))
     assert finite == {IMAGE: True, LOSS: False}
-    state, expected = jax.device_get(state), without(job, 7, {IMAGE, LOSS})
+    state, expected = jax.device_get(state), without(experiment, 7, {IMAGE, LOSS})
     assert_same(state, expected)
     config.guard.max_skipped = 0
-    expected = without(Job(config), 7, {IMAGE, LOSS})  # another program: to rounding
+    expected = without(build(config), 7, {IMAGE, LOSS})  # another program: to rounding
     assert expected.guard == {}
     assert_close((state.opt_state, of_weights(state)), (expected.opt_state, of_weights(expected)))
 
@@ -165,20 +165,22 @@ def test_the_rate_follows_the_steps_and_adams_counts_what_it_has_seen(config: Co
     c = config
     c.optimizer.update({"momentum": 0.0, "weight_decay": 0.0})
     c.schedule.update({"name": "linear"})
-    job = Job(c)
-    state, rates = job.fresh_state(), []
-    for step, batch in enumerate(batches(job, 6)):
-        kernel, gradient = (x["head"]["kernel"] for x in jax.device_get((state.params, job.gradients(state, batch)[0])))
-        state, _ = job.train_step(state, batch)
+    experiment = build(c)
+    state, rates = experiment.network.fresh_state(), []
+    for step, batch in enumerate(batches(experiment, 6)):
+        kernel, gradient = (
+            x["head"]["kernel"] for x in jax.device_get((state.params, experiment.steps.gradients(state, batch)[0]))
+        )
+        state, _ = experiment.steps.train(state, batch)
         if step not in (IMAGE, LOSS):
             moved = kernel - np.asarray(state.params["head"]["kernel"])
             rates.append((moved * gradient).sum() / np.square(gradient).sum())
     np.testing.assert_allclose(rates, [0.1 * (1 - step / 20) for step in (0, 1, 3, 5)], rtol=1e-3)
     c.optimizer.name = "adam"
-    job = Job(c)
-    state = job.fresh_state()
-    for batch in batches(job, 6):
-        state, _ = job.train_step(state, batch)
+    experiment = build(c)
+    state = experiment.network.fresh_state()
+    for batch in batches(experiment, 6):
+        state, _ = experiment.steps.train(state, batch)
     counts = {type(s).__name__: int(s.count) for s in state.opt_state if hasattr(s, "count")}
     assert counts == {"ScaleByAdamState": 4, "ScaleByScheduleState": 6}
 
@@ -284,7 +286,7 @@ def test_too_many_in_a_row_end_the_run_with_what_to_study(
         train(c, tmp_path)
         with Checkpoints(tmp_path) as saved:
             weights.append(saved.weights(c.stop_after_steps, averaged=False))
-            row = saved.restore(c.stop_after_steps, Job(c).abstract_state).guard["row"]
+            row = saved.restore(c.stop_after_steps, build(c).network.abstract_state).guard["row"]
         assert row == {9: 0, 11: 2}[c.stop_after_steps]
     assert_same(*weights)
     c.stop_after_steps = None
@@ -312,15 +314,17 @@ def test_what_is_written_are_the_norms_of_the_gradients(config: ConfigDict, tmp_
     c.optimizer.update({"momentum": 0.0, "weight_decay": 0.0, "learning_rate": 1.0})
     c.schedule.update({"name": "constant"})
     c.schedule.warmup.steps = 0
-    job = Job(c)
-    first, *others = batches(job, 3, poisoned=False)
-    state, _ = job.train_step(job.fresh_state(), first)
+    experiment = build(c)
+    first, *others = batches(experiment, 3, poisoned=False)
+    state, _ = experiment.steps.train(experiment.network.fresh_state(), first)
     state = jax.device_get(state)
     (tmp_path / "skipped-9.json").mkdir()
-    with Telemetry(tmp_path, job.plan, 0) as telemetry:
-        in_row = jax.device_put(replace(state, guard={"row": np.int32(2)}), job.abstract_state.step.sharding)
-        error = Skipped(job, in_row, 3, telemetry).study(in_row, tmp_path)
-        unwritten = Skipped(job, in_row, 9, telemetry).study(in_row, tmp_path)
+    with Telemetry(tmp_path, experiment.plan.steps, experiment.plan.epoch) as telemetry:
+        in_row = jax.device_put(
+            replace(state, guard={"row": np.int32(2)}), experiment.network.abstract_state.step.sharding
+        )
+        error = Skipped(experiment, in_row, 3, telemetry).study(in_row, tmp_path)
+        unwritten = Skipped(experiment, in_row, 9, telemetry).study(in_row, tmp_path)
     assert str(error).startswith("the updates of steps 2 to 3 were all skipped")
     assert re.search(
         r"skipped-9\.json, of their records and norms, cannot be written \(Is a directory\)", str(unwritten)
@@ -328,8 +332,8 @@ def test_what_is_written_are_the_norms_of_the_gradients(config: ConfigDict, tmp_
     updates = json.loads((tmp_path / "skipped-3.json").read_text())["updates"]
     assert len(updates) == 2
     for done, (batch, update) in enumerate(zip(others, updates, strict=True), 1):
-        at = jax.device_put(replace(state, step=np.int32(done)), job.abstract_state.step.sharding)
-        after, sums = jax.device_get(job.train_step(at, batch))
+        at = jax.device_put(replace(state, step=np.int32(done)), experiment.network.abstract_state.step.sharding)
+        after, sums = jax.device_get(experiment.steps.train(at, batch))
         assert update["loss"] == pytest.approx(sums["loss"] / 16, rel=1e-5)
         for part, norm in update["gradients"].items():
             moved = jax.tree.map(
@@ -345,7 +349,7 @@ def test_the_running_mean_goes_on_where_it_was(config: ConfigDict, tmp_path: Pat
         train(c, tmp_path)
     losses = [row["loss"] for row in read_metrics(tmp_path) if row["kind"] == "train"]
     with Checkpoints(tmp_path) as saved:
-        guard = saved.restore(9, Job(c).abstract_state).guard
+        guard = saved.restore(9, build(c).network.abstract_state).guard
     assert (int(guard["losses"]), len(losses)) == (9, 9)
     assert float(guard["loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
     c.guard.loss_spike = 2.0

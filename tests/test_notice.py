@@ -15,11 +15,11 @@ import programs
 import pytest
 from conftest import main_env
 
-from jax_resnet.runtime import notice
+from jax_resnet.commands import notice
 
 WAITING = """
 import time
-from jax_resnet.runtime.notice import watch
+from jax_resnet.commands.notice import watch
 watch()
 print("began", flush=True)
 time.sleep(600)

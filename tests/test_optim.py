@@ -30,7 +30,7 @@ from jax_resnet.errors import UserError
 from jax_resnet.models.layers import BatchNorm
 from jax_resnet.models.zoo import create_model
 from jax_resnet.training import optimizers as optim
-from jax_resnet.training.experiment import Job
+from jax_resnet.training.experiment import build
 
 NAMES = set(named(random_trees(SHAPES, 1)[0]))
 
@@ -340,7 +340,7 @@ def test_rules_that_do_not_fit_the_parameters_are_refused_in_a_line(trees, chang
 def test_a_job_refuses_them_before_anything_is_compiled(tiny_config):
     tiny_config.optimizer.no_decay = ("haed/.*",)
     with pytest.raises(UserError, match=r"^config\.optimizer\.no_decay: the pattern 'haed/\.\*' matches no parameter"):
-        Job(tiny_config)
+        build(tiny_config)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -25,7 +25,7 @@ from jax_resnet.models.torch_names import flatten, to_torch
 from jax_resnet.models.zoo import create_model, model_spec
 from jax_resnet.runs.checkpoint import Checkpoints
 from jax_resnet.training.evaluate import evaluate_checkpoint
-from jax_resnet.training.experiment import Job
+from jax_resnet.training.experiment import Experiment, build
 from jax_resnet.training.loop import train
 from jax_resnet.training.pretrained import fitting, placed
 
@@ -41,9 +41,9 @@ def random_like(state: Any, seed: int = 0) -> dict[str, np.ndarray]:
     return {name: r.uniform(0.1, 1, x.shape).astype(np.float32) for name, x in arrays_of(state).items()}
 
 
-def error(job: Job, path: Path | str) -> str:
+def error(experiment: Experiment, path: Path | str) -> str:
     with pytest.raises(UserError) as e:
-        fitting(str(path), job.abstract_state, job.spec)
+        fitting(str(path), experiment.network.abstract_state, experiment.network.spec)
     text = str(e.value)
     assert text.startswith(f"config.init_from={path}: ")
     assert "\n" not in text
@@ -51,23 +51,25 @@ def error(job: Job, path: Path | str) -> str:
 
 
 @pytest.fixture
-def job(tiny_config: ConfigDict) -> Job:
-    return Job(tiny_config)
+def experiment(tiny_config: ConfigDict) -> Experiment:
+    return build(tiny_config)
 
 
 @pytest.fixture
-def tensors(job: Job) -> dict[str, np.ndarray]:
+def tensors(experiment: Experiment) -> dict[str, np.ndarray]:
     """Random weights of the tiny network under PyTorch's names."""
-    return to_torch(random_like(job.fresh_state()), job.spec)
+    return to_torch(random_like(experiment.network.fresh_state()), experiment.network.spec)
 
 
 # ---- what is loaded --------------------------------------------------------------------------------------------------
 
 
-def test_safetensors_with_all_of_it(job: Job, tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
+def test_safetensors_with_all_of_it(experiment: Experiment, tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "w.safetensors")
-    fresh = job.fresh_state()
-    arrays, report, _ = fitting(str(tmp_path / "w.safetensors"), job.abstract_state, job.spec)
+    fresh = experiment.network.fresh_state()
+    arrays, report, _ = fitting(
+        str(tmp_path / "w.safetensors"), experiment.network.abstract_state, experiment.network.spec
+    )
     state = placed(fresh, arrays)
     expected = random_like(fresh)
     for name, array in arrays_of(state).items():
@@ -83,14 +85,16 @@ def test_safetensors_with_all_of_it(job: Job, tensors: dict[str, np.ndarray], tm
         jax.tree.map(assert_array_equal, getattr(state, kind), getattr(fresh, kind))
 
 
-def test_other_classes_and_channels(job: Job, tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
+def test_other_classes_and_channels(experiment: Experiment, tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
     grey = tensors["conv1.weight"]
     r = np.random.default_rng(1)
     tensors["conv1.weight"] = r.normal(size=(16, 3, 3, 3)).astype(np.float32)
     tensors["fc.weight"], tensors["fc.bias"] = np.ones((1000, 24), np.float32), np.ones(1000, np.float32)
     save_file(tensors, tmp_path / "w.safetensors")
-    fresh = job.fresh_state()
-    arrays, report, _ = fitting(str(tmp_path / "w.safetensors"), job.abstract_state, job.spec)
+    fresh = experiment.network.fresh_state()
+    arrays, report, _ = fitting(
+        str(tmp_path / "w.safetensors"), experiment.network.abstract_state, experiment.network.spec
+    )
     state = arrays_of(placed(fresh, arrays))
     summed = tensors["conv1.weight"].sum(1, keepdims=True)
     assert summed.shape == grey.shape
@@ -102,19 +106,19 @@ def test_other_classes_and_channels(job: Job, tensors: dict[str, np.ndarray], tm
     assert "stem/conv1/kernel summed" in lines["loaded"]
 
 
-def test_a_run_of_ours_and_one_of_its_steps(tiny_config: ConfigDict, job: Job, tmp_path: Path) -> None:
+def test_a_run_of_ours_and_one_of_its_steps(tiny_config: ConfigDict, experiment: Experiment, tmp_path: Path) -> None:
     train(tiny_config, tmp_path / "run")
     with Checkpoints(tmp_path / "run") as checkpoints:
         best, steps = checkpoints.best_step(), checkpoints.steps()
-        saved = {step: arrays_of(checkpoints.restore(step, job.abstract_state)) for step in steps}
+        saved = {step: arrays_of(checkpoints.restore(step, experiment.network.abstract_state)) for step in steps}
     assert best is not None
     for path, step in ((tmp_path / "run", best), (tmp_path / "run" / "checkpoints" / f"{steps[0]}", steps[0])):
-        arrays, _, weights = fitting(str(path), job.abstract_state, job.spec)
+        arrays, _, weights = fitting(str(path), experiment.network.abstract_state, experiment.network.spec)
         assert arrays.keys() == saved[step].keys()
         for name, array in arrays.items():
             assert_array_equal(array, saved[step][name])
     assert (weights.architecture, weights.mean, weights.std) == ("cifar_resnet8", (0.3,), (0.2,))
-    assert "no such file; known: " in error(job, tmp_path / "run" / "checkpoints" / "7")
+    assert "no such file; known: " in error(experiment, tmp_path / "run" / "checkpoints" / "7")
 
 
 def test_a_run_begins_with_the_weights_and_goes_on_without_them(tiny_config: ConfigDict, tmp_path: Path) -> None:
@@ -155,25 +159,25 @@ def test_what_the_command_says(tiny_npz: Path, tensors: dict[str, np.ndarray], t
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_files_that_cannot_be_read(job: Job, tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
+def test_files_that_cannot_be_read(experiment: Experiment, tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
     whole = tmp_path / "whole.safetensors"
     save_file(tensors, whole)
     data = whole.read_bytes()
     for size in (0, 5, 300, len(data) - 1):
         cut = tmp_path / "cut.safetensors"
         cut.write_bytes(data[:size])
-        assert "not a whole safetensors file" in error(job, cut)
-    assert "no such file; did you mean whole.safetensors?" in error(job, tmp_path / "hole.safetensors")
-    assert "no such file" in error(job, tmp_path / "a" / "b.safetensors")
+        assert "not a whole safetensors file" in error(experiment, cut)
+    assert "no such file; did you mean whole.safetensors?" in error(experiment, tmp_path / "hole.safetensors")
+    assert "no such file" in error(experiment, tmp_path / "a" / "b.safetensors")
     (tmp_path / "w.onnx").write_bytes(b"x")
-    assert "must be .safetensors or" in error(job, tmp_path / "w.onnx")
+    assert "must be .safetensors or" in error(experiment, tmp_path / "w.onnx")
     (tmp_path / "empty").mkdir()
-    assert "a folder without checkpoints" in error(job, tmp_path / "empty")
-    assert "hf://ORGANISATION/NAME" in error(job, "https://example.org/w.safetensors")
-    assert "hf://ORGANISATION/NAME" in error(job, "hf://resnet50")
+    assert "a folder without checkpoints" in error(experiment, tmp_path / "empty")
+    assert "hf://ORGANISATION/NAME" in error(experiment, "https://example.org/w.safetensors")
+    assert "hf://ORGANISATION/NAME" in error(experiment, "hf://resnet50")
 
 
-def test_weights_of_another_network(job: Job, tmp_path: Path) -> None:
+def test_weights_of_another_network(experiment: Experiment, tmp_path: Path) -> None:
     def weights_of(name: str, **options: Any) -> Path:
         model = nnx.eval_shape(lambda: create_model(name, num_classes=4, in_channels=1, rngs=nnx.Rngs(0), **options))
         arrays = {n: np.zeros(x.shape) for n, x in flatten(nnx.state(model)).items()}
@@ -181,13 +185,13 @@ def test_weights_of_another_network(job: Job, tmp_path: Path) -> None:
         return tmp_path / f"{name}.safetensors"
 
     widths = {"widths": (16, 24)}
-    deeper = error(job, weights_of("cifar_resnet14", depths=(2, 2), **widths))
+    deeper = error(experiment, weights_of("cifar_resnet14", depths=(2, 2), **widths))
     assert "layer1.1.bn1.bias is not of this network, one of 20" in deeper
-    preactivation = error(job, weights_of("cifar_resnetv2_8", depths=(1, 1), **widths))
+    preactivation = error(experiment, weights_of("cifar_resnetv2_8", depths=(1, 1), **widths))
     assert "layer1.0.conv1.weight (stage1/block0/conv1/kernel) is missing" in preactivation
-    wider = error(job, weights_of("cifar_resnet8", depths=(1, 1), widths=(16, 32)))
+    wider = error(experiment, weights_of("cifar_resnet8", depths=(1, 1), widths=(16, 32)))
     assert "(stage2/block0/conv1/kernel) is (32, 16, 3, 3) there, (24, 16, 3, 3) in this network" in wider
-    assert jax.tree.leaves(job.abstract_state)[0].shape == ()  # still of use
+    assert jax.tree.leaves(experiment.network.abstract_state)[0].shape == ()  # still of use
 
 
 class _Malicious:
@@ -198,18 +202,18 @@ class _Malicious:
         return (Path.touch, (self.file,))
 
 
-def test_a_pickle_runs_nothing(job: Job, tmp_path: Path) -> None:
+def test_a_pickle_runs_nothing(experiment: Experiment, tmp_path: Path) -> None:
     done = tmp_path / "done"
     bad = tmp_path / "bad.pth"
     bad.write_bytes(pickle.dumps({"state_dict": _Malicious(done)}))
-    text = error(job, bad)
+    text = error(experiment, bad)
     assert ("which could run code" if "torch" in sys.modules else "pip install") in text
     assert not done.exists()
     pickle.loads(bad.read_bytes())
     assert done.exists()  # it would have
 
 
-def test_torch_files(job: Job, tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
+def test_torch_files(experiment: Experiment, tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
     torch = pytest.importorskip("torch", reason="needs the extra `torch`")
     content = {
         "epoch": 3,
@@ -217,16 +221,16 @@ def test_torch_files(job: Job, tensors: dict[str, np.ndarray], tmp_path: Path) -
         "model_ema": {"module." + name: torch.from_numpy(array) for name, array in tensors.items()},
     }
     torch.save(content, tmp_path / "w.pth")
-    arrays, *_ = fitting(str(tmp_path / "w.pth"), job.abstract_state, job.spec)
-    for name, array in random_like(job.fresh_state()).items():
+    arrays, *_ = fitting(str(tmp_path / "w.pth"), experiment.network.abstract_state, experiment.network.spec)
+    for name, array in random_like(experiment.network.fresh_state()).items():
         assert_array_equal(arrays[name], array)
     data = (tmp_path / "w.pth").read_bytes()
     (tmp_path / "cut.pth").write_bytes(data[: len(data) // 2])
-    assert "cut.pth: " in error(job, tmp_path / "cut.pth")
+    assert "cut.pth: " in error(experiment, tmp_path / "cut.pth")
     torch.save(torch.ones(3), tmp_path / "tensor.pth")
-    assert "holds a Tensor, not tensors by name" in error(job, tmp_path / "tensor.pth")
+    assert "holds a Tensor, not tensors by name" in error(experiment, tmp_path / "tensor.pth")
     torch.save({"epoch": 3}, tmp_path / "none.pth")
-    assert "holds no tensors by name" in error(job, tmp_path / "none.pth")
+    assert "holds no tensors by name" in error(experiment, tmp_path / "none.pth")
 
 
 def test_akamaster_by_the_command(shared: Path, tmp_path: Path) -> None:
@@ -312,12 +316,12 @@ def test_from_the_hub(hub: Path, tiny_npz: Path, tensors: dict[str, np.ndarray],
 
 def after_steps(config: ConfigDict, tmp_path: Path, steps: int = 3) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arrays before the first step and after `steps`."""
-    job = Job(config)
-    before = arrays_of(job.fresh_state())
+    experiment = build(config)
+    before = arrays_of(experiment.network.fresh_state())
     config.stop_after_steps = steps
     train(config, tmp_path)
     with Checkpoints(tmp_path) as checkpoints:
-        return before, arrays_of(checkpoints.restore(steps, job.abstract_state))
+        return before, arrays_of(checkpoints.restore(steps, experiment.network.abstract_state))
 
 
 def test_frozen_parts_stay_bit_for_bit(tiny_config: ConfigDict, tmp_path: Path) -> None:
@@ -333,10 +337,10 @@ def test_frozen_parts_stay_bit_for_bit(tiny_config: ConfigDict, tmp_path: Path) 
 def test_what_may_be_frozen(tiny_config: ConfigDict) -> None:
     tiny_config.freeze = ("stage9",)
     with pytest.raises(UserError, match=r"config\.freeze: unknown name 'stage9'; did you mean stage"):
-        Job(tiny_config)
+        build(tiny_config)
     tiny_config.freeze = ("stem", "stage1", "stage2", "head")
     with pytest.raises(UserError, match="nothing is left to be trained"):
-        Job(tiny_config)
+        build(tiny_config)
 
 
 def test_rates_decay_by_layer(tiny_config: ConfigDict, tmp_path: Path) -> None:
@@ -396,9 +400,11 @@ def test_export_of_a_run(tiny_config: ConfigDict, tmp_path: Path) -> None:
     train(tiny_config, tmp_path / "run")
     files = export(tmp_path / "run", checkpoint="latest")
     assert files == [tmp_path / "run" / "export" / name for name in ("model.safetensors", "config.json")]
-    job = Job(tiny_config)
+    experiment = build(tiny_config)
     with Checkpoints(tmp_path / "run") as checkpoints:
-        expected = to_torch(arrays_of(checkpoints.restore(2, job.abstract_state)), job.spec)
+        expected = to_torch(
+            arrays_of(checkpoints.restore(2, experiment.network.abstract_state)), experiment.network.spec
+        )
     tensors = load_file(files[0])
     assert tensors.keys() == expected.keys()
     for name, tensor in tensors.items():

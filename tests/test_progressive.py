@@ -26,8 +26,8 @@ from jax_resnet.data.sources import open_dataset
 from jax_resnet.errors import UserError
 from jax_resnet.runs.log import Telemetry
 from jax_resnet.runs.metrics_log import read_metrics
-from jax_resnet.runtime.signals import COMPILER
-from jax_resnet.training.experiment import Job
+from jax_resnet.runtime.host import COMPILER_THREAD
+from jax_resnet.training.experiment import build
 from jax_resnet.training.loop import train
 from jax_resnet.training.plan import Plan, describe
 from jax_resnet.training.precompile import StepsAhead
@@ -136,8 +136,8 @@ def test_a_stored_config_is_the_same_config(config):
 def test_the_rate_of_each_update_is_that_of_its_place_in_the_data(config, name, reference):
     config.optimizer.learning_rate, config.optimizer.reference_batch = 0.5, reference
     config.schedule.update({"name": name, "final": 0.1, "boundaries": (0.5, 0.8), "factor": 0.2})
-    job = Job(config)
-    found = [float(job.learning_rate(step)) for step in range(20)]
+    experiment = build(config)
+    found = [float(experiment.steps.learning_rate(step)) for step in range(20)]
     batches = [32] * 4 + [16] * 6 + [8] * 10
     for step, (batch, rate) in enumerate(zip(batches, found, strict=True)):
         seen = Fraction(sum(batches[:step]))
@@ -218,7 +218,7 @@ def fake() -> Iterator[FakeStep]:
 
 
 def ahead(fake: FakeStep, phases: Sequence[Phase] = PHASES) -> StepsAhead:
-    return StepsAhead(fake, phases, lambda phase: (phase.image_size,), fake, (EVALUATION,))
+    return StepsAhead(fake, phases, lambda phase: (phase.image_size,), (fake, (EVALUATION,)), joins=False)
 
 
 def test_a_step_waits_for_its_own_size_only_and_sizes_compile_once(fake: FakeStep) -> None:
@@ -245,7 +245,7 @@ def test_being_asked_to_stop_ends_the_wait_and_leaving_the_compilations(fake: Fa
     with ahead(fake) as steps:
         until(lambda: fake.begun == [1, 2])
         assert steps.at(2, stopped=lambda: True) is None
-        (thread,) = (t for t in threading.enumerate() if t.name == COMPILER)
+        (thread,) = (t for t in threading.enumerate() if t.name == COMPILER_THREAD)
     fake.allowed[2].set()
     thread.join()
     assert fake.begun == [1, 2]
@@ -265,7 +265,7 @@ def test_an_evaluation_that_cannot_be_compiled_ahead_is_compiled_when_called(fak
         event.set()
     with ahead(fake, PHASES[3:]) as steps:  # of which the step cannot be compiled
         assert steps.evaluation() is fake
-    with StepsAhead(fake, PHASES[:1], lambda phase: (phase.image_size,), fake, (3,)) as steps:
+    with StepsAhead(fake, PHASES[:1], lambda phase: (phase.image_size,), (fake, (3,))) as steps:
         assert steps.evaluation() is fake
         assert steps.at(0) == "compiled for 1"
 
@@ -274,7 +274,7 @@ def test_what_is_not_among_the_phases_is_compiled_when_called(fake: FakeStep) ->
     """No update is left; or, of the checkpoints, the newest was damaged."""
     with ahead(fake, ()) as steps:
         assert steps.evaluation() is fake
-        assert not [t for t in threading.enumerate() if t.name == COMPILER]
+        assert not [t for t in threading.enumerate() if t.name == COMPILER_THREAD]
     fake.allowed[1].set()
     with ahead(fake, PHASES[2:3]) as steps:
         assert steps.at(3) is fake
@@ -296,7 +296,7 @@ def test_each_kind_of_batch_compiles_once_and_stops_and_devices_change_nothing(
     jax.monitoring.register_event_duration_secs_listener(listener)
     config.checkpoint.keep = 20
     train(config, tmp_path / "whole")
-    assert compiled == [COMPILER] * 3  # and none by the loop
+    assert compiled == [COMPILER_THREAD] * 3  # and none by the loop
     rows = [row for row in read_metrics(tmp_path / "whole") if row["kind"] == "train"]
     assert [row["step"] for row in rows] == [*range(1, 21)]
     evaluated = [row["step"] for row in read_metrics(tmp_path / "whole") if row["kind"] == "eval"]
@@ -306,7 +306,7 @@ def test_each_kind_of_batch_compiles_once_and_stops_and_devices_change_nothing(
     shutil.copytree(tmp_path / "whole" / "checkpoints" / "9", tmp_path / "stopped" / "checkpoints" / "9")
     compiled.clear()
     train(config, tmp_path / "stopped")
-    assert compiled == [COMPILER] * 2
+    assert compiled == [COMPILER_THREAD] * 2
     assert_bit_identical(tmp_path / "whole", tmp_path / "stopped")
 
     # From the command line, on two devices.
@@ -411,5 +411,5 @@ def test_mistakes_are_named_in_one_line(tiny_config: ConfigDict, rows: Any, chan
             tiny_config.update_from_flattened_dict({f"{key}.epochs": 4.0, f"{key}.steps": None})
     tiny_config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message) as e:
-        Job(tiny_config)
+        build(tiny_config)
     assert "\n" not in str(e.value)

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint._src.serialization import tensorstore_utils
 from test_resume import final_state
 
+from jax_resnet.commands.status import exit_status
 from jax_resnet.errors import UserError
 from jax_resnet.inference.safetensors import export
 from jax_resnet.runs import paths, s3
@@ -118,7 +119,7 @@ def test_refused_credentials_are_one_line(bucket: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(s3fs.S3FileSystem, "_lsdir", refused)
     with pytest.raises(UserError, match=r"^s3://runs/run: cannot be read \(Access Denied\); check .* credentials") as e:
         names(open_path("s3://runs/run"))
-    assert e.value.status == 2
+    assert exit_status(e.value) == 2
 
 
 class Busy(http.server.BaseHTTPRequestHandler):

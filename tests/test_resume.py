@@ -16,11 +16,12 @@ import pytest
 from conftest import ROOT, main_command, main_env, run_main
 from ml_collections import ConfigDict
 
+from jax_resnet.commands.host import command_host
 from jax_resnet.errors import Interrupted, UserError
 from jax_resnet.runs.checkpoint import Checkpoints
 from jax_resnet.runs.metrics_log import read_metrics
 from jax_resnet.runs.workdir import claimed, read_config
-from jax_resnet.training.experiment import Job
+from jax_resnet.training.experiment import build
 from jax_resnet.training.loop import train
 from jax_resnet.training.precompile import StepsAhead
 
@@ -31,9 +32,9 @@ def final_state(workdir: Path) -> dict[str, Any]:
     """Every array of the newest checkpoint, by name."""
     config = read_config(workdir)
     assert config is not None
-    job = Job(config)
+    experiment = build(config)
     with Checkpoints(workdir) as checkpoints:
-        state = checkpoints.restore(checkpoints.latest_step() or 0, job.abstract_state)
+        state = checkpoints.restore(checkpoints.latest_step() or 0, experiment.network.abstract_state)
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
 
@@ -130,8 +131,8 @@ def test_asked_to_stop_before_its_first_step_a_run_that_goes_on_says_so_too(
         return at(self, *args, **options)
 
     monkeypatch.setattr(StepsAhead, "at", asked)
-    with pytest.raises(Interrupted, match="stopped after step 8 of 20") as e:
-        train(tiny_config, tmp_path)
+    with command_host() as host, pytest.raises(Interrupted, match="stopped after step 8 of 20") as e:
+        train(tiny_config, tmp_path, host=host)
     assert e.value.signum == signal.SIGTERM
 
 
@@ -182,7 +183,7 @@ def test_a_checkpoint_of_another_network_names_the_parameter(tiny_config: Config
     tiny_config.stop_after_steps = 1
     train(tiny_config, tmp_path)
     tiny_config.model.widths = (16, 32)
-    other = Job(tiny_config).abstract_state
+    other = build(tiny_config).network.abstract_state
     with (
         Checkpoints(tmp_path) as checkpoints,
         pytest.raises(UserError, match=r"stage2/block0/.* is \(.*24.*\) there, \(.*32.*\) here"),
@@ -299,18 +300,18 @@ def test_the_batch_changes_only_by_saying_so(tiny_config: ConfigDict, tmp_path: 
 
 
 def test_a_workdir_that_goes_away_is_one_line(tiny_config: ConfigDict, tmp_path: Path) -> None:
-    from jax_resnet.training.loop import Run
+    from jax_resnet.training.loop import Loop
 
     gone = tmp_path / "run"
-    save = Run._save
+    save = Loop._save
 
-    def deleted(self: Run, step: int, state: Any) -> None:
+    def deleted(self: Loop, step: int, state: Any) -> None:
         if step == 16:
             self.checkpoints.wait()  # what is being written may bring parts of the folder back
             shutil.rmtree(gone)
         save(self, step, state)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "_save", deleted)
+        patch.setattr(Loop, "_save", deleted)
         with pytest.raises(UserError, match="is no longer there; it was moved or deleted during the run"):
             train(tiny_config, gone)

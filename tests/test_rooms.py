@@ -14,7 +14,6 @@ ROOMS = (
 # Arrows that still point up, each to be taken out with what it carries.
 POINT_UP = {
     ("runs.checkpoint", "training.state"),  # the names of the fields of TrainState
-    ("runs.log", "training.plan"),  # the epoch of a step
     ("training.average", "inference.safetensors"),  # an average is written as an export is
 }
 # In a function, because the module is heavy and a mistyped flag or another command shall not wait for it.
@@ -23,7 +22,8 @@ LAZY = {
     ("main", "runtime.distributed"),
     ("main", "training.evaluate"),
     ("main", "training.loop"),
-    ("commands.cli", "runtime.failure"),
+    ("commands.ending", "commands.failure"),
+    ("main", "commands.host"),
     ("commands.config", "commands.overview"),
     ("commands.compile", "commands.program"),
     ("data.sources", "data.tfds"),

@@ -69,15 +69,15 @@ import sys, jax
 sys.path.insert(0, "tests")
 import numpy as np
 import tiny
-from jax_resnet.training.experiment import Job
+from jax_resnet.training.experiment import build
 from jax_resnet.training.state import TrainState
 config = tiny.get_config(sys.argv[1])
 config.ema.decay, config.optimizer.name, config.spread_optimizer = 0.9, "adam", sys.argv[2] == "on"
-job = Job(config)
-state = job.fresh_state()
+experiment = build(config)
+state = experiment.network.fresh_state()
 rows = np.arange(16, dtype=np.int32)
 batch = {"image": np.full((16, 12, 12, 1), 100, np.uint8), "label": rows % 4}
-state, _ = job.train_step(state, jax.device_put(batch, job.sharding))
+state, _ = experiment.steps.train(state, jax.device_put(batch, experiment.sharding))
 held = lambda tree: sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 print(held((state.opt_state, state.ema)), held(state.params))
 print(sum(x.nbytes for x in jax.tree.leaves((state.opt_state, state.ema))))

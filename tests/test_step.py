@@ -12,24 +12,24 @@ from ml_collections import ConfigDict
 from jax_resnet.data.image import device
 from jax_resnet.errors import UserError
 from jax_resnet.models.zoo import create_model
-from jax_resnet.training.experiment import Job
+from jax_resnet.training.experiment import Experiment, build
 from jax_resnet.training.loop import train
 
 
-def batches(job: Job, stop: int, start: int = 0) -> Any:
-    return job.train_batches(start, stop, print)
+def batches(experiment: Experiment, stop: int, start: int = 0) -> Any:
+    return experiment.train_batches(start, stop, print)
 
 
 def test_moves_nothing_implicitly_and_compiles_once(tiny_config: ConfigDict) -> None:
-    job = Job(tiny_config)
-    state = job.fresh_state()
+    experiment = build(tiny_config)
+    state = experiment.network.fresh_state()
     with jax.transfer_guard("disallow"):
-        for batch in batches(job, 4):
-            state, _ = job.train_step(state, batch)
-    assert job.train_step._cache_size() == 1
+        for batch in batches(experiment, 4):
+            state, _ = experiment.steps.train(state, batch)
+    assert experiment.steps.train._cache_size() == 1
     on_host = jax.device_get(batch)
     with jax.transfer_guard("disallow"), pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-        job.train_step(state, on_host)  # the guard does guard
+        experiment.steps.train(state, on_host)  # the guard does guard
 
 
 def test_a_longer_run_compiles_no_more(tiny_config: ConfigDict, tmp_path: Path) -> None:
@@ -48,9 +48,9 @@ def test_a_longer_run_compiles_no_more(tiny_config: ConfigDict, tmp_path: Path) 
 
 
 def test_state_is_donated(tiny_config: ConfigDict) -> None:
-    job = Job(tiny_config)
-    state = job.fresh_state()
-    new, _ = job.train_step(state, next(batches(job, 1)))
+    experiment = build(tiny_config)
+    state = experiment.network.fresh_state()
+    new, _ = experiment.steps.train(state, next(batches(experiment, 1)))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     assert int(new.step) == 1
 
@@ -58,10 +58,10 @@ def test_state_is_donated(tiny_config: ConfigDict) -> None:
 def test_same_seed_same_numbers_other_seed_others(tiny_config: ConfigDict) -> None:
     def after_three_steps(seed: int) -> np.ndarray:
         tiny_config.seed = seed
-        job = Job(tiny_config)
-        state = job.fresh_state()
-        for batch in batches(job, 3):
-            state, _ = job.train_step(state, batch)
+        experiment = build(tiny_config)
+        state = experiment.network.fresh_state()
+        for batch in batches(experiment, 3):
+            state, _ = experiment.steps.train(state, batch)
         return np.asarray(state.params["head"]["kernel"])
 
     first = after_three_steps(5)
@@ -71,12 +71,12 @@ def test_same_seed_same_numbers_other_seed_others(tiny_config: ConfigDict) -> No
 
 def test_bfloat16_keeps_parameters_statistics_and_optimizer_in_float32(tiny_config: ConfigDict) -> None:
     tiny_config.dtype = "bfloat16"
-    job = Job(tiny_config)
-    state, sums = job.train_step(job.fresh_state(), next(batches(job, 1)))
+    experiment = build(tiny_config)
+    state, sums = experiment.steps.train(experiment.network.fresh_state(), next(batches(experiment, 1)))
     floats = [x for x in jax.tree.leaves(state) if np.issubdtype(x.dtype, np.floating) or x.dtype == jax.numpy.bfloat16]
     assert {x.dtype.name for x in floats} == {"float32"}
     assert sums["loss"].dtype == np.float32
-    text = str(jax.make_jaxpr(job.train_step)(state, next(batches(job, 1))))
+    text = str(jax.make_jaxpr(experiment.steps.train)(state, next(batches(experiment, 1))))
     convolutions = [line for line in text.splitlines() if "conv_general_dilated[" in line]
     assert convolutions
     assert all("bf16[" in line for line in convolutions)
@@ -98,27 +98,27 @@ def test_a_nan_ends_the_run_in_one_line(tiny_config: ConfigDict, tmp_path: Path,
 def test_mixed_labels_share_the_loss_and_the_larger_one_is_right(
     tiny_config: ConfigDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def sums(job: Job, labels: np.ndarray) -> Any:
-        batch = next(batches(job, 1)) | {"label": jax.device_put(labels, job.sharding)}
-        return jax.device_get(job.train_step(job.fresh_state(), batch)[1])
+    def sums(experiment: Experiment, labels: np.ndarray) -> Any:
+        batch = next(batches(experiment, 1)) | {"label": jax.device_put(labels, experiment.sharding)}
+        return jax.device_get(experiment.steps.train(experiment.network.fresh_state(), batch)[1])
 
     tiny_config.model.update(depths=(1, 1, 1), widths=(16, 16, 24))  # the smaller net takes all for the same class
     labels = np.random.default_rng(0).integers(0, 4, 16, dtype=np.int32)
-    without = Job(tiny_config)
+    without = build(tiny_config)
     own, partners = sums(without, labels), sums(without, labels[np.arange(16) ^ 1])
     assert own["correct_top1"] != partners["correct_top1"]  # or nothing would be told apart
     tiny_config.data.mixup = 0.2
     draw = device.draw
     drawn = {"weight": jax.numpy.float32(1.0), "kept": jax.numpy.float32(0.3)}  # the images are left as they are
     monkeypatch.setattr(device, "draw", lambda *of: (draw(*of)[0], drawn))
-    mixed = sums(Job(tiny_config), labels)
+    mixed = sums(build(tiny_config), labels)
     np.testing.assert_allclose(mixed["loss"], 0.3 * own["loss"] + 0.7 * partners["loss"], rtol=1e-5)
     assert mixed["correct_top1"] == partners["correct_top1"]
 
 
 def test_the_fresh_state_is_the_network_of_that_seed(tiny_config: ConfigDict) -> None:
     tiny_config.seed = 3
-    fresh = Job(tiny_config).fresh_state().params
+    fresh = build(tiny_config).network.fresh_state().params
     rngs = nnx.Rngs(params=jax.random.key(3))
     model = create_model("cifar_resnet8", num_classes=4, in_channels=1, depths=(1, 1), widths=(16, 24), rngs=rngs)
     jax.tree.map(
@@ -130,15 +130,15 @@ def test_the_fresh_state_is_the_network_of_that_seed(tiny_config: ConfigDict) ->
 
 def test_the_images_that_the_batch_says_are_mirrored(tiny_config: ConfigDict) -> None:
     tiny_config.data.crop, tiny_config.data.flip, tiny_config.data.flip_alternate = "none", True, True
-    job = Job(tiny_config)
-    batch = next(batches(job, 1))
+    experiment = build(tiny_config)
+    batch = next(batches(experiment, 1))
     assert {name: (of.shape, of.dtype) for name, of in batch.items()} == {
-        name: (of.shape, of.dtype) for name, of in job.shapes(job.plan.phases[0])[1].items()
+        name: (of.shape, of.dtype) for name, of in experiment.shapes(experiment.plan.phases[0])[1].items()
     }
     turned = np.where(batch["mirrored"][:, None, None, None], batch["image"][:, :, ::-1], batch["image"])
     none = np.zeros(16, bool)
-    same = jax.device_put({"image": turned, "label": batch["label"], "mirrored": none}, job.sharding)
-    losses = [float(job.train_step(job.fresh_state(), b)[1]["loss"]) for b in (batch, same)]
+    same = jax.device_put({"image": turned, "label": batch["label"], "mirrored": none}, experiment.sharding)
+    losses = [float(experiment.steps.train(experiment.network.fresh_state(), b)[1]["loss"]) for b in (batch, same)]
     assert losses[0] == losses[1]
-    others = jax.device_put({**same, "image": batch["image"]}, job.sharding)
-    assert float(job.train_step(job.fresh_state(), others)[1]["loss"]) != losses[0]
+    others = jax.device_put({**same, "image": batch["image"]}, experiment.sharding)
+    assert float(experiment.steps.train(experiment.network.fresh_state(), others)[1]["loss"]) != losses[0]

@@ -11,9 +11,10 @@ from test_update import assert_close, trained
 
 from jax_resnet.errors import UserError
 from jax_resnet.inference.safetensors import export
-from jax_resnet.training.experiment import Job
+from jax_resnet.training.experiment import build
 from jax_resnet.training.loop import train
 from jax_resnet.training.losses import distillation
+from jax_resnet.training.network import initial_weights
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -54,8 +55,8 @@ def test_a_student_that_is_its_teacher_learns_nothing(teacher: tuple[ConfigDict,
     def of(c: ConfigDict) -> tuple[Any, Any, Any]:
         from jax_resnet.training.pretrained import placed
 
-        job = Job(c)
-        start = placed(job.fresh_state(), job.weights_to_begin_with()[0])
+        experiment = build(c)
+        start = placed(experiment.network.fresh_state(), initial_weights(experiment.config, experiment.network)[0])
         kept = jax.device_get(start)
         after, sums = trained(c, 3, start)
         return kept, after, sums
@@ -80,10 +81,12 @@ def test_a_teacher_that_normalises_otherwise_is_given_its_own_numbers(teacher: t
     logits = []
     for mean, std in (((0.3,), (0.2,)), ((0.6,), (0.7,))):
         c.data.mean, c.data.std = mean, std
-        job = Job(c)
+        experiment = build(c)
         from jax_resnet.training.distill import Teacher
 
-        found = Teacher.of(c.distill, c.data, 4, np.float32, job.sharding.update(spec=jax.sharding.PartitionSpec()))
+        found = Teacher.of(
+            c.distill, c.data, 4, np.float32, experiment.sharding.update(spec=jax.sharding.PartitionSpec())
+        )
         logits.append(found.logits(found.weights, (images - np.float32(mean)) / np.float32(std)))
     np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-5)
     assert np.ptp(logits[0]) > 0.1
@@ -92,13 +95,18 @@ def test_a_teacher_that_normalises_otherwise_is_given_its_own_numbers(teacher: t
 def test_weights_are_no_constant_of_the_program(teacher: tuple[ConfigDict, Path]) -> None:
     c, workdir = teacher
     c.distill.teacher = str(workdir)
-    job = Job(c)
-    lowered = job.train_step.lower(*job.shapes(job.plan.phases[0]))
-    parameters = len(jax.tree.leaves(job.teacher_weights))
+    experiment = build(c)
+    lowered = experiment.steps.train.lower(*experiment.shapes(experiment.plan.phases[0]))
+    parameters = len(jax.tree.leaves(experiment.steps.teacher_weights))
     assert parameters > 20
-    assert len(jax.tree.leaves(lowered.in_avals)) == len(jax.tree.leaves(job.abstract_state)) + 2 + parameters
+    assert (
+        len(jax.tree.leaves(lowered.in_avals))
+        == len(jax.tree.leaves(experiment.network.abstract_state)) + 2 + parameters
+    )
     trained_state, _ = trained(c, 2)
-    assert jax.tree.structure(trained_state) == jax.tree.structure(job.abstract_state)  # it is in no checkpoint
+    assert jax.tree.structure(trained_state) == jax.tree.structure(
+        experiment.network.abstract_state
+    )  # it is in no checkpoint
 
 
 def test_a_file_needs_the_name_of_its_network(teacher: tuple[ConfigDict, Path], tmp_path: Path) -> None:
@@ -106,13 +114,13 @@ def test_a_file_needs_the_name_of_its_network(teacher: tuple[ConfigDict, Path], 
     (file,) = export(workdir, out=str(tmp_path / "out"))
     c.distill.teacher = str(file)
     with pytest.raises(UserError, match=rf"config\.distill\.teacher={file}: .*give config\.distill\.model"):
-        Job(c)
+        build(c)
     c.distill.model = "resnet18"
     with pytest.raises(UserError, match=rf"config\.distill\.teacher={file}: holds another network"):
-        Job(c)
+        build(c)
     c.distill.teacher = str(tmp_path / "nowhere.safetensors")
     with pytest.raises(UserError, match=r"config\.distill\.teacher=.*nowhere\.safetensors: no such file"):
-        Job(c)
+        build(c)
     c.distill.teacher, c.distill.model = None, "resnet18"
     with pytest.raises(UserError, match=r"config\.distill\.model=resnet18: whose weights\?"):
-        Job(c)
+        build(c)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from jax_resnet.data.loader import train_batches
 from jax_resnet.errors import UserError
 from jax_resnet.runs.metrics_log import read_metrics
-from jax_resnet.training.experiment import Job
+from jax_resnet.training.experiment import build
 from jax_resnet.training.state import TrainState
 from jax_resnet.training.step import _averaged, _sharpness_aware
 
@@ -23,12 +23,12 @@ TINY = ROOT / "tests" / "tiny.py"
 
 def trained(config: ConfigDict, steps: int, state: TrainState | None = None) -> tuple[TrainState, list[dict[str, Any]]]:
     """The state after so many updates, and the sums of each."""
-    job = Job(config)
-    state, sums = state or job.fresh_state(), []
-    feed = train_batches(job.data.train, config.data, start=0, stop=steps, seed=config.seed, phases=job.plan.phases,
-                         sharding=job.sharding, report=print)  # fmt: skip
+    experiment = build(config)
+    state, sums = state or experiment.network.fresh_state(), []
+    feed = train_batches(experiment.data.train, config.data, start=0, stop=steps, seed=config.seed,
+                         phases=experiment.plan.phases, sharding=experiment.sharding, report=print)  # fmt: skip
     for batch in feed:
-        state, found = job.train_step(state, batch, *job.teacher_weights)
+        state, found = experiment.steps.train(state, batch, *experiment.steps.teacher_weights)
         sums.append(jax.device_get(found))
     return jax.device_get(state), sums
 
@@ -83,13 +83,13 @@ def test_parts_of_a_batch_on_four_devices(tiny_npz: Path, tmp_path: Path) -> Non
 def test_parts_that_share_statistics_are_refused(tiny_config: ConfigDict) -> None:
     tiny_config.accumulate = 4
     with pytest.raises(UserError, match=r"config\.accumulate=4: .*--config\.model\.bn_group_size=4, or less"):
-        Job(tiny_config)
+        build(tiny_config)
     tiny_config.model.bn_group_size = 8
     with pytest.raises(UserError, match=r"bn_group_size=8 does not divide config\.batch_size=16 / accumulate=4"):
-        Job(tiny_config)
+        build(tiny_config)
     tiny_config.accumulate = 3
     with pytest.raises(UserError, match=r"config\.accumulate=3 does not divide config\.batch_size=16"):
-        Job(tiny_config)
+        build(tiny_config)
 
 
 # ---- sharpness-aware steps -------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def test_a_sharpness_aware_update_is_two_plain_ones(tiny_config: ConfigDict) -> 
     c.update({"optimizer": {"momentum": 0.0, "weight_decay": 0.0, "learning_rate": 1.0}})
     c.schedule.update({"name": "constant"})
     c.schedule.warmup.steps = 0
-    start = jax.device_get(Job(c).fresh_state())
+    start = jax.device_get(build(c).network.fresh_state())
     plain, _ = trained(c, 1)
     gradient = jax.tree.map(lambda a, b: a - b, start.params, plain.params)
     norm = np.sqrt(sum(np.square(g, dtype=np.float64).sum() for g in jax.tree.leaves(gradient)))
@@ -129,7 +129,7 @@ def test_a_sharpness_aware_update_is_two_plain_ones(tiny_config: ConfigDict) -> 
 def test_frozen_parts_are_not_moved_uphill(tiny_config: ConfigDict) -> None:
     c = tiny_config
     c.optimizer.sam_rho, c.freeze = 0.1, ("stem", "stage1")
-    start = jax.device_get(Job(c).fresh_state())
+    start = jax.device_get(build(c).network.fresh_state())
     found, _ = trained(c, 2)
     for part in c.freeze:
         assert_close(found.params[part], start.params[part], rtol=0)
@@ -164,7 +164,7 @@ def test_running_average_of_a_training_is_evaluated_and_checkpointed(tiny_config
 
     c = tiny_config
     c.ema.decay = 0.7
-    state = jax.device_get(Job(c).fresh_state())
+    state = jax.device_get(build(c).network.fresh_state())
     expected = state.weights
     for steps in range(1, 21):
         reached, _ = trained_to(c, steps) if steps == 1 else advance(c, steps)
@@ -190,10 +190,10 @@ _REACHED: dict[str, Any] = {}
 
 
 def trained_to(c: ConfigDict, _: int) -> tuple[TrainState, Any]:
-    job = Job(c)
-    _REACHED.update(job=job, state=job.fresh_state(), feed=iter(train_batches(
-        job.data.train, c.data, start=0, stop=20, seed=c.seed, phases=job.plan.phases, sharding=job.sharding,
-        report=print)))  # fmt: skip
+    experiment = build(c)
+    _REACHED.update(experiment=experiment, state=experiment.network.fresh_state(), feed=iter(train_batches(
+        experiment.data.train, c.data, start=0, stop=20, seed=c.seed, phases=experiment.plan.phases,
+        sharding=experiment.sharding, report=print)))  # fmt: skip
     return advance(c, 1)
 
 
@@ -231,8 +231,8 @@ WITH_EFFECT: list[tuple[str, str, Any]] = [
 
 
 def program(c: ConfigDict) -> str:
-    job = Job(c)
-    return job.train_step.lower(*job.shapes(job.plan.phases[0])).as_text()
+    experiment = build(c)
+    return experiment.steps.train.lower(*experiment.shapes(experiment.plan.phases[0])).as_text()
 
 
 def test_what_is_off_is_not_in_the_program(tiny_config: ConfigDict) -> None:
@@ -251,7 +251,7 @@ def test_what_is_off_is_not_in_the_program(tiny_config: ConfigDict) -> None:
     guarded = [program(tiny_config) for tiny_config.guard.max_skipped, tiny_config.guard.loss_spike in
                ((10, 0.0), (9, 0.0), (10, 3.0), (10, 2.0))]  # fmt: skip
     assert len({plain, *guarded}) == 5
-    leaves = jax.tree.leaves(Job(tiny_config).abstract_state.params)
+    leaves = jax.tree.leaves(build(tiny_config).network.abstract_state.params)
     for operation, more in (("is_finite", 2), ("abs", len(leaves))):  # of the loss and of sums; of each gradient
         checks = [text.count(f"stablehlo.{operation}") for text in (plain, guarded[0])]
         assert checks[1] - checks[0] == more, operation
@@ -259,9 +259,9 @@ def test_what_is_off_is_not_in_the_program(tiny_config: ConfigDict) -> None:
 
 def test_running_average_guard_and_teacher_take_no_place_where_there_is_none(tiny_config: ConfigDict) -> None:
     tiny_config.guard.max_skipped = 0
-    job = Job(tiny_config)
-    assert jax.tree.leaves((job.abstract_state.ema, job.abstract_state.guard)) == []
-    assert job.teacher_weights == ()
+    experiment = build(tiny_config)
+    assert jax.tree.leaves((experiment.network.abstract_state.ema, experiment.network.abstract_state.guard)) == []
+    assert experiment.steps.teacher_weights == ()
 
 
 def test_a_procedure_that_is_stopped_ends_as_one_that_is_not(tiny_config: ConfigDict, tmp_path: Path) -> None:

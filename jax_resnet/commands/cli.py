@@ -4,15 +4,14 @@ import argparse
 import os
 import re
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import logging
 
-from jax_resnet.errors import UserError, did_you_mean, fail
-from jax_resnet.runtime.signals import COMPILER, MEETING
+from jax_resnet.commands.status import fail
+from jax_resnet.errors import UserError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,24 +59,6 @@ def print_files(files: Sequence[os.PathLike[str]]) -> None:
     print("\n".join(map(str, files)))
     if len(files) == 1:
         print("timm has no network of this shape, so no config.json; names and layouts are those it would have")
-
-
-def leave(status: int) -> int:
-    """`status`, to exit with; or exits with it at once where a thread would keep the process for minutes.
-
-    Of a job of several processes each leaves together with the others.
-    """
-    names = {thread.name for thread in threading.enumerate()}
-    jax: Any = sys.modules.get("jax")  # a mistyped flag ends before JAX is loaded
-    if jax and jax.distributed.is_initialized() and MEETING not in names:
-        from jax_resnet.runtime.failure import part
-
-        part(status)
-    if {COMPILER, MEETING} & names:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    return status
 
 
 def run(main: Callable[[], None]) -> None:

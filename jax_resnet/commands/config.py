@@ -37,13 +37,13 @@ def main() -> None:
         check_plot(Path(plot))
     from jax_resnet.commands import overview  # loads JAX, for which a mistyped flag should not wait
 
-    job, here = overview.prepare(c)
+    experiment, here = overview.prepare(c)
     table = Table.grid(padding=(0, 2))
-    for title, rows in overview.sections(c, job, here):
+    for title, rows in overview.sections(c, experiment, here):
         table.add_row(f"[bold]{title}")
         for name, text in rows:
             table.add_row(f"  {name}", Text(text))
         table.add_row()
     if plot is not None:
-        overview.draw(job, Path(plot))
+        overview.draw(experiment, Path(plot))
     Console(highlight=False).print(table)

@@ -1,7 +1,7 @@
 """What a config comes to, section by section, and the curve of its rates.
 
-The numbers are those of Job, Plan and training/optimizers.py, which training has them from too. Only the schedule is
-computed.
+The numbers are those of Experiment, Plan and training/optimizers.py, which training has them from too. Only the
+schedule is computed.
 """
 
 from collections import Counter
@@ -23,7 +23,8 @@ from jax_resnet.data.sources import open_dataset
 from jax_resnet.errors import NotPrepared
 from jax_resnet.models.zoo import model_spec
 from jax_resnet.training import optimizers as optim
-from jax_resnet.training.experiment import Job, short
+from jax_resnet.training.experiment import Experiment, build
+from jax_resnet.training.header import short
 from jax_resnet.training.plan import Plan
 from jax_resnet.training.schedules import peak_learning_rate
 
@@ -53,10 +54,10 @@ WIDTH, HEIGHT = 46, 6  # of the curve, in characters
 BARS = " ▁▂▃▄▅▆▇█"
 
 
-def prepare(c: ConfigDict, mesh: Mesh | None = None) -> tuple[Job, bool]:
+def prepare(c: ConfigDict, mesh: Mesh | None = None) -> tuple[Experiment, bool]:
     """A config as ready for training as can be without weights, and whether its data is here, not just in PUBLISHED.
 
-    Raises UserError as Job does. The weights of a teacher are not read. `mesh` is as for Job.
+    Raises UserError as Experiment does. The weights of a teacher are not read. `mesh` is as for Experiment.
     """
     validate(c)
     c = c.copy_and_resolve_references()
@@ -67,7 +68,7 @@ def prepare(c: ConfigDict, mesh: Mesh | None = None) -> tuple[Job, bool]:
         if c.data.name not in PUBLISHED or c.data.train_split or c.data.eval_split:
             raise
         data, here = _published(c.data), False
-    return Job(c, data=data, mesh=mesh), here
+    return build(c, data=data, mesh=mesh), here
 
 
 def _published(c: ConfigDict) -> Dataset:
@@ -80,64 +81,68 @@ def _published(c: ConfigDict) -> Dataset:
     return Dataset(c.name, train, evaluation, tuple(map(str, range(classes))))
 
 
-def sections(c: ConfigDict, job: Job, here: bool) -> list[Section]:
-    """What the config comes to, `job` and `here` being what `prepare` gives for it."""
+def sections(c: ConfigDict, experiment: Experiment, here: bool) -> list[Section]:
+    """What the config comes to, `experiment` and `here` being what `prepare` gives for it."""
     parts = {
-        "model": _model(job, c.dtype),
-        "data": _data(job, here),
-        "batch": _batch(job),
-        "steps": _steps(job),
-        "learning rate": _learning_rate(job),
-        "optimizer": _optimizer(job),
-        "parameters": _parameters(job),
-        "images": _images(job),
-        "augmentation": _augmentation(job),
+        "model": _model(experiment, c.dtype),
+        "data": _data(experiment, here),
+        "batch": _batch(experiment),
+        "steps": _steps(experiment),
+        "learning rate": _learning_rate(experiment),
+        "optimizer": _optimizer(experiment),
+        "parameters": _parameters(experiment),
+        "images": _images(experiment),
+        "augmentation": _augmentation(experiment),
         "loss": _loss(c),
     }
     return [(title, [(name, text) for name, text in rows if text]) for title, rows in parts.items()]
 
 
-def _model(job: Job, dtype: str) -> Iterator[Row]:
-    c, usual = job.config, model_spec(job.config.model.name)
+def _model(experiment: Experiment, dtype: str) -> Iterator[Row]:
+    c, usual = experiment.config, model_spec(experiment.config.model.name)
     yield "name", c.model.name
-    yield "parameters", f"{sum(p.size for p in jax.tree.leaves(job.abstract_state.params)):,}"
-    yield "cost", "\n".join(f"{short(job.flops(*size))}FLOPs for an image of {_by(*size)}" for size in _sizes(job))
+    yield "parameters", f"{sum(p.size for p in jax.tree.leaves(experiment.network.abstract_state.params)):,}"
+    flops = {size: experiment.network.flops(*size, c.data.channels) for size in _sizes(experiment)}
+    yield "cost", "\n".join(f"{short(count)}FLOPs for an image of {_by(*size)}" for size, count in flops.items())
     yield "activations", c.dtype + (" on this machine" if dtype == "auto" else "")
     for key in model_overrides(c):
-        was, value = getattr(usual, key), getattr(job.spec, key)
+        was, value = getattr(usual, key), getattr(experiment.network.spec, key)
         yield key, f"{value} (of {c.model.name} as it is: {was})" if value != was and key != "bn_group_size" else ""
     yield "init_from", c.init_from or ""
 
 
-def _sizes(job: Job) -> list[tuple[int, int]]:
+def _sizes(experiment: Experiment) -> list[tuple[int, int]]:
     """Of training images, phase by phase: height and width."""
-    height, width, _ = job.data.train.image_shape
-    return list(dict.fromkeys((phase.image_size or height, phase.image_size or width) for phase in job.plan.phases))
+    height, width, _ = experiment.data.train.image_shape
+    return list(
+        dict.fromkeys((phase.image_size or height, phase.image_size or width) for phase in experiment.plan.phases)
+    )
 
 
 def _by(height: int, width: int) -> str:
     return f"{height}×{width}"
 
 
-def _data(job: Job, here: bool) -> Iterator[Row]:
-    data = job.data
+def _data(experiment: Experiment, here: bool) -> Iterator[Row]:
+    data = experiment.data
     yield "dataset", data.name + ("" if here else " (not here; sizes as published)")
     yield "examples", f"{len(data.train):,} {data.train.name}, {len(data.eval):,} {data.eval.name}"
     yield "classes", f"{data.num_classes:,}"
 
 
-def _batch(job: Job) -> Iterator[Row]:
-    c, devices, group = job.config, jax.devices(), job.config.model.bn_group_size
+def _batch(experiment: Experiment) -> Iterator[Row]:
+    c, devices, group = experiment.config, jax.devices(), experiment.config.model.bn_group_size
 
     def each(by: int) -> str:
-        sizes = dict.fromkeys(phase.batch_size for phase in job.plan.phases)
+        sizes = dict.fromkeys(phase.batch_size for phase in experiment.plan.phases)
         return ", then ".join(f"{size // by:,}" for size in sizes)
 
     yield "size", each(1)
     yield "accumulate", f"{c.accumulate} parts of {each(c.accumulate)}" if c.accumulate > 1 else ""
     yield "per device", f"{each(len(devices) * c.accumulate)}, with {len(devices)} × {devices[0].device_kind} as here"
     yield "repeats", f"each record {c.data.repeats} times" if c.data.repeats > 1 else ""
-    yield "batch norm", (f"over groups of {group:,}" if group else "over all of it") if job.spec.norm == "batch" else ""
+    over = f"over groups of {group:,}" if group else "over all of it"
+    yield "batch norm", over if experiment.network.spec.norm == "batch" else ""
 
 
 def _at(plan: Plan, step: int) -> str:
@@ -152,12 +157,12 @@ def _epoch(plan: Plan, step: int) -> str:
     return f"{plan.position(step) / plan.steps_per_epoch:.4g}"
 
 
-def _steps(job: Job) -> Iterator[Row]:
-    c, plan = job.config, job.plan
+def _steps(experiment: Experiment) -> Iterator[Row]:
+    c, plan = experiment.config, experiment.plan
     yield "training", f"{_many(plan.steps, 'step')}, {_epoch(plan, plan.steps)} epochs"
     yield "an epoch", f"{plan.steps_per_epoch:,.6g} steps" + (f" of {plan.batch_size:,}" if plan.changes_batch else "")
     yield "stretch", f"{c.stretch:g} × the recipe's length" if c.stretch != 1 else ""
-    yield "stops after", _at(plan, job.last_step) if job.last_step < plan.steps else ""
+    yield "stops after", _at(plan, experiment.last_step) if experiment.last_step < plan.steps else ""
     yield "warmup", f"to {_at(plan, _warmed_up(plan))}" if plan.warmup_steps else ""
     yield "cooldown", f"from {_at(plan, _cools_down(plan))}" if plan.cooldown_steps else ""
     for i, phase in enumerate(plan.phases if c.progressive else (), 1):
@@ -174,26 +179,26 @@ def _cools_down(plan: Plan) -> int:
     return plan.update_at(plan.position(plan.steps) - plan.cooldown_steps)
 
 
-def _learning_rate(job: Job) -> Iterator[Row]:
-    c, o, plan = job.config.schedule, job.config.optimizer, job.plan
+def _learning_rate(experiment: Experiment) -> Iterator[Row]:
+    c, o, plan = experiment.config.schedule, experiment.config.optimizer, experiment.plan
     larger = f"{plan.batch_size:,} / {o.reference_batch:,}"
     scale = f" × {f'√({larger})' if o.batch_scaling == 'sqrt' else larger}" if o.reference_batch else ""
     yield "peak", f"{o.learning_rate:g}{scale} = {peak_learning_rate(o, plan.batch_size):.4g}"
     yield "schedule", c.name + (f" of power {c.power:g}" if c.name == "polynomial" else "")
-    rates = rates_at(job, np.arange(plan.steps))
+    rates = rates_at(experiment, np.arange(plan.steps))
     yield "", picture(rates, [_epoch(plan, step) for step in (0, plan.steps // 2, plan.steps)])
-    for step, name in _moments(job).items():
+    for step, name in _moments(experiment).items():
         yield name, f"{rates[step]:.4g} at {_at(plan, step)}"
 
 
-def rates_at(job: Job, steps: np.ndarray) -> np.ndarray:
+def rates_at(experiment: Experiment, steps: np.ndarray) -> np.ndarray:
     """The learning rates, float32 [n], of those updates, int [n], counted from 0."""
-    return np.asarray(jax.vmap(job.learning_rate)(steps))
+    return np.asarray(jax.vmap(experiment.steps.learning_rate)(steps))
 
 
-def _moments(job: Job) -> dict[int, str]:
+def _moments(experiment: Experiment) -> dict[int, str]:
     """The updates whose rates tell a schedule from others, in their order."""
-    c, plan = job.config.schedule, job.plan
+    c, plan = experiment.config.schedule, experiment.plan
     shares = {"step": c.boundaries, "piecewise": [at for at, _ in c.knots]}.get(c.name, ())
     moments = {plan.step_at(share): f"{share:.4g} of all" for share in shares}
     moments |= {phase.first_step: f"phase {i}" for i, phase in enumerate(plan.phases, 1)}
@@ -218,8 +223,8 @@ def picture(rates: np.ndarray, epochs: Sequence[str]) -> str:
     return "\n".join(f"{label:>{margin}} {edge}{line}" for label, edge, line in lines)
 
 
-def _optimizer(job: Job) -> Iterator[Row]:
-    c, ema, plan = job.config.optimizer, job.config.ema, job.plan
+def _optimizer(experiment: Experiment) -> Iterator[Row]:
+    c, ema, plan = experiment.config.optimizer, experiment.config.ema, experiment.plan
     yield "name", c.name
     for key in ("clip_value", "clip_norm", "clip_adaptive", "l1", *USED[c.name]):
         yield key, ("yes" if c[key] is True else f"{c[key]:.4g}") if c[key] else ""
@@ -237,8 +242,8 @@ def _every(steps: int) -> str:
     return f", every {steps:,} steps" if steps > 1 else ""
 
 
-def _parameters(job: Job) -> Iterator[Row]:
-    c, params, frozen = job.config.optimizer, job.abstract_state.params, job.config.freeze
+def _parameters(experiment: Experiment) -> Iterator[Row]:
+    c, params, frozen = experiment.config.optimizer, experiment.network.abstract_state.params, experiment.config.freeze
     parts = {part: jax.tree.map(lambda _, part=part: part, inside) for part, inside in params.items()}
     trees = parts, optim.parameter_kinds(params), optim.decayed(c, params), optim.rate_factors(c, params), params
     each = list(zip(*map(jax.tree.leaves, trees), strict=True))
@@ -278,18 +283,22 @@ def _ranges(factors: dict[str, list[float]]) -> str:
     return min(texts.values()) if len(set(texts.values())) == 1 else ", ".join(map(" ".join, texts.items()))
 
 
-def _images(job: Job) -> Iterator[Row]:
-    c, crop, (height, width, _) = job.config.data, job.data.eval.pixels.eval_crop, job.data.eval.image_shape
-    yield "train", ", then ".join(_by(*size) for size in _sizes(job))
+def _images(experiment: Experiment) -> Iterator[Row]:
+    c, data = experiment.config.data, experiment.data.eval
+    crop, (height, width, _) = data.pixels.eval_crop, data.image_shape
+    yield "train", ", then ".join(_by(*size) for size in _sizes(experiment))
     resized = f" in the centre of {max(height, round(height / crop))} on the short side" if crop < 1 else ""
-    yield "evaluation", _by(height, width) + resized + (", and their mirror images" if job.config.eval.mirror else "")
+    yield (
+        "evaluation",
+        _by(height, width) + resized + (", and their mirror images" if experiment.config.eval.mirror else ""),
+    )
     yield "interpolation", c.interpolation + (", antialiased" if c.antialias else "")
     yield "mean ± std", ", ".join(f"{mean:g} ± {std:g}" for mean, std in zip(c.mean, c.std, strict=True))
 
 
-def _augmentation(job: Job) -> Iterator[Row]:
+def _augmentation(experiment: Experiment) -> Iterator[Row]:
     """In the order in which it is done: by data/image/augment.py, then, from `shift` on, by data/image/device.py."""
-    c, plan = job.config.data, job.plan
+    c, plan = experiment.config.data, experiment.plan
     (low, high), (narrow, wide), (small, large) = c.crop_area, c.crop_ratio, c.crop_resize
     crops = {
         "random_resized": f"random_resized: area {low:.4g} … {high:.4g}, ratio {narrow:.4g} … {wide:.4g}",
@@ -325,15 +334,17 @@ def _loss(c: ConfigDict) -> Iterator[Row]:
     yield "teacher", f"{distill.teacher}{of}: {share}" if distill.teacher else ""
 
 
-def draw(job: Job, file: Path) -> None:
+def draw(experiment: Experiment, file: Path) -> None:
     """The learning rate over the epochs as a PNG. Raises UserError if it cannot be written."""
     from matplotlib.figure import Figure
 
-    steps = np.unique(np.append(np.linspace(0, job.plan.steps - 1, 2000).astype(int), list(_moments(job))))
-    epochs = [job.plan.position(step) / job.plan.steps_per_epoch for step in steps.tolist()]
+    steps = np.unique(
+        np.append(np.linspace(0, experiment.plan.steps - 1, 2000).astype(int), list(_moments(experiment)))
+    )
+    epochs = [experiment.plan.position(step) / experiment.plan.steps_per_epoch for step in steps.tolist()]
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(epochs, rates_at(job, steps))
+    axes.plot(epochs, rates_at(experiment, steps))
     axes.set(xlabel="epoch", ylabel="learning rate")
     axes.grid(alpha=0.3)
     save_plot(figure, file)

@@ -24,7 +24,7 @@ from jax_resnet.commands import overview
 from jax_resnet.data.sampling import Phase
 from jax_resnet.errors import UserError, first_line
 from jax_resnet.runtime.mesh import data_mesh, mesh_over
-from jax_resnet.training.experiment import Job
+from jax_resnet.training.experiment import Experiment
 
 GIB = 2**30
 Row = dict[str, Any]  # as JSON
@@ -104,14 +104,14 @@ def topology_mesh(name: str) -> Mesh:
     return mesh_over(devices)
 
 
-def heaviest(job: Job) -> Phase:
+def heaviest(experiment: Experiment) -> Phase:
     """Of the phases of a training the one whose batch has the most pixels."""
-    return max(job.plan.phases, key=lambda phase: phase.batch_size * (phase.image_size or 1) ** 2)
+    return max(experiment.plan.phases, key=lambda phase: phase.batch_size * (phase.image_size or 1) ** 2)
 
 
-def compile_step(job: Job) -> Program | TooLarge:
-    """The step of the heaviest phase, for the devices of the job's mesh."""
-    lowered = job.train_step.lower(*job.shapes(heaviest(job)))
+def compile_step(experiment: Experiment) -> Program | TooLarge:
+    """The step of the heaviest phase, for the devices of the experiment's mesh."""
+    lowered = experiment.steps.train.lower(*experiment.shapes(heaviest(experiment)))
     try:
         program = read(lowered.compile())
     except jax.errors.JaxRuntimeError as e:
@@ -119,7 +119,7 @@ def compile_step(job: Job) -> Program | TooLarge:
         if "RESOURCE_EXHAUSTED" not in str(e) or len(sizes) < 2:
             raise
         return TooLarge(round(sizes[0]), round(sizes[1]))
-    limit = bytes_limit(job.mesh.devices.flat[0])  # the compiler for GPUs does not refuse
+    limit = bytes_limit(experiment.mesh.devices.flat[0])  # the compiler for GPUs does not refuse
     return TooLarge(program.memory, limit) if limit and program.memory > limit else program
 
 
@@ -186,12 +186,18 @@ def largest(try_batch: Callable[[int], tuple[int, int, bool]], first: int, unit:
     return fits
 
 
-def unit_of(job: Job) -> int:
+def unit_of(experiment: Experiment) -> int:
     """What a device's batches are multiples of, for a batch's parts and the groups of batch norm to divide them."""
-    parts, devices, group = job.config.accumulate, job.mesh.size, job.config.model.bn_group_size or 0
+    parts, devices, group = (
+        experiment.config.accumulate,
+        experiment.mesh.size,
+        experiment.config.model.bn_group_size or 0,
+    )
     if not group:
         return 8 * parts
-    whole = heaviest(job).batch_size % (devices * parts * group) == 0  # groups lie on one device each, and stay so
+    whole = (
+        heaviest(experiment).batch_size % (devices * parts * group) == 0
+    )  # groups lie on one device each, and stay so
     return parts * (group if whole else group // math.gcd(group, devices))
 
 
@@ -217,7 +223,7 @@ class Case:
         self.published = HARDWARE.get(self.device.device_kind)
         self._tried: dict[int, tuple[Program | TooLarge, float]] = {}
 
-    def job(self, per_device: int | None) -> Job:
+    def experiment(self, per_device: int | None) -> Experiment:
         """With that batch on each device, the config's own if None."""
         c = self.config.copy_and_resolve_references()
         if per_device is not None:
@@ -226,34 +232,38 @@ class Case:
             c.batch_size = per_device * self.mesh.size
         return overview.prepare(c, self.mesh)[0]
 
-    def compiled(self, job: Job) -> Program | TooLarge:
+    def compiled(self, experiment: Experiment) -> Program | TooLarge:
         """The step, compiled once."""
-        each = heaviest(job).batch_size // self.mesh.size
+        each = heaviest(experiment).batch_size // self.mesh.size
         if each not in self._tried:
             print(f"compiling for {self.name or 'the devices here'}, {each} images each …", file=sys.stderr, flush=True)
             began = time.monotonic()
-            found = compile_step(job)
+            found = compile_step(experiment)
             self._tried[each] = found, time.monotonic() - began
         return self._tried[each][0]
 
     def rows(self, per_device: int | None, search: bool) -> Iterator[Row]:
         """What there is to say of the config and, in a `search` or if it does not fit, of the largest that does."""
-        job = self.job(per_device)
-        yield self.row(job)
-        if (search or isinstance(self.compiled(job), TooLarge)) and (most := self.largest(job)):
-            yield self.row(self.job(most)) | {"largest": True}
+        experiment = self.experiment(per_device)
+        yield self.row(experiment)
+        if (search or isinstance(self.compiled(experiment), TooLarge)) and (most := self.largest(experiment)):
+            yield self.row(self.experiment(most)) | {"largest": True}
 
-    def row(self, job: Job) -> Row:
-        """What there is to say of the job."""
-        found = self.compiled(job)
-        phase, plan, (height, width, channels) = heaviest(job), job.plan, job.data.train.image_shape
+    def row(self, experiment: Experiment) -> Row:
+        """What there is to say of the experiment."""
+        found = self.compiled(experiment)
+        phase, plan, (height, width, channels) = (
+            heaviest(experiment),
+            experiment.plan,
+            experiment.data.train.image_shape,
+        )
         each = phase.batch_size // self.mesh.size
         row: Row = {
             "topology": self.name or None,
             "device_kind": self.device.device_kind,
             "devices": self.mesh.size,
-            "model": job.config.model.name,
-            "dtype": job.config.dtype,
+            "model": experiment.config.model.name,
+            "dtype": experiment.config.dtype,
             "image": [phase.image_size or height, phase.image_size or width, channels],
             "per_device_batch": each,
             "largest": False,  # that fits, found by a search
@@ -269,16 +279,16 @@ class Case:
                 row["least_device_hours"] = plan.steps * seconds * self.mesh.size / 3600
         return row
 
-    def largest(self, job: Job) -> int:
-        """The largest batch of a device that fits, 0 if none does, from that of the job on."""
+    def largest(self, experiment: Experiment) -> int:
+        """The largest batch of a device that fits, 0 if none does, from that of the experiment on."""
         there = self.published.memory * GIB if self.published else bytes_limit(self.device)
         if not there:
             raise UserError(f"--largest: how much memory {self.device.device_kind} has is not known")
 
         def attempt(each: int) -> tuple[int, int, bool]:
-            found = self.compiled(self.job(each))
+            found = self.compiled(self.experiment(each))
             fits = isinstance(found, Program)
             return found.memory, there if isinstance(found, Program) else found.available, fits
 
-        unit, first = unit_of(job), heaviest(job).batch_size // self.mesh.size
+        unit, first = unit_of(experiment), heaviest(experiment).batch_size // self.mesh.size
         return largest(attempt, first, unit) or largest(attempt, unit, 1)

@@ -5,13 +5,14 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import resource_tracker
+from multiprocessing import connection, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from jax_resnet.data.batches import Batch, Broken, Ledger, Report, eval_batch, t
 from jax_resnet.data.dataset import ArraySplit, Split
 from jax_resnet.data.sampling import Phase, phase_at
 from jax_resnet.errors import TransientError, first_line
+from jax_resnet.runtime.host import STOP_SIGNALS
 from jax_resnet.runtime.mesh import global_batch, local_rows
-from jax_resnet.runtime.signals import HANDLED, follow_parent
 
 PATIENCE = 10  # seconds, with batches that are being read when they are no longer wanted
 ON_DEVICE = 2  # batches there ahead of need
@@ -74,9 +75,15 @@ class Readers:
 
 
 def _enrol(roll: str, *_: int) -> None:
-    """Tell the parent which process this is, and end when the parent does."""
+    """Tell the parent which process this is, and end when the parent does, even if that is killed."""
     Path(roll, str(os.getpid())).touch()
-    follow_parent()
+    parent: Any = multiprocessing.parent_process()
+
+    def follow() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _unshared(batch: Batch) -> Batch:
@@ -103,7 +110,7 @@ class Feed:
         self._sharding, self._ledger = sharding, ledger
         # Not Grain's own prefetching thread: it asks for states, for which readers in processes are begun twice.
         # Processes inherit what is blocked here: Ctrl-C is not for them, not even while they start.
-        self._thread = ThreadPoolExecutor(1, "feed", signal.pthread_sigmask, (signal.SIG_BLOCK, HANDLED))
+        self._thread = ThreadPoolExecutor(1, "feed", signal.pthread_sigmask, (signal.SIG_BLOCK, STOP_SIGNALS))
         self._coming: deque[Future[tuple[dict[str, jax.Array], Broken, int] | None]] = deque()
         self.waited = 0.0
 

@@ -1,14 +1,13 @@
-"""What a run shows and leaves behind: a bar or lines, metrics.jsonl, TensorBoard events, a picture, result.json."""
+"""What a run shows and leaves behind: a bar or lines, metrics.jsonl, TensorBoard events, a trace, result.json."""
 
 import contextlib
-import io
 import json
-import os
 import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from jax_resnet.config import traced_steps
 from jax_resnet.errors import UserError, unwritable
+from jax_resnet.runs.curves import draw_curves
 from jax_resnet.runs.metrics_log import FILE, read_metrics
 from jax_resnet.runs.paths import AnyPath, is_remote, write
+from jax_resnet.runs.trace import Trace
 from jax_resnet.runs.workdir import write_json
-from jax_resnet.training.plan import Plan
 
 COLUMNS = ("step", "epoch", "split", "examples", "loss", "top-1", "top-5")
 WIDTHS = {"split": len("validation_ema")}
@@ -29,11 +28,10 @@ LINES = 20  # of broken images
 
 
 class _Console(Console):
-    """Goes on in silence when what it prints into is closed (`| head`): the run matters more than its lines."""
+    """Go on in silence when what it prints into is closed (`| head`): the run matters more than its lines."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _summary_writer(folder: Path, purge_step: int) -> Any:
@@ -52,19 +50,28 @@ def _summary_writer(folder: Path, purge_step: int) -> Any:
 class Telemetry:
     """Reports one run from process 0; on the others every method does nothing.
 
-    `start_step` is the step the run goes on from: what was recorded after it, by a process that died, is dropped, so
-    each step stands once.
+    `steps` are the updates of the whole training, `epoch` gives the epoch of a step. `start_step` is the step the run
+    goes on from: what was recorded after it, by a process that died, is dropped, so each step stands once. `profile` is
+    config.profile.
     """
 
-    def __init__(self, workdir: AnyPath, plan: Plan, start_step: int):
+    def __init__(
+        self,
+        workdir: AnyPath,
+        steps: int,
+        epoch: Callable[[int], float],
+        *,
+        start_step: int = 0,
+        profile: str | None = None,
+    ):
         self.active = jax.process_index() == 0
         self.console = _Console(highlight=False, soft_wrap=True, quiet=not self.active)
-        self._workdir, self._plan = workdir, plan
+        self.workdir, self._steps, self._epoch = workdir, steps, epoch
         self._table_begun, self._step = False, start_step
         self._broken: set[tuple[str, str]] = set()
         self._began, self._before = time.monotonic(), 0.0
         self._progress: Progress | None = None
-        self.folder: AnyPath | None = None  # of this machine, for what goes to the workdir; None: nothing does
+        self.trace = Trace(None, profile, steps)
         if not self.active:
             return
         rows = [r for r in read_metrics(workdir) if r["step"] <= start_step] if start_step else []
@@ -72,7 +79,8 @@ class Telemetry:
         self._broken = {(r["split"], r["name"]) for r in rows if r["kind"] == "broken"}
         # What is appended to is kept here, for an object store takes whole files.
         self._scratch = Path(tempfile.mkdtemp(prefix="jax_resnet-")) if is_remote(workdir) else None
-        folder = self.folder = self._scratch or workdir
+        folder = self._scratch or workdir  # of this machine
+        self.trace = Trace(folder, profile, steps)
         self._uploaded: dict[Path, int] = {}
         write(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in rows).encode())
         self._lines = (folder / "metrics.jsonl").open("a", buffering=1)
@@ -89,7 +97,7 @@ class Telemetry:
                 console=self.console,
                 transient=True,
             )
-            self._task = self._progress.add_task("compiling …", total=plan.steps, completed=start_step)
+            self._task = self._progress.add_task("compiling …", total=steps, completed=start_step)
             self._progress.start()
 
     @property
@@ -101,6 +109,7 @@ class Telemetry:
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
+        self.trace.__exit__()
         if self._progress:
             self._progress.stop()
         if self.active:
@@ -119,7 +128,7 @@ class Telemetry:
         try:
             for file in self._scratch.rglob("*"):
                 if file.is_file() and self._uploaded.get(file) != (size := file.stat().st_size):
-                    write(self._workdir / str(file.relative_to(self._scratch)), file.read_bytes())
+                    write(self.workdir / str(file.relative_to(self._scratch)), file.read_bytes())
                     self._uploaded[file] = size
         except UserError as e:  # the run matters more; a checkpoint that cannot be written will end it
             self.say(f"{e}; {f'left in {self._scratch}' if at_end else 'tried again at the next save'}")
@@ -159,7 +168,7 @@ class Telemetry:
         if self._progress:
             self._progress.update(self._task, completed=step, description=text)
         else:
-            self.say(f"step {step:>{len(f'{self._plan.steps:,}')},} of {self._plan.steps:,}  {text}")
+            self.say(f"step {step:>{len(f'{self._steps:,}')},} of {self._steps:,}  {text}")
         self._record(
             "train",
             step,
@@ -179,7 +188,7 @@ class Telemetry:
             self._table_begun = True
         values = {
             "step": f"{step:,}",
-            "epoch": f"{self._plan.position(step) / self._plan.steps_per_epoch:.1f}",
+            "epoch": f"{self._epoch(step):.1f}",
             "split": split,
             "examples": f"{metrics['examples']:,}",
             "loss": f"{metrics['loss']:.4f}",
@@ -202,7 +211,7 @@ class Telemetry:
         self._broken.add((split, name))
         text = f"{split} split: {name}: {reason}"
         if len(self._broken) == LINES + 1:
-            text = f"further images that cannot be decoded are named in {self._workdir / 'metrics.jsonl'} only"
+            text = f"further images that cannot be decoded are named in {self.workdir / 'metrics.jsonl'} only"
         if len(self._broken) > LINES + 1:
             pass
         elif self.active:
@@ -215,10 +224,10 @@ class Telemetry:
         """Writes result.json and curves.png; says how many images were broken."""
         if self.active:
             write_json(
-                self._workdir / "result.json",
+                self.workdir / "result.json",
                 {"step": step, "splits": splits, "wall_seconds": round(self.seconds, 1), "config": config},
             )
-            draw_curves(read_metrics(self._scratch or self._workdir), self._workdir / "curves.png")
+            draw_curves(read_metrics(self._scratch or self.workdir), self.workdir / "curves.png")
         if counts := Counter(split for split, _ in self._broken):
             self.say(
                 "images that cannot be decoded: "
@@ -233,71 +242,8 @@ class Telemetry:
         try:
             self._lines.write(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n")
         except OSError as e:
-            raise unwritable(self._workdir / FILE, e) from None
+            raise unwritable(self.workdir / FILE, e) from None
         group = f"{kind}_ema" if values.get("split", "").endswith("_ema") else kind
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._events.add_scalar(f"{group}/{name}", value, step)
-
-
-class Trace:
-    """Traces the updates that `steps` names, "FIRST:LAST", into folder/profile, as XProf reads it. A context manager.
-
-    Without `folder` (the processes of a job but the first) or `steps` it does nothing. Raises UserError if they begin
-    after `end`, the last update of all.
-    """
-
-    def __init__(self, folder: AnyPath | None, steps: str | None, end: int):
-        if steps is not None and traced_steps(steps).start > end:
-            raise UserError(f"config.profile={steps}: begins after the last update, {end:,}")
-        self._folder, self._on = folder, False
-        self._steps = range(0) if folder is None or steps is None else traced_steps(steps)
-
-    def of(self, step: int) -> contextlib.AbstractContextManager[Any]:
-        """What to call update `step` in, counted from 1."""
-        if step not in self._steps:
-            return contextlib.nullcontext()
-        if not self._on:
-            jax.profiler.start_trace(str(self._folder / "profile"))  # type: ignore[operator]
-            self._on = True
-        return jax.profiler.StepTraceAnnotation("train", step_num=step)
-
-    def after(self, step: int, sums: Any) -> None:
-        """Ends with the last of the updates, when it has given its `sums`."""
-        if self._on and step + 1 not in self._steps:
-            jax.block_until_ready(sums)
-            self._stop()
-
-    def _stop(self) -> None:
-        self._on = False
-        jax.profiler.stop_trace()
-
-    def __enter__(self) -> "Trace":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._on:
-            self._stop()
-
-
-def draw_curves(rows: list[dict[str, Any]], file: AnyPath) -> None:
-    """Loss, accuracy and learning rate over the steps, as one PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    panels = figure.subplots(1, 3)
-    for axes, title, name in zip(
-        panels, ("loss", "accuracy", "learning rate"), ("loss", "accuracy_top1", "learning_rate"), strict=True
-    ):
-        shown = [r for r in rows if r["kind"] in ("train", "eval") and name in r]
-        for split in dict.fromkeys(r.get("split", r["kind"]) for r in shown):
-            points = [(r["step"], r[name]) for r in shown if r.get("split", r["kind"]) == split]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=split, marker="." if len(points) < 50 else "")
-        axes.set(title=title, xlabel="step")
-        axes.grid(alpha=0.3)
-        if axes.lines and name != "learning_rate":
-            axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format="png")
-    write(file, picture.getvalue())

@@ -14,8 +14,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jax_resnet.errors import TransientError, UserError, first_line
+from jax_resnet.runtime.host import MEETING_THREAD
 from jax_resnet.runtime.mesh import batch_sharding, global_batch, replicated
-from jax_resnet.runtime.signals import MEETING
 
 OVERLAP = "--xla_gpu_enable_latency_hiding_scheduler"
 HEARTBEAT = 20  # seconds without a sign of life after which a process is taken for dead
@@ -94,7 +94,7 @@ def _meet(where: str, given: dict[str, Any]) -> None:
         except Exception as e:
             errors.append(e)
 
-    thread = threading.Thread(target=initialize, name=MEETING, daemon=True)
+    thread = threading.Thread(target=initialize, name=MEETING_THREAD, daemon=True)
     thread.start()
     thread.join(patience)
     if thread.is_alive() or errors:

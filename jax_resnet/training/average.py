@@ -24,7 +24,7 @@ from jax_resnet.runs.checkpoint import Checkpoints
 from jax_resnet.runs.paths import AnyPath, open_path
 from jax_resnet.runs.workdir import has_checkpoints, read_config
 from jax_resnet.training.evaluate import evaluate, to_stderr
-from jax_resnet.training.experiment import Job
+from jax_resnet.training.experiment import Experiment, build
 from jax_resnet.training.metrics import accuracy_text
 from jax_resnet.training.pretrained import place
 from jax_resnet.training.state import TrainState
@@ -55,35 +55,39 @@ def average(
         mean = jax.tree.map(lambda total: np.float32(total / len(steps)), reduce(partial(jax.tree.map, np.add), wide))
     config.model.bn_momentum = 0.0  # statistics of one batch, nothing of those before
     config.distill.teacher = config.distill.model = None
-    job = Job(config)
+    experiment = build(config)
     arrays = flatten(*mean)
-    abstract = job.abstract_state
+    abstract = experiment.network.abstract_state
     state = TrainState(
         abstract.step, place(abstract.params, arrays), place(abstract.batch_stats, arrays), opt_state=None
     )
     if batches and jax.tree.leaves(state.batch_stats):
-        state = replace(state, batch_stats=estimate_statistics(job, state, batches))
-    metrics = evaluate(job, state)
+        state = replace(state, batch_stats=estimate_statistics(experiment, state, batches))
+    metrics = evaluate(experiment, state)
     assert metrics
     folder = open_path(out) if out else workdir / "average"
     trees = jax.device_get((state.params, state.batch_stats))
     print(f"mean of steps {', '.join(f'{step:,}' for step in steps)}", end=": ")
-    print(f"{job.data.eval.name} accuracy {accuracy_text(metrics)}, loss {metrics['loss']:.4f}")
+    print(f"{experiment.data.eval.name} accuracy {accuracy_text(metrics)}, loss {metrics['loss']:.4f}")
     return metrics, write_model(trees, config, workdir, folder, new=bool(out))
 
 
-def estimate_statistics(job: Job, state: TrainState, batches: int) -> Any:
+def estimate_statistics(experiment: Experiment, state: TrainState, batches: int) -> Any:
     """The batch statistics of `state.params`: means over the first `batches` training batches after the run's last.
 
-    `job` must be of a config with bn_momentum 0.
+    `experiment` must be of a config with bn_momentum 0.
     """
-    first = job.plan.steps
+    first = experiment.plan.steps
     whole = jax.tree.leaves(state.params)[0].sharding
-    of_batch = jax.jit(lambda *of: job.update_of(*of)[1], in_shardings=(whole, job.sharding), out_shardings=whole)
+    statistics = jax.jit(
+        lambda *of: experiment.steps.compute_gradients(*of)[1],
+        in_shardings=(whole, experiment.sharding),
+        out_shardings=whole,
+    )
     add = jax.jit(partial(jax.tree.map, lambda total, one: total + one / batches), donate_argnums=0)
     total = jax.tree.map(np.zeros_like, jax.device_get(state.batch_stats))
-    with closing(job.train_batches(first, first + batches, to_stderr)) as feed:
+    with closing(experiment.train_batches(first, first + batches, to_stderr)) as feed:
         for number, batch in enumerate(feed, first):
-            total = add(total, of_batch(replace(state, step=jnp.int32(number)), batch))
+            total = add(total, statistics(replace(state, step=jnp.int32(number)), batch))
             jax.block_until_ready(total)  # or the host would run ahead, with a batch on the devices for each
     return total

@@ -19,8 +19,9 @@ from jax_resnet.errors import UserError
 from jax_resnet.runs.checkpoint import Checkpoints
 from jax_resnet.runs.paths import make_folder, open_path
 from jax_resnet.runs.workdir import check_same_config, has_checkpoints, read_config, write_json
-from jax_resnet.training.experiment import Job
+from jax_resnet.training.experiment import Experiment, build
 from jax_resnet.training.metrics import Sums, accuracy_text, summary, total
+from jax_resnet.training.network import initial_weights
 from jax_resnet.training.pretrained import placed
 from jax_resnet.training.state import TrainState
 
@@ -33,7 +34,7 @@ def to_stderr(split: str, name: str, reason: str) -> None:
 
 
 def evaluate(
-    job: Job,
+    experiment: Experiment,
     state: TrainState,
     report: Report = to_stderr,
     stop: Callable[[], bool] = lambda: False,
@@ -42,26 +43,27 @@ def evaluate(
     """examples, correct_top1, accuracy_top1, accuracy_top5 (more than 5 classes) and loss over the evaluation split.
 
     What cannot be decoded is left out, counted as undecodable, and reported. `stop` is asked after every batch; None if
-    it said so. `eval_step` is the job's, compiled. Raises UserError if too much cannot be decoded, or the network's
-    answers are no numbers.
+    it said so. `eval_step` is the experiment's, compiled.
+
+    Raises UserError if too much cannot be decoded, or the loss is not finite.
     """
-    split = job.data.eval
+    split = experiment.data.eval
     sums: list[Sums] = []
     batches = eval_batches(
         split,
-        job.config.data,
-        batch_size=job.eval_batch_size,
-        sharding=job.sharding,
+        experiment.config.data,
+        batch_size=experiment.eval_batch_size,
+        sharding=experiment.sharding,
         report=report,
     )
     with closing(batches):
         for batch in batches:
-            sums.append((eval_step or job.eval_step)(state.params, state.batch_stats, batch))
+            sums.append((eval_step or experiment.steps.evaluate)(state.params, state.batch_stats, batch))
             jax.block_until_ready(sums[-IN_FLIGHT:][0])
             if stop():
                 return None
     totals = total(sums)
-    undecodable, most = totals.pop("undecodable"), job.config.data.max_broken
+    undecodable, most = totals.pop("undecodable"), experiment.config.data.max_broken
     if undecodable > most * len(split):
         raise UserError(
             f"{split.name} split: {undecodable} of {len(split):,} images cannot be decoded, more than "
@@ -78,21 +80,21 @@ def evaluate(
 
 
 def evaluate_all(
-    job: Job,
+    experiment: Experiment,
     state: TrainState,
     report: Report = to_stderr,
     stop: Callable[[], bool] = lambda: False,
     eval_step: Callable[..., Sums] | None = None,
 ) -> dict[str, dict[str, Any]] | None:
     """{split: metrics} as `evaluate` gives them, and where there is a running average {split_ema: its metrics}."""
-    split = job.data.eval.name
+    split = experiment.data.eval.name
     states = {split: state}
     if state.ema:
-        averages = job.gathered(state.ema) if job.config.spread_optimizer else state.ema
+        averages = experiment.steps.gather(state.ema) if experiment.config.spread_optimizer else state.ema
         states[f"{split}_ema"] = replace(state, ema=averages).averaged()
     found = {}
     for name, weights in states.items():
-        metrics = evaluate(job, weights, report, stop, eval_step)
+        metrics = evaluate(experiment, weights, report, stop, eval_step)
         if metrics is None:
             return None
         found[name] = metrics
@@ -119,26 +121,26 @@ def evaluate_checkpoint(
         check_same_config(stored, config, workdir, "model.")
     began = time.monotonic()
     if which == "init":
-        job, step = Job(config, training=False), 0
-        weights, rows = job.weights_to_begin_with()
-        state = replace(placed(job.fresh_state(), weights), ema={})
+        experiment, step = build(config, training=False), 0
+        weights, rows = initial_weights(experiment.config, experiment.network)
+        state = replace(placed(experiment.network.fresh_state(), weights), ema={})
         if jax.process_index() == 0:
             print("\n".join(f"{name:<8}  {text}" for name, text in rows.items()))
             make_folder(workdir)
     else:
         if not has_checkpoints(workdir):
             raise UserError(f"{workdir}: no checkpoint has been saved yet")
-        job = Job(config, training=False)
+        experiment = build(config, training=False)
         with Checkpoints(workdir) as checkpoints:
             step = checkpoints.find(which)
-            state = checkpoints.restore(step, job.abstract_state)
-    splits = evaluate_all(job, state)
+            state = checkpoints.restore(step, experiment.network.abstract_state)
+    splits = evaluate_all(experiment, state)
     assert splits
     result = {
         "step": step,
         "splits": splits,
         "wall_seconds": round(time.monotonic() - began, 1),
-        "config": to_json(job.config),
+        "config": to_json(experiment.config),
     }
     if jax.process_index() == 0:
         for name, metrics in splits.items():

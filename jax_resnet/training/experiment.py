@@ -1,178 +1,72 @@
 """A config made ready to run on the devices at hand."""
 
 import math
-import os
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from jax_resnet.config import model_overrides, phase_rows, validate
+from jax_resnet.config import phase_rows, validate
 from jax_resnet.data.batches import Report
 from jax_resnet.data.dataset import Dataset
-from jax_resnet.data.loader import Feed, Readers, train_batches
+from jax_resnet.data.loader import Feed, train_batches
 from jax_resnet.data.sampling import Phase
 from jax_resnet.data.sources import open_dataset
-from jax_resnet.errors import UserError, choose
-from jax_resnet.models.cost import cost
-from jax_resnet.models.cpu import for_cpu, sum_gradients_in_float32
-from jax_resnet.models.torch_names import Arrays
-from jax_resnet.models.zoo import create_model, model_spec
-from jax_resnet.runs.paths import AnyPath
-from jax_resnet.runtime.mesh import (
-    batch_sharding,
-    check_divides,
-    compiler_options,
-    data_mesh,
-    parts_sharding,
-    replicated,
-    spread,
-)
+from jax_resnet.errors import UserError
+from jax_resnet.models.resnet import ResNetSpec
+from jax_resnet.runtime.mesh import check_divides, data_mesh, replicated
 from jax_resnet.training.distill import Teacher
+from jax_resnet.training.jitted import Optimizer, Steps, build_steps
+from jax_resnet.training.network import Network, build_network, spec_of
 from jax_resnet.training.optimizers import make_optimizer
-from jax_resnet.training.plan import Plan, describe
-from jax_resnet.training.pretrained import fitting
+from jax_resnet.training.plan import Plan
 from jax_resnet.training.schedules import make_schedule, over_phases, peak_learning_rate
-from jax_resnet.training.state import all_finite, make_state
-from jax_resnet.training.step import make_eval_step, make_gradients, make_train_step
 
 
-class Job:
-    """A config made ready to run on the devices at hand: the data, the jitted steps, the shapes of the state.
+@dataclass(frozen=True)
+class Experiment:
+    """A config made ready to run: the data, the plan, the network and the jitted steps."""
 
-    `config` is a copy in which dtype="auto" is decided, so that a run does not change it by moving to other devices.
-    """
+    config: ConfigDict  # a copy in which dtype="auto" is decided, so that other devices do not change a run
+    data: Dataset
+    plan: Plan
+    network: Network
+    steps: Steps
 
-    def __init__(
-        self, config: ConfigDict, *, training: bool = True, data: Dataset | None = None, mesh: Mesh | None = None
-    ):
-        """Raises UserError for what is wrong with the config, the data or their fit, before anything is compiled.
+    @property
+    def mesh(self) -> Mesh:
+        """The devices."""
+        return self.network.mesh
 
-        Without `training` the batch may be any: evaluation fills up what the devices do not divide. `data` is what
-        config.data names, where that is open already; `mesh` has other devices than those at hand, to compile for.
-        """
-        validate(config)
-        self.mesh = mesh or data_mesh()
-        c = self.config = config.copy_and_resolve_references()
-        c.dtype = activation_dtype(c.dtype, self.mesh.devices.flat[0].platform).name
-        overrides = model_overrides(c)
-        spec = self.spec = model_spec(c.model.name, **overrides)
-        self.sharding, whole = batch_sharding(self.mesh), replicated(self.mesh)
-        rows, key = phase_rows(c), "config.progressive: batch_size" if c.progressive else "config.batch_size"
-        batch_sizes = [batch_size for _, _, batch_size in rows] if training else []
-        for batch_size in batch_sizes:
-            check_divides(batch_size, self.mesh, key, c.accumulate)
-        if c.accumulate > 1 and spec.norm == "batch" and not c.model.bn_group_size:
-            part = math.gcd(*(batch_size // c.accumulate for _, _, batch_size in rows))
-            raise UserError(
-                f"config.accumulate={c.accumulate}: the statistics of batch norm cannot be over all of a batch that is "
-                f"computed in parts; give --config.model.bn_group_size={part}, or less"
-            )
-        data = self.data = data or open_dataset(c.data)
-        sides = [("data.image_size", min(data.train.image_shape[:2])), *(("progressive", size) for _, size, _ in rows)]
-        for of, side in sides:
-            if side is not None and side < spec.total_stride:
-                stem = ", or --config.model.stem=cifar" if spec.stem == "imagenet" else ""
-                raise UserError(
-                    f"config.{of}: {c.model.name} takes images of at least {spec.total_stride} pixels a side, "
-                    f"these have {side}; give {spec.total_stride} or more{stem}"
-                )
-        for batch_size in batch_sizes:
-            if batch_size > len(data.train):
-                raise UserError(
-                    f"{key}={batch_size} is larger than the {data.train.name} split of {c.data.name}, "
-                    f"{len(data.train)} examples"
-                )
-        if c.model.num_classes and c.model.num_classes != data.num_classes:
-            raise UserError(
-                f"config.model.num_classes={c.model.num_classes}, but {c.data.name} has {data.num_classes} "
-                "classes; leave it out to take the data's"
-            )
-        plan = self.plan = Plan.of(c, len(data.train))
-        self.last_step = min(plan.steps, c.stop_after_steps or plan.steps)
-        wanted = min(c.eval.batch_size or c.batch_size, len(data.eval))
-        self.eval_batch_size = -(-wanted // self.mesh.size) * self.mesh.size
-        schedule = make_schedule(
-            c.schedule,
-            peak=peak_learning_rate(c.optimizer, c.batch_size),
-            steps=plan.position(plan.steps),
-            warmup_steps=plan.warmup_steps,
-            cooldown_steps=plan.cooldown_steps,
-        )
-        schedule = over_phases(schedule, plan.phases, c.optimizer, batch_size=c.batch_size)
-        self.learning_rate = jax.jit(schedule)
-        self.all_finite = jax.jit(all_finite)
-        optimizer = make_optimizer(c.optimizer, schedule, c.freeze)
-        make_model = partial(
-            create_model,
-            c.model.name,
-            num_classes=data.num_classes,
-            in_channels=c.data.channels,
-            dtype=jnp.dtype(c.dtype),
-            **overrides,
-        )
-        computed: Callable[[nnx.Module], nnx.Module] = lambda model: model  # noqa: E731
-        if c.gradient_sums == "float32" and c.dtype != "float32":
-            computed = sum_gradients_in_float32
-        elif self.mesh.devices.flat[0].platform == "cpu":
-            computed = partial(for_cpu, mesh=self.mesh)
-        self.graph, self.abstract_state, self.fresh_state = make_state(
-            lambda rngs: computed(make_model(rngs=rngs)),
-            optimizer,
-            c.seed,
-            whole,
-            spread=partial(spread, self.mesh) if c.spread_optimizer else None,
-            ema=bool(c.ema.decay),
-            guard=bool(c.guard.max_skipped),
-            loss_spike=bool(c.guard.loss_spike),
-        )
-        for part in c.freeze:
-            choose("config.freeze", part, self.abstract_state.params)
-        if set(c.freeze) >= self.abstract_state.params.keys():
-            raise UserError(f"config.freeze={c.freeze}: nothing is left to be trained")
-        teacher = None
-        if training and c.distill.teacher:
-            teacher = Teacher.of(c.distill, c.data, data.num_classes, jnp.dtype(c.dtype), whole)
-        self.teacher_weights = (teacher.weights,) if teacher else ()
-        given: dict[str, Any] = {
-            "mix_stop": plan.step_at(c.data.mix_until) if c.data.mix_until < 1 else None,
-            "teacher": teacher,
-            "parts": parts_sharding(self.mesh),
-        }
-        train_step = make_train_step(self.graph, optimizer, c, ema_start=plan.update_at(plan.ema_warmup_steps), **given)
-        constant = [whole] * len(self.teacher_weights)
-        of_state = jax.tree.map(lambda x: x.sharding, self.abstract_state)
-        of_args = (of_state, self.sharding, *constant)
-        self.train_step = jax.jit(
-            train_step,
-            donate_argnums=0,
-            in_shardings=of_args,
-            out_shardings=(of_state, whole),
-            compiler_options=compiler_options(self.mesh.devices.flat[0]),
-        )
-        self.update_of = make_gradients(self.graph, c, **given)  # for who needs a part of it, in a jit of their own
-        self.gradients = jax.jit(self.update_of, in_shardings=of_args, out_shardings=whole)
-        self.gathered = jax.jit(lambda tree: tree, out_shardings=whole)
-        self.eval_step = jax.jit(
-            make_eval_step(self.graph, c), in_shardings=(whole, whole, self.sharding), out_shardings=whole
-        )
+    @property
+    def sharding(self) -> NamedSharding:
+        """How a batch lies over the devices."""
+        return self.steps.sharding
+
+    @property
+    def last_step(self) -> int:
+        """Updates done when this run ends, which may be before the whole training does."""
+        return min(self.plan.steps, self.config.stop_after_steps or self.plan.steps)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Examples in a batch of the evaluation: filled up to what the devices divide."""
+        wanted = min(self.config.eval.batch_size or self.config.batch_size, len(self.data.eval))
+        return -(-wanted // self.mesh.size) * self.mesh.size
 
     def shapes(self, phase: Phase) -> tuple[Any, ...]:
-        """The abstract arguments of `train_step` in that phase."""
+        """Return the abstract arguments of `steps.train` in that phase."""
         height, width, channels = self.data.train.image_shape
         image = (phase.batch_size, phase.image_size or height, phase.image_size or width, channels)
         batch = self._batch(image, *(["mirrored"] if self.config.data.flip_alternate else []))
-        return self.abstract_state, batch, *self.teacher_weights
+        return self.network.abstract_state, batch, *self.steps.teacher_weights
 
     def eval_shapes(self) -> tuple[Any, ...]:
-        """The abstract arguments of `eval_step`."""
-        state = self.abstract_state
+        """Return the abstract arguments of `steps.evaluate`."""
+        state = self.network.abstract_state
         batch = self._batch((self.eval_batch_size, *self.data.eval.image_shape), "mask", "undecodable")
         return state.params, state.batch_stats, batch
 
@@ -182,7 +76,7 @@ class Job:
         return {name: jax.ShapeDtypeStruct(*of, sharding=self.sharding) for name, of in arrays.items()}
 
     def train_batches(self, start: int, stop: int, report: Report) -> Feed:
-        """The batches of updates start … stop − 1, counted from 0, on the devices; see loader.train_batches."""
+        """Read the batches of updates start … stop − 1, counted from 0, onto the devices; see loader.train_batches."""
         return train_batches(
             self.data.train,
             self.config.data,
@@ -194,79 +88,103 @@ class Job:
             report=report,
         )
 
-    def weights_to_begin_with(self) -> tuple[Arrays, dict[str, str]]:
-        """The arrays of `config.init_from` by name, and a line for each heading about them; nothing if it is not given.
 
-        Raises UserError if it cannot be read or does not fit.
-        """
-        c = self.config
-        if not c.init_from:
-            return {}, {}
-        arrays, report, weights = fitting(c.init_from, self.abstract_state, self.spec)
-        rows = {"weights": c.init_from, **report.lines()}
-        there = weights.mean + weights.std
-        if len(there) == 2 * c.data.channels and not np.allclose(there, (*c.data.mean, *c.data.std), atol=1e-3):
-            rows["note"] = (
-                f"the weights know images normalised with other numbers: --config.data.mean={weights.mean} "
-                f"--config.data.std={weights.std}"
-            )
-        return arrays, rows
+def build(
+    config: ConfigDict, *, training: bool = True, data: Dataset | None = None, mesh: Mesh | None = None
+) -> Experiment:
+    """Make `config` ready to run. Nothing is compiled or computed yet.
 
-    def flops(self, height: int, width: int) -> int:
-        """Floating-point operations of the network for one image of that size, counted from its trace."""
-        image = jax.ShapeDtypeStruct((1, height, width, self.config.data.channels), jnp.float32)
+    Without `training` the batch may have any size: evaluation fills up what the devices do not divide. `data` is what
+    config.data names, where that is open already; `mesh` has other devices than those at hand, to compile for.
 
-        def forward(params: Any, stats: Any, image: Any) -> Any:
-            model: Any = nnx.merge(self.graph, params, stats)
-            model.eval()
-            return model(image)
-
-        return 2 * cost(forward, self.abstract_state.params, self.abstract_state.batch_stats, image).multiply_adds
-
-    def header(self, workdir: AnyPath, start: int) -> dict[str, str]:
-        """What is about to run, a line for each heading."""
-        c, data, plan = self.config, self.data, self.plan
-        height, width, channels = data.train.image_shape
-        parameters = sum(p.size for p in jax.tree.leaves(self.abstract_state.params))
-        device, count = jax.devices()[0], jax.device_count()
-        group, norm = c.model.bn_group_size, self.spec.norm
-        batches = {phase.batch_size for phase in plan.phases}
-        ends = sorted({min(batches), max(batches)})
-        batch, per_device = (" to ".join(f"{size // by:,}" for size in ends) for by in (1, count))
-        epochs, every = (steps / plan.steps_per_epoch for steps in (plan.position(plan.steps), plan.eval_every))
-        header = {
-            "model": f"{c.model.name}, {short(parameters)} parameters, "
-            f"{short(self.flops(height, width))}FLOPs an image",
-            "data": f"{data.name}: {len(data.train):,} {data.train.name}, {len(data.eval):,} {data.eval.name}, "
-            f"{data.num_classes} classes, {height}×{width}×{channels}",
-            "input": f"{data.train.source}, {Readers.of(c.data, data.train)}",
-            "devices": f"{count} × {device.device_kind}, activations {c.dtype}"
-            + (", gradients summed in float32" if c.gradient_sums == "float32" else "")
-            + (", the optimizer's state spread over them" if c.spread_optimizer else ""),
-            "batch": f"{batch} ({per_device} per device"
-            + (f", in {c.accumulate} parts)" if c.accumulate > 1 else ")")
-            + (f", batch norm over {f'groups of {group}' if group else 'all of it'}" if norm == "batch" else ""),
-            "steps": f"{plan.steps:,} ({epochs:.4g} epochs), evaluated every "
-            + (f"{every:.4g} epochs" if plan.changes_batch else f"{plan.eval_every:,.4g}")
-            + f", {c.optimizer.name} with {c.schedule.name} schedule",
-        }
-        if device.platform == "gpu" and os.environ.get("XLA_FLAGS"):
-            header["flags"] = os.environ["XLA_FLAGS"]
-        header |= {"progressive": describe(plan)} if c.progressive else {}
-        header["workdir"] = str(workdir)
-        return header | ({"resumed": f"from step {start:,}"} if start else {})
+    Raises UserError for what is wrong with the config, the data or their fit.
+    """
+    validate(config)
+    mesh = mesh or data_mesh()
+    config = config.copy_and_resolve_references()
+    config.dtype = activation_dtype(config.dtype, mesh.devices.flat[0].platform).name
+    spec = spec_of(config)
+    if training:
+        check_batch_sizes(config, mesh)
+    check_accumulation(config, spec)
+    data = data or open_dataset(config.data)
+    check_data(config, spec, data)
+    if training:
+        check_batches_fit(config, data)
+    plan = Plan.of(config, len(data.train))
+    optimizer = build_optimizer(config, plan)
+    network = build_network(config, mesh, data.num_classes, optimizer.transformation)
+    teacher = None
+    if training and config.distill.teacher:
+        dtype = jnp.dtype(config.dtype)
+        teacher = Teacher.of(config.distill, config.data, data.num_classes, dtype, replicated(mesh))
+    steps = build_steps(config, plan, network, optimizer, teacher)
+    return Experiment(config, data, plan, network, steps)
 
 
 def activation_dtype(name: str, platform: str) -> Any:
-    """config.dtype as a dtype: "auto" is bfloat16 on TPU and GPU, float32 on CPU, which only emulates bfloat16."""
+    """Return config.dtype as a dtype: "auto" is bfloat16 on TPU and GPU, float32 on CPU, which only emulates it."""
     if name == "auto":
         name = "float32" if platform == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
-def short(number: float) -> str:
-    """1234567 → '1.23 M'."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:.0f} "
+def build_optimizer(config: ConfigDict, plan: Plan) -> Optimizer:
+    """Build the optimizer of `config.optimizer`, with the learning rate that it follows."""
+    schedule = make_schedule(
+        config.schedule,
+        peak=peak_learning_rate(config.optimizer, config.batch_size),
+        steps=plan.position(plan.steps),
+        warmup_steps=plan.warmup_steps,
+        cooldown_steps=plan.cooldown_steps,
+    )
+    schedule = over_phases(schedule, plan.phases, config.optimizer, batch_size=config.batch_size)
+    return Optimizer(schedule, make_optimizer(config.optimizer, schedule, config.freeze))
+
+
+def _batch_key(config: ConfigDict) -> str:
+    return "config.progressive: batch_size" if config.progressive else "config.batch_size"
+
+
+def check_batch_sizes(config: ConfigDict, mesh: Mesh) -> None:
+    """Raise UserError where the devices do not divide the batch of a phase."""
+    for _, _, batch_size in phase_rows(config):
+        check_divides(batch_size, mesh, _batch_key(config), config.accumulate)
+
+
+def check_accumulation(config: ConfigDict, spec: ResNetSpec) -> None:
+    """Raise UserError where batch statistics would be over all of a batch that is computed in parts."""
+    if config.accumulate > 1 and spec.norm == "batch" and not config.model.bn_group_size:
+        part = math.gcd(*(batch_size // config.accumulate for _, _, batch_size in phase_rows(config)))
+        raise UserError(
+            f"config.accumulate={config.accumulate}: the statistics of batch norm cannot be over all of a batch that "
+            f"is computed in parts; give --config.model.bn_group_size={part}, or less"
+        )
+
+
+def check_data(config: ConfigDict, spec: ResNetSpec, data: Dataset) -> None:
+    """Raise UserError where the images are too small for the network, or the classes are not those it is to have."""
+    sides = [("data.image_size", min(data.train.image_shape[:2]))]
+    sides += [("progressive", size) for _, size, _ in phase_rows(config) if size is not None]
+    for key, side in sides:
+        if side < spec.total_stride:
+            stem = ", or --config.model.stem=cifar" if spec.stem == "imagenet" else ""
+            raise UserError(
+                f"config.{key}: {config.model.name} takes images of at least {spec.total_stride} pixels a side, "
+                f"these have {side}; give {spec.total_stride} or more{stem}"
+            )
+    if config.model.num_classes and config.model.num_classes != data.num_classes:
+        raise UserError(
+            f"config.model.num_classes={config.model.num_classes}, but {config.data.name} has {data.num_classes} "
+            "classes; leave it out to take the data's"
+        )
+
+
+def check_batches_fit(config: ConfigDict, data: Dataset) -> None:
+    """Raise UserError where a batch holds more examples than there are."""
+    for _, _, batch_size in phase_rows(config):
+        if batch_size > len(data.train):
+            raise UserError(
+                f"{_batch_key(config)}={batch_size} is larger than the {data.train.name} split of {config.data.name}, "
+                f"{len(data.train)} examples"
+            )

@@ -1,13 +1,12 @@
-"""The main job: a config and a workdir in, a trained network, its checkpoints and its result out."""
+"""The training loop: a config and a workdir in, a trained network, its checkpoints and its result out."""
 
-import math
 import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,291 +16,284 @@ from jax_resnet.config import to_json
 from jax_resnet.data.loader import Feed
 from jax_resnet.errors import Interrupted, UserError
 from jax_resnet.runs.checkpoint import Checkpoints, Keep
-from jax_resnet.runs.log import Telemetry, Trace
+from jax_resnet.runs.log import Telemetry
 from jax_resnet.runs.metrics_log import evaluations
 from jax_resnet.runs.paths import AnyPath, open_path
 from jax_resnet.runs.workdir import claimed, has_checkpoints, keeping_compiled, write_json
-from jax_resnet.runtime import notice
 from jax_resnet.runtime.distributed import Agreement, all_agree
-from jax_resnet.runtime.failure import COMPILING, WAITING, Watchdog, end, one_fate
-from jax_resnet.runtime.signals import Signals
+from jax_resnet.runtime.host import COMPILING, WAITING, Host
 from jax_resnet.training.evaluate import IN_FLIGHT, evaluate_all
-from jax_resnet.training.experiment import Job
-from jax_resnet.training.metrics import Sums, accuracy_text, total
+from jax_resnet.training.experiment import Experiment, build
+from jax_resnet.training.header import header
+from jax_resnet.training.metrics import Sums, accuracy_text
+from jax_resnet.training.network import initial_weights
 from jax_resnet.training.plan import Plan
 from jax_resnet.training.precompile import StepsAhead
 from jax_resnet.training.pretrained import placed
 from jax_resnet.training.skipped import Skipped
 from jax_resnet.training.state import TrainState
+from jax_resnet.training.window import Window, check_finite
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
-    """Trains as `config` says, going on from the newest sound checkpoint in `workdir` if there is one.
+def train(config: ConfigDict, workdir: str | os.PathLike[str], *, host: Host | None = None) -> dict[str, Any]:
+    """Train as `config` says, going on from the newest sound checkpoint in `workdir` if there is one.
 
     Leaves in workdir: config.json, data.json, checkpoints/, metrics.jsonl, tensorboard/, compiled/, with config.profile
     profile/; at the end curves.png and result.json.
+
+    The calling program stays as it is: no signal handler, thread, watchdog or process is left behind, and none of its
+    own is touched. `host` may ask to stop: see runtime.host.Host.
+
     Returns {"step": updates done, "splits": {split: metrics}}, with metrics as `evaluate` gives them.
 
-    Raises UserError for what the user can mend, and Interrupted, with everything saved, after SIGINT or SIGTERM. In a
-    job of several processes any other end of one is the end of all, without an exception.
+    Raises UserError for what the user can mend, and Interrupted, with everything saved, when `host` asks to stop.
+    KeyboardInterrupt passes through; the run goes on from its newest checkpoint.
     """
-    with one_fate(), Signals(_leave_at_once) as signals:
-        notice.watch()
-        job, workdir = Job(config), open_path(workdir)
-        weights, about_weights = ({}, {}) if has_checkpoints(workdir) else job.weights_to_begin_with()
+    host = host or Host()
+    experiment, workdir = build(config), open_path(workdir)
+    begins = not has_checkpoints(workdir)
+    weights, about_weights = initial_weights(experiment.config, experiment.network) if begins else ({}, {})
+    with (
+        claimed(workdir, experiment.config) as stored,
+        keeping_compiled(workdir),
+        Checkpoints(workdir, _keep(experiment)) as checkpoints,
+        _compiled_ahead(experiment, checkpoints.latest_step() or 0, host) as steps,
+    ):
+        notes: list[str] = []
+        restored = checkpoints.restore_newest(experiment.network.abstract_state, notes.append)
+        start, state = restored or (0, placed(experiment.network.fresh_state(), weights))
+        check_same_past(stored, experiment, start, workdir)
         with (
-            claimed(workdir, job.config) as stored,
-            keeping_compiled(workdir),
-            Checkpoints(workdir, _keep(job)) as checkpoints,
-            _compiled_ahead(job, checkpoints.latest_step() or 0) as steps,
+            host.watching(config.stuck_after),
+            _telemetry(experiment, workdir, start) as telemetry,
+            closing(experiment.train_batches(start, experiment.last_step, telemetry.broken)) as batches,
         ):
-            notes: list[str] = []
-            found = checkpoints.restore_newest(job.abstract_state, notes.append)
-            start, state = found or (0, placed(job.fresh_state(), weights))
-            check_same_past(stored, job, start, workdir)
-            with (
-                Watchdog(config.stuck_after) as watchdog,
-                Telemetry(workdir, job.plan, start) as telemetry,
-                closing(job.train_batches(start, job.last_step, telemetry.broken)) as batches,
-                Trace(telemetry.folder, config.profile, job.plan.steps) as trace,
-            ):
-                telemetry.header(job.header(workdir, start) | about_weights)
-                for note in notes:
-                    telemetry.say(note)
-                if jax.process_index() == 0:
-                    facts = {"class_names": job.data.class_names, "image_shape": job.data.train.image_shape}
-                    write_json(workdir / "data.json", facts)
-                # Told to the other processes from here: leaving what is open above may wait for them.
-                with one_fate(checkpoints.wait), jax.transfer_guard("disallow"):  # what moves does so by name
-                    run = Run(job, workdir, steps, batches, checkpoints, telemetry, trace, signals, watchdog)
-                    return run.from_step(start, state)
+            telemetry.header(header(experiment, workdir, start) | about_weights)
+            for note in notes:
+                telemetry.say(note)
+            _describe_data(experiment, workdir)
+            # Tell the other processes from inside: leaving what is open above may wait for them.
+            # Forbid implicit transfers; every transfer below is explicit.
+            with host.one_fate(checkpoints.wait), jax.transfer_guard("disallow"):
+                return Loop(experiment, Supply(steps, batches), checkpoints, telemetry, host).run(start, state)
 
 
-def _leave_at_once(signum: int) -> NoReturn:
-    end("stopped before the first step; the same command begins again", 128 + signum)
+def _compiled_ahead(experiment: Experiment, start: int, host: Host) -> StepsAhead:
+    steps, phases = experiment.steps, experiment.plan.between(start, experiment.last_step)
+    evaluation = steps.evaluate, experiment.eval_shapes()
+    return StepsAhead(steps.train, phases, experiment.shapes, evaluation, joins=host.joins_threads)
 
 
-def _compiled_ahead(job: Job, start: int) -> StepsAhead:
-    phases = job.plan.between(start, job.last_step)
-    return StepsAhead(job.train_step, phases, job.shapes, job.eval_step, job.eval_shapes())
+def _telemetry(experiment: Experiment, workdir: AnyPath, start: int) -> Telemetry:
+    plan = experiment.plan
+    return Telemetry(workdir, plan.steps, plan.epoch, start_step=start, profile=experiment.config.profile)
 
 
-def _keep(job: Job) -> Keep:
-    c = job.config.checkpoint
-    return Keep(latest=c.keep, best=c.keep_best, metric=c.best_by, always=job.plan.keeps)
+def _keep(experiment: Experiment) -> Keep:
+    c = experiment.config.checkpoint
+    return Keep(latest=c.keep, best=c.keep_best, metric=c.best_by, always=experiment.plan.keeps)
 
 
-@dataclass
-class Run:
-    """One process's way through a training."""
+def _describe_data(experiment: Experiment, workdir: AnyPath) -> None:
+    if jax.process_index() == 0:
+        data = experiment.data
+        write_json(workdir / "data.json", {"class_names": data.class_names, "image_shape": data.train.image_shape})
 
-    job: Job
-    workdir: AnyPath
+
+@dataclass(frozen=True)
+class Supply:
+    """What an update takes beside the state: the compiled step of its phase, and its batch."""
+
     steps: StepsAhead
     batches: Feed
-    checkpoints: Checkpoints
-    telemetry: Telemetry
-    trace: Trace
-    signals: Signals
-    watchdog: Watchdog
 
-    def __post_init__(self) -> None:
-        self._agreement = Agreement(self.job.mesh, IN_FLIGHT)
+
+class Loop:
+    """One process's way through a training."""
+
+    def __init__(
+        self, experiment: Experiment, supply: Supply, checkpoints: Checkpoints, telemetry: Telemetry, host: Host
+    ):
+        self.experiment, self.supply, self.host = experiment, supply, host
+        self.checkpoints, self.telemetry = checkpoints, telemetry
+        self._agreement = Agreement(experiment.mesh, IN_FLIGHT)
+        self._window = Window(supply.batches)
         self._began = time.monotonic()
+        self._splits: dict[str, Any] = {}  # the evaluation of the step that is done, where it has one
+        self._stop = False
 
-    def from_step(self, start: int, state: TrainState) -> dict[str, Any]:
-        """Trains on from `state`, which is that of `start` and is saved. Returns what `train` does."""
-        job, plan, telemetry = self.job, self.job.plan, self.telemetry
-        step = saved = start
-        splits: dict[str, Any] = {}
-        window, stop = Window(self.batches), False
-        skipped = Skipped(job, state, start, telemetry)
-        if start and plan.evaluates(start) and start < plan.steps:
-            splits, stop = self._evaluate(start, state, again=False)
-        while step < job.last_step and not stop:
+    def run(self, start: int, state: TrainState) -> dict[str, Any]:
+        """Train on from `state`, which is that of step `start`, and saved if that is not 0.
+
+        Returns what `train` does.
+        """
+        experiment, plan = self.experiment, self.experiment.plan
+        self._saved = done = start
+        self._skipped = Skipped(experiment, state, start, self.telemetry)
+        if 0 < start < plan.steps and plan.evaluates(start):
+            self._evaluate(start, state, again=False)
+        for step in range(start + 1, experiment.last_step + 1):
+            if self._stop:
+                break
             try:
-                with self._nothing_unsaved("compiling the step", step) if step == start else nullcontext():
-                    updated = self._update(step, state, WAITING if step > start else COMPILING)
-            except UserError:  # from files at fault: mended, the run goes on from here
-                skipped.read()
-                # Saving takes all processes; and weights with which updates are skipped may be past mending.
-                if step > saved and jax.process_count() == 1 and not skipped.row:
-                    self._save(step, state)
+                updated = self._update(step, state, first=step == start + 1)
+            except UserError:  # of files at fault: mended, the run goes on from here
+                self._save_before_leaving(step - 1, state)
                 raise
             if updated is None:
-                stop = True
+                self._stop = True
                 break
             state, sums = updated
-            step += 1
-            self.trace.after(step, sums)
-            window.add(sums)
-            skipped.add(step, sums)
-            self.watchdog.beat(f"what comes before step {step + 1:,}")
-            self.checkpoints.check()
-            stop = self._agreement.ask(bool(self.signals.received))
-            saves = plan.saves(step) or step == job.last_step
-            reports = saves or stop or step % job.config.log_every == 0 or step == start + 1
-            if reports:
-                skipped.read()
-            if skipped.too_many:
-                raise skipped.study(state, self.workdir)
-            # What may be past mending takes the place of no good checkpoint, unless the run would leave without one.
-            saves = saves and (not skipped.row or step == job.last_step)
-            if reports:
-                rate = float(jax.device_get(job.learning_rate(jax.device_put(np.int32(step - 1)))))
-                telemetry.train(step, learning_rate=rate, **window.close(step))
-            if saves:
-                self._save(saved := step, state)
-                splits = {}
-                if plan.evaluates(step) and not stop:
-                    splits, stop = self._evaluate(step, state)
-                window.restart()
-        if step > saved:
-            self._save(step, state)
+            done = step
+            self._follow(step, sums)
+            saves = plan.saves(step) or step == experiment.last_step
+            if saves or self._stop or step % experiment.config.log_every == 0 or step == start + 1:
+                self._skipped.read()
+                self._raise_if_too_many_skipped(state)
+                self._report(step)
+            self._raise_if_too_many_skipped(state)
+            # Do not overwrite a good checkpoint with one that may hold NaNs, unless the run would leave without one.
+            if saves and (not self._skipped.row or step == experiment.last_step):
+                self._save_and_evaluate(step, state)
+        if done > self._saved:
+            self._save(done, state)
         self.checkpoints.wait()
-        telemetry.saving(step, self.checkpoints.blocked, time.monotonic() - self._began)
+        self.telemetry.saving(done, self.checkpoints.blocked, time.monotonic() - self._began)
+        return self._finish(done, state)
 
-        if not (splits or stop) and step == plan.steps:  # a finished run that is started again has taken no step
-            splits, stop = self._evaluate(step, state, again=False)
-        if stop or (self.signals.received and not splits):
-            raise Interrupted(f"{self._stopped(step)} goes on from there", self.signals.received or signal.SIGTERM)
-        if step < plan.steps:
-            telemetry.say(f"{self._stopped(step)} without --config.stop_after_steps goes on from there")
-            return {"step": step, "splits": {}}
-        telemetry.result(step, splits, to_json(job.config))
-        found = ", ".join(f"{split} accuracy {accuracy_text(metrics)}" for split, metrics in splits.items())
-        telemetry.say(f"done: step {step:,}, {found}, in {self.workdir}")
-        return {"step": step, "splits": splits}
+    def _update(self, step: int, state: TrainState, *, first: bool) -> tuple[TrainState, Sums] | None:
+        """Return the state after update `step`, counted from 1, and its sums; None if asked to stop before it began."""
+        with self._all_saved("compiling the step", step - 1) if first else nullcontext():
+            train_step = self.supply.steps.at(step - 1, stopped=self._stopped_alone)
+            batch = self.supply.batches.take(stopped=self._stopped_alone) if train_step else None
+            if batch is None:
+                return None
+            self.host.beat(f"step {step:,} on the devices", COMPILING if first else WAITING)
+            with self.telemetry.trace.of(step):
+                return train_step(state, batch, *self.experiment.steps.teacher_weights)
 
-    def _update(self, step: int, state: TrainState, patience: float) -> tuple[TrainState, Sums] | None:
-        """What one more update makes of `state`, and its sums; None if asked to stop before it began."""
-        train_step = self.steps.at(step, stopped=self._asked)
-        batch = self.batches.take(stopped=self._asked) if train_step else None
-        if batch is None:
-            return None
-        # Who waits for a process that is stuck has more patience than that one: it is to say so itself.
-        self.watchdog.beat(f"step {step + 1:,} on the devices", patience)
-        with self.trace.of(step + 1):
-            return train_step(state, batch, *self.job.teacher_weights)
-
-    def _asked(self) -> bool:
+    def _stopped_alone(self) -> bool:
         """Whether to stop without asking the other processes, which are not waited for here: there are none."""
-        return bool(self.signals.received) and jax.process_count() == 1
+        return bool(self.host.stop_requested()) and jax.process_count() == 1
+
+    def _follow(self, step: int, sums: Sums) -> None:
+        """Take note of a step that is on the devices, and of whether to stop after it."""
+        self.telemetry.trace.after(step, sums)
+        self._window.add(sums)
+        self._skipped.add(step, sums)
+        self.host.beat(f"what comes before step {step + 1:,}")
+        self.checkpoints.check()
+        self._stop = self._agreement.ask(bool(self.host.stop_requested()))
+
+    def _report(self, step: int) -> None:
+        rate = self.experiment.steps.learning_rate(jax.device_put(np.int32(step - 1)))
+        self.telemetry.train(step, learning_rate=float(jax.device_get(rate)), **self._window.close(step))
+
+    def _raise_if_too_many_skipped(self, state: TrainState) -> None:
+        if self._skipped.too_many:
+            raise self._skipped.study(state, self.telemetry.workdir)
+
+    def _save_and_evaluate(self, step: int, state: TrainState) -> None:
+        self._save(step, state)
+        self._splits = {}
+        if self.experiment.plan.evaluates(step) and not self._stop:
+            self._evaluate(step, state)
+        self._window.restart()
 
     def _save(self, step: int, state: TrainState) -> None:
-        check_finite(bool(jax.device_get(self.job.all_finite(state))), "the state", step)
-        self.watchdog.beat(f"saving step {step:,}", COMPILING)
+        check_finite(bool(jax.device_get(self.experiment.steps.all_finite(state))), "the state", step)
+        self.host.beat(f"saving step {step:,}", COMPILING)
         self.telemetry.upload()  # before the checkpoint: no step is saved of which the lines could be lost
-        self.checkpoints.save(step, state, to_json(self.job.config))
+        self.checkpoints.save(step, state, to_json(self.experiment.config))
+        self._saved = step
 
-    def _evaluate(self, step: int, state: TrainState, *, again: bool = True) -> tuple[dict[str, Any], bool]:
-        """The metrics of every split, recorded; and whether the run is to stop, in which case there are none.
+    def _save_before_leaving(self, step: int, state: TrainState) -> None:
+        """Save what is done when an error ends the run.
+
+        Not in a job, as saving takes all processes; nor after skipped updates, whose weights may hold NaNs.
+        """
+        self._skipped.read()
+        if step > self._saved and jax.process_count() == 1 and not self._skipped.row:
+            self._save(step, state)
+
+    def _evaluate(self, step: int, state: TrainState, *, again: bool = True) -> None:
+        """Evaluate and record every split, or stop without having done so.
 
         Unless `again`, what is recorded already is not evaluated: a run was ended between saving and evaluating.
         """
-        names = [self.job.data.eval.name] + ([f"{self.job.data.eval.name}_ema"] if state.ema else [])
-        recorded = evaluations(self.workdir).get(step, {})
-        if not again and all_agree(set(names) <= recorded.keys()):
-            return {name: recorded[name] for name in names}, False
-
-        def each_batch() -> bool:
-            self.watchdog.beat("a batch of the evaluation")
-            return self._agreement.ask(bool(self.signals.received))
-
-        with self._nothing_unsaved("the evaluation", step):
-            splits = evaluate_all(self.job, state, self.telemetry.broken, each_batch, self.steps.evaluation())
-        if splits is None:
-            return {}, True
-        for split, metrics in splits.items():
+        name = self.experiment.data.eval.name
+        wanted = {name, f"{name}_ema"} if state.ema else {name}
+        recorded = evaluations(self.telemetry.workdir).get(step, {})
+        if not again and all_agree(wanted <= recorded.keys()):
+            self._splits = {split: recorded[split] for split in sorted(wanted)}
+            return
+        with self._all_saved("the evaluation", step):
+            splits = evaluate_all(
+                self.experiment, state, self.telemetry.broken, self._asked_in_evaluation, self.supply.steps.evaluation()
+            )
+        self._stop = splits is None
+        self._splits = splits or {}
+        for split, metrics in self._splits.items():
             if again or split not in recorded:
                 self.telemetry.evaluation(step, split, metrics)
-        self.checkpoints.evaluated(step, splits)
-        return splits, False
+        if splits:
+            self.checkpoints.evaluated(step, splits)
+
+    def _asked_in_evaluation(self) -> bool:
+        self.host.beat("a batch of the evaluation")
+        return self._agreement.ask(bool(self.host.stop_requested()))
 
     @contextmanager
-    def _nothing_unsaved(self, doing: str, step: int) -> Iterator[None]:
-        """What may take as long as compiling does, and can be left at once: the state is that of `step`, and saved."""
-
-        def leave(signum: int) -> NoReturn:
-            self.checkpoints.wait()
-            end(f"{self._stopped(step)} goes on from there", 128 + signum)
-
-        self.watchdog.beat(doing, COMPILING)
-        self.signals.otherwise = leave
-        try:
+    def _all_saved(self, doing: str, step: int) -> Iterator[None]:
+        """Do what may take as long as compiling does, and can be left at once: the state of `step` is saved."""
+        self.host.beat(doing, COMPILING)
+        with self.host.all_saved(self._stopped(step), self.checkpoints.wait):
             yield
-        finally:
-            self.signals.otherwise = None
-            self.watchdog.beat("the next step")
+        self.host.beat("the next step")
 
-    def _stopped(self, step: int) -> str:
-        return f"stopped after step {step:,} of {self.job.plan.steps:,}, saved in {self.workdir}; the same command"
+    def _finish(self, step: int, state: TrainState) -> dict[str, Any]:
+        """Return the result, or raise Interrupted; everything is saved."""
+        plan, telemetry = self.experiment.plan, self.telemetry
+        if not (self._splits or self._stop) and step == plan.steps:
+            # A finished run that is started again has taken no step.
+            self._evaluate(step, state, again=False)
+        asked = self.host.stop_requested()
+        if self._stop or (asked and not self._splits):
+            raise Interrupted(self._stopped(step), asked or signal.SIGTERM)
+        if step < plan.steps:
+            telemetry.say(self._stopped(step, "without --config.stop_after_steps "))
+            return {"step": step, "splits": {}}
+        telemetry.result(step, self._splits, to_json(self.experiment.config))
+        texts = [f"{split} accuracy {accuracy_text(metrics)}" for split, metrics in self._splits.items()]
+        telemetry.say(f"done: step {step:,}, {', '.join(texts)}, in {telemetry.workdir}")
+        return {"step": step, "splits": self._splits}
+
+    def _stopped(self, step: int, how: str = "") -> str:
+        if step == 0:
+            return "stopped before the first step; the same command begins again"
+        total, workdir = self.experiment.plan.steps, self.telemetry.workdir
+        return f"stopped after step {step:,} of {total:,}, saved in {workdir}; the same command {how}goes on from there"
 
 
-def check_same_past(stored: ConfigDict | None, job: Job, start: int, workdir: AnyPath) -> None:
-    """What is still to come may have other phases than when the run was begun: config.json then takes them.
+def check_same_past(stored: ConfigDict | None, experiment: Experiment, start: int, workdir: AnyPath) -> None:
+    """Let what is still to come have other phases than when the run was begun: config.json then takes them.
 
     Raises UserError if the phases of the `start` steps that are done are not those they were done in.
     """
-    if stored is None or stored.progressive == job.config.progressive:
+    if stored is None or stored.progressive == experiment.config.progressive:
         return
-    side = min(job.data.train.image_shape[:2])
-    then, now = (
-        [(p.first_step, min(p.end, start), p.image_size or side, p.batch_size) for p in plan.between(0, start)]
-        for plan in (Plan.of(stored, len(job.data.train)), job.plan)
-    )
+    data, plan = experiment.data.train, experiment.plan
+    then = _phases_before(start, Plan.of(stored, len(data)), min(data.image_shape[:2]))
+    now = _phases_before(start, plan, min(data.image_shape[:2]))
     if then != now:
         raise UserError(
             f"config.progressive: the {start:,} steps that are done were not in these phases; only those to come may "
             f"change: {', '.join(f'steps to {end:,} at {size} px × {batch:,}' for _, end, size, batch in then)}"
         )
     if jax.process_index() == 0:
-        write_json(workdir / "config.json", to_json(job.config))
+        write_json(workdir / "config.json", to_json(experiment.config))
 
 
-def check_finite(finite: bool, what: str, step: int) -> None:
-    """Raises UserError unless `finite`: a run must not save, or report, what is no number."""
-    if not finite:
-        raise UserError(
-            f"{what} is no longer finite at step {step:,}, and this step is not saved; lower "
-            "config.optimizer.learning_rate or lengthen config.schedule.warmup"
-        )
-
-
-class Window:
-    """Sums of the steps since the last report, and how fast they went."""
-
-    def __init__(self, batches: Feed) -> None:
-        self._batches, self._waited = batches, 0.0
-        self._sums: list[Sums] = []
-        self._began: float | None = None  # None until the first step is done: its time is the compiler's
-
-    def add(self, sums: Sums) -> None:
-        """Takes the sums of one more step, and waits for an earlier one if the host has run ahead."""
-        self._sums.append(sums)
-        jax.block_until_ready(self._sums[-IN_FLIGHT:][0])
-
-    def close(self, step: int) -> dict[str, Any]:
-        """loss, accuracy, images_per_second and input_wait (a share of the time) of the window, which begins anew.
-
-        With a guard also skipped; loss and accuracy are None if that is every update.
-        Raises UserError if the loss is no number.
-        """
-        totals = total(self._sums)
-        loss, accuracy = (totals[name] / (totals["examples"] or math.nan) for name in ("loss", "correct_top1"))
-        means: dict[str, Any] = {"loss": loss, "accuracy": accuracy}
-        if "skipped" in totals:
-            means["skipped"] = totals["skipped"]
-        if not totals["examples"]:
-            means.update(loss=None, accuracy=None)
-        check_finite(not totals["examples"] or math.isfinite(loss), "the loss", step)
-        if self._began is not None:
-            seconds = time.monotonic() - self._began
-            means["images_per_second"] = totals["examples"] / seconds
-            means["input_wait"] = (self._batches.waited - self._waited) / seconds
-        self.restart()
-        return means
-
-    def restart(self) -> None:
-        """Begins anew, without the time of what was done in between."""
-        self._sums, self._began, self._waited = [], time.monotonic(), self._batches.waited
+def _phases_before(step: int, plan: Plan, side: int) -> list[tuple[int, int, int, int]]:
+    """Return first step, end, image size and batch size of each phase of the first `step` updates."""
+    return [(p.first_step, min(p.end, step), p.image_size or side, p.batch_size) for p in plan.between(0, step)]

@@ -65,6 +65,10 @@ class Plan:
         """How far `step` updates come, in steps of `batch_size` examples: `step` itself where all batches have that."""
         return phase_at(self.phases, step).examples(step) / self.batch_size
 
+    def epoch(self, step: int) -> float:
+        """Return how many epochs `step` updates come to."""
+        return self.position(step) / self.steps_per_epoch
+
     def step_at(self, share: float) -> int:
         """The first update, counted from 0, that begins at or after that share of the training; `steps` if none does.
 

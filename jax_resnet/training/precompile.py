@@ -6,16 +6,17 @@ from threading import Thread
 from typing import Any
 
 from jax_resnet.data.sampling import Phase, phase_at
-from jax_resnet.runtime.signals import COMPILER
+from jax_resnet.runtime.host import COMPILER_THREAD
 
 EVALUATION = "evaluation"
 
 
 class StepsAhead:
-    """A jitted step, compiled once for each kind of batch in `phases`, in their order, and then `eval_step`.
+    """A jitted step, compiled once for each kind of batch in `phases`, in their order, and then the evaluation's.
 
-    `shapes` gives the abstract arguments of a phase's step, `eval_shapes` those of `eval_step`. Where there are no
-    phases nothing is compiled ahead. Leaving the `with` lets no further compilation begin.
+    `shapes` gives the abstract arguments of a phase's step; `evaluation` is a jitted step and its abstract arguments.
+    Where there are no phases nothing is compiled ahead. Leaving the `with` lets no further compilation begin, and with
+    `joins` waits for the one that has.
     """
 
     def __init__(
@@ -23,24 +24,29 @@ class StepsAhead:
         step: Any,
         phases: Sequence[Phase],
         shapes: Callable[[Phase], tuple[Any, ...]],
-        eval_step: Any,
-        eval_shapes: tuple[Any, ...],
+        evaluation: tuple[Any, tuple[Any, ...]],
+        *,
+        joins: bool = True,
     ):
-        self._step, self._phases, self._eval_step = step, phases, eval_step
+        self._step, self._phases, self._joins = step, phases, joins
+        self._eval_step = evaluation[0]
         wanted: dict[Any, tuple[Any, tuple[Any, ...]]] = {_kind(phase): (step, shapes(phase)) for phase in phases}
-        self._wanted = wanted | {EVALUATION: (eval_step, eval_shapes)} if phases else {}
+        self._wanted = wanted | {EVALUATION: evaluation} if phases else {}
         self._compiled: dict[Any, Future[Any]] = {kind: Future() for kind in self._wanted}
         self._left = False
+        self._thread: Thread | None = None
 
     def __enter__(self) -> "StepsAhead":
         if self._wanted:
-            # No daemon: it would be cut off inside the compiler when the interpreter ends, which aborts the process. A
-            # command that wants to end sooner calls commands.cli.leave.
-            Thread(target=self._compile, name=COMPILER).start()
+            # No daemon: it would be cut off inside the compiler when the interpreter ends, which aborts the process.
+            self._thread = Thread(target=self._compile, name=COMPILER_THREAD)
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._left = True
+        if self._thread and self._joins:
+            self._thread.join()
 
     def _compile(self) -> None:
         for kind, (step, args) in self._wanted.items():

@@ -15,7 +15,7 @@ from jax_resnet.runs.log import Telemetry
 from jax_resnet.runs.paths import AnyPath
 from jax_resnet.runs.workdir import write_json
 from jax_resnet.training.evaluate import IN_FLIGHT
-from jax_resnet.training.experiment import Job
+from jax_resnet.training.experiment import Experiment
 from jax_resnet.training.metrics import Sums
 from jax_resnet.training.state import TrainState
 
@@ -23,8 +23,8 @@ from jax_resnet.training.state import TrainState
 class Skipped:
     """Follows which of a run's updates are skipped, some steps late, and says so. Without a guard it sees none."""
 
-    def __init__(self, job: Job, state: TrainState, start: int, telemetry: Telemetry) -> None:
-        self._job, self._telemetry = job, telemetry
+    def __init__(self, experiment: Experiment, state: TrainState, start: int, telemetry: Telemetry) -> None:
+        self._experiment, self._telemetry = experiment, telemetry
         self._unread: deque[tuple[int, Sums]] = deque()
         self._last = start  # the last step that was read
         self.row = int(jax.device_get(state.guard["row"])) if state.guard else 0  # skipped up to it, without a break
@@ -32,7 +32,7 @@ class Skipped:
     @property
     def too_many(self) -> bool:
         """Whether `config.guard.max_skipped` in a row were skipped: what comes after them will be too."""
-        return 0 < self._job.config.guard.max_skipped <= self.row
+        return 0 < self._experiment.config.guard.max_skipped <= self.row
 
     def add(self, step: int, sums: Sums) -> None:
         """Takes the sums of one more step; reads those of an earlier one, which is done or as good as done."""
@@ -48,7 +48,7 @@ class Skipped:
                 self.row = 0
                 continue
             self.row += 1
-            loss, spikes = float(jax.device_get(sums["skipped_loss"])), self._job.config.guard.loss_spike
+            loss, spikes = float(jax.device_get(sums["skipped_loss"])), self._experiment.config.guard.loss_spike
             why = (
                 ""
                 if not math.isfinite(loss)
@@ -87,13 +87,13 @@ class Skipped:
         )
 
     def _again(self, state: TrainState, steps: range) -> list[dict[str, Any]]:
-        job, c = self._job, self._job.config
-        split, phases = job.data.train, job.plan.phases
+        experiment, c = self._experiment, self._experiment.config
+        split, phases = experiment.data.train, experiment.plan.phases
         updates = []
-        with closing(job.train_batches(steps.start - 1, steps.stop - 1, self._telemetry.broken)) as feed:
+        with closing(experiment.train_batches(steps.start - 1, steps.stop - 1, self._telemetry.broken)) as feed:
             for done, batch in enumerate(feed, steps.start - 1):
                 before = replace(state, step=jax.device_put(np.int32(done), state.step.sharding))
-                grads, _, sums = job.gradients(before, batch, *job.teacher_weights)
+                grads, _, sums = experiment.steps.gradients(before, batch, *experiment.steps.teacher_weights)
                 phase = phase_at(phases, done)
                 records, _ = train_indices(c.seed, phase.examples(done), phase.batch_size, len(split), c.data.repeats)
                 loss = float(sums["loss"]) / int(sums["examples"])

@@ -1,17 +1,14 @@
 """Being asked to stop: note it, let the loop save, and leave."""
 
-import multiprocessing
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.connection import wait
 from typing import Any
 
-COMPILER = "compiler"  # the name of a thread that compiles what is not needed yet
-MEETING = "meeting"  # of one that waits for a job's other processes
-HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from jax_resnet.runtime.host import STOP_SIGNALS
+
 BLOCKED = 5.0  # seconds after which the main thread is taken to be inside the compiler, where Python's handlers wait
 IMPATIENT = 2.0  # seconds that a KeyboardInterrupt has, after the second signal, to end the process by itself
 
@@ -31,7 +28,7 @@ class Signals:
     def __enter__(self) -> "Signals":
         self._previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            for signum in HANDLED:
+            for signum in STOP_SIGNALS:
                 if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup wants it
                     self._previous[signum] = signal.signal(signum, self._note)
             # Python's handlers wait until C++ code returns; what is written here does not.
@@ -71,14 +68,3 @@ class Signals:
         time.sleep(BLOCKED)
         if leave := self.otherwise:
             leave(signum)
-
-
-def follow_parent(*_: int) -> None:
-    """Has this process end when the one that began it does, even if that is killed."""
-    parent: Any = multiprocessing.parent_process()
-
-    def follow() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()

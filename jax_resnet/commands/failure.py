@@ -21,8 +21,10 @@ from typing import Any, NoReturn
 import jax
 from jax._src import distributed  # jax.distributed has no public key-value store
 
+from jax_resnet.commands.status import exit_status
 from jax_resnet.errors import Interrupted, UserError, first_line
 from jax_resnet.runtime.distributed import PATIENCE
+from jax_resnet.runtime.host import COMPILING
 
 KEY, HEARD = "jax_resnet/end", "jax_resnet/heard/"
 PARTING, PARTED = "jax_resnet/parting/", "jax_resnet/parted/"
@@ -31,8 +33,6 @@ EVERY = 0.5  # seconds between looking it up
 # who wants a sign of life every half HEARTBEAT, may abort this one as long after their last.
 LINGER = 6.0
 SAVING = 10.0  # seconds for what is being saved to get onto disk, for which the others have to live
-COMPILING = 4  # times the patience, where a step is compiled
-WAITING = 1.25  # where the devices are waited for, and with them other processes
 SPARE = 30  # seconds until it is done without Python, which a library that keeps Python's lock keeps out
 _watching, _ending = threading.Lock(), threading.Lock()
 
@@ -56,7 +56,7 @@ def one_fate(saved: Callable[[], None] = lambda: None) -> Iterator[None]:
         raise
     except UserError as e:
         _wait_until(saved)
-        end(f"error: {e}", e.status)
+        end(f"error: {e}", exit_status(e))
     except BaseException as e:
         traceback.print_exc()
         if isinstance(e, Exception):  # an impatient Ctrl-C is none

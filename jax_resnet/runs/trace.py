@@ -1,0 +1,50 @@
+"""Traces of chosen updates, as XProf reads them."""
+
+import contextlib
+from typing import Any
+
+import jax
+
+from jax_resnet.config import traced_steps
+from jax_resnet.errors import UserError
+from jax_resnet.runs.paths import AnyPath
+
+
+class Trace:
+    """Traces the updates that `steps` names, "FIRST:LAST", into folder/profile, as XProf reads it. A context manager.
+
+    Without `folder` (the processes of a job but the first) or `steps` it does nothing. Raises UserError if they begin
+    after `end`, the last update of all.
+    """
+
+    def __init__(self, folder: AnyPath | None, steps: str | None, end: int):
+        if steps is not None and traced_steps(steps).start > end:
+            raise UserError(f"config.profile={steps}: begins after the last update, {end:,}")
+        self._folder, self._on = folder, False
+        self._steps = range(0) if folder is None or steps is None else traced_steps(steps)
+
+    def of(self, step: int) -> contextlib.AbstractContextManager[Any]:
+        """What to call update `step` in, counted from 1."""
+        if step not in self._steps:
+            return contextlib.nullcontext()
+        if not self._on:
+            jax.profiler.start_trace(str(self._folder / "profile"))  # type: ignore[operator]
+            self._on = True
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    def after(self, step: int, sums: Any) -> None:
+        """Ends with the last of the updates, when it has given its `sums`."""
+        if self._on and step + 1 not in self._steps:
+            jax.block_until_ready(sums)
+            self._stop()
+
+    def _stop(self) -> None:
+        self._on = False
+        jax.profiler.stop_trace()
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._on:
+            self._stop()

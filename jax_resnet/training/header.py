@@ -1,0 +1,87 @@
+"""What a run is about to do, in a few lines."""
+
+import os
+
+import jax
+
+from jax_resnet.data.loader import Readers
+from jax_resnet.runs.paths import AnyPath
+from jax_resnet.training.experiment import Experiment
+from jax_resnet.training.plan import describe
+
+
+def header(experiment: Experiment, workdir: AnyPath, start: int) -> dict[str, str]:
+    """Describe what is about to run, a line for each heading."""
+    config, plan = experiment.config, experiment.plan
+    rows = {
+        "model": _model(experiment),
+        "data": _data(experiment),
+        "input": f"{experiment.data.train.source}, {Readers.of(config.data, experiment.data.train)}",
+        "devices": _devices(experiment),
+        "batch": _batch(experiment),
+        "steps": _steps(experiment),
+    }
+    if jax.devices()[0].platform == "gpu" and os.environ.get("XLA_FLAGS"):
+        rows["flags"] = os.environ["XLA_FLAGS"]
+    if config.progressive:
+        rows["progressive"] = describe(plan)
+    rows["workdir"] = str(workdir)
+    if start:
+        rows["resumed"] = f"from step {start:,}"
+    return rows
+
+
+def _model(experiment: Experiment) -> str:
+    parameters = sum(p.size for p in jax.tree.leaves(experiment.network.abstract_state.params))
+    flops = experiment.network.flops(*experiment.data.train.image_shape)
+    return f"{experiment.config.model.name}, {short(parameters)} parameters, {short(flops)}FLOPs an image"
+
+
+def _data(experiment: Experiment) -> str:
+    data = experiment.data
+    height, width, channels = data.train.image_shape
+    return (
+        f"{data.name}: {len(data.train):,} {data.train.name}, {len(data.eval):,} {data.eval.name}, "
+        f"{data.num_classes} classes, {height}×{width}×{channels}"
+    )
+
+
+def _devices(experiment: Experiment) -> str:
+    config = experiment.config
+    text = f"{jax.device_count()} × {jax.devices()[0].device_kind}, activations {config.dtype}"
+    if config.gradient_sums == "float32":
+        text += ", gradients summed in float32"
+    if config.spread_optimizer:
+        text += ", the optimizer's state spread over them"
+    return text
+
+
+def _batch(experiment: Experiment) -> str:
+    config = experiment.config
+    batches = {phase.batch_size for phase in experiment.plan.phases}
+    ends = sorted({min(batches), max(batches)})
+    batch, per_device = (" to ".join(f"{size // by:,}" for size in ends) for by in (1, jax.device_count()))
+    parts = f", in {config.accumulate} parts" if config.accumulate > 1 else ""
+    text = f"{batch} ({per_device} per device{parts})"
+    if experiment.network.spec.norm == "batch":
+        group = config.model.bn_group_size
+        text += f", batch norm over groups of {group}" if group else ", batch norm over all of it"
+    return text
+
+
+def _steps(experiment: Experiment) -> str:
+    config, plan = experiment.config, experiment.plan
+    epochs, every = (steps / plan.steps_per_epoch for steps in (plan.position(plan.steps), plan.eval_every))
+    evaluated = f"{every:.4g} epochs" if plan.changes_batch else f"{plan.eval_every:,.4g}"
+    return (
+        f"{plan.steps:,} ({epochs:.4g} epochs), evaluated every {evaluated}, "
+        f"{config.optimizer.name} with {config.schedule.name} schedule"
+    )
+
+
+def short(number: float) -> str:
+    """Write 1234567 as "1.23 M"."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f} "

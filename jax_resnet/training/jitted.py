@@ -1,0 +1,77 @@
+"""The jitted functions of a training: each with its shardings, to be compiled when first called or before."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
+
+from jax_resnet.runtime.mesh import batch_sharding, compiler_options, parts_sharding, replicated
+from jax_resnet.training.distill import Teacher
+from jax_resnet.training.network import Network
+from jax_resnet.training.plan import Plan
+from jax_resnet.training.schedules import Schedule
+from jax_resnet.training.state import all_finite
+from jax_resnet.training.step import make_eval_step, make_gradients, make_train_step
+
+
+class Optimizer(NamedTuple):
+    """An optimizer and the learning rate that it follows."""
+
+    learning_rate: Schedule  # by update, counted from 0
+    transformation: optax.GradientTransformation
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The jitted functions of a training."""
+
+    train: Any  # (state, batch, *teacher_weights) → (state, sums); the state is donated
+    evaluate: Any  # (params, batch_stats, batch) → sums
+    gradients: Any  # (state, batch, *teacher_weights) → (gradients, batch_stats, sums)
+    compute_gradients: Any  # the same, not jitted, so that average.py can compile the statistics alone
+    gather: Any  # a tree → the same, replicated
+    all_finite: Any  # a tree → bool []
+    learning_rate: Any  # update, counted from 0 → float32 []
+    teacher_weights: tuple[Any, ...]  # those of distillation, or none
+    sharding: NamedSharding  # of a batch
+
+
+def build_steps(
+    config: ConfigDict, plan: Plan, network: Network, optimizer: Optimizer, teacher: Teacher | None
+) -> Steps:
+    """Jit the functions of a training of `network`, distilled from `teacher` if there is one."""
+    mesh, graph = network.mesh, network.graph
+    everywhere, sharding = replicated(mesh), batch_sharding(mesh)
+    teacher_weights = (teacher.weights,) if teacher else ()
+    options: dict[str, Any] = {
+        "mix_stop": plan.step_at(config.data.mix_until) if config.data.mix_until < 1 else None,
+        "teacher": teacher,
+        "parts": parts_sharding(mesh),
+    }
+    ema_start = plan.update_at(plan.ema_warmup_steps)
+    train_step = make_train_step(graph, optimizer.transformation, config, ema_start=ema_start, **options)
+    compute_gradients = make_gradients(graph, config, **options)
+    of_state = jax.tree.map(lambda x: x.sharding, network.abstract_state)
+    of_arguments = (of_state, sharding, *[everywhere] * len(teacher_weights))
+    return Steps(
+        train=jax.jit(
+            train_step,
+            donate_argnums=0,
+            in_shardings=of_arguments,
+            out_shardings=(of_state, everywhere),
+            compiler_options=compiler_options(mesh.devices.flat[0]),
+        ),
+        evaluate=jax.jit(
+            make_eval_step(graph, config), in_shardings=(everywhere, everywhere, sharding), out_shardings=everywhere
+        ),
+        gradients=jax.jit(compute_gradients, in_shardings=of_arguments, out_shardings=everywhere),
+        compute_gradients=compute_gradients,
+        gather=jax.jit(lambda tree: tree, out_shardings=everywhere),
+        all_finite=jax.jit(all_finite),
+        learning_rate=jax.jit(optimizer.learning_rate),
+        teacher_weights=teacher_weights,
+        sharding=sharding,
+    )
