@@ -73,7 +73,7 @@ def prepare(c: ConfigDict, mesh: Mesh | None = None) -> tuple[Job, bool]:
 def _published(c: ConfigDict) -> Dataset:
     *counts, classes, side = PUBLISHED[c.name]
     c = c.copy_and_resolve_references()
-    c.image_size = c.image_size or side
+    c.image.size = c.image.size or side
     names = "train", "test" if side else "validation"
     empty = (encoded(name, 0, lambda _: (), classes, c) for name in names)
     train, evaluation = (replace(split, length=count) for split, count in zip(empty, counts, strict=True))
@@ -279,7 +279,7 @@ def _ranges(factors: dict[str, list[float]]) -> str:
 
 
 def _images(job: Job) -> Iterator[Row]:
-    c, crop, (height, width, _) = job.config.data, job.data.eval.pixels.eval_crop, job.data.eval.image_shape
+    c, crop, (height, width, _) = job.config.data.image, job.data.eval.pixels.eval_crop, job.data.eval.image_shape
     yield "train", ", then ".join(_by(*size) for size in _sizes(job))
     resized = f" in the centre of {max(height, round(height / crop))} on the short side" if crop < 1 else ""
     yield "evaluation", _by(height, width) + resized + (", and their mirror images" if job.config.eval.mirror else "")
@@ -289,7 +289,7 @@ def _images(job: Job) -> Iterator[Row]:
 
 def _augmentation(job: Job) -> Iterator[Row]:
     """In the order in which it is done: by data/image/augment.py, then, from `shift` on, by data/image/device.py."""
-    c, plan = job.config.data, job.plan
+    data, c, plan = job.config.data, job.config.data.image, job.plan
     (low, high), (narrow, wide), (small, large) = c.crop_area, c.crop_ratio, c.crop_resize
     crops = {
         "random_resized": f"random_resized: area {low:.4g} … {high:.4g}, ratio {narrow:.4g} … {wide:.4g}",
@@ -299,8 +299,8 @@ def _augmentation(job: Job) -> Iterator[Row]:
     timm, near = c.randaugment_timm, c.augment_interpolation
     timms = "{} operations, magnitude {:g} ± {:g} of 10, each with probability {:g}".format(*timm)
     jitter = "brightness {:g}, contrast {:g}, saturation {:g}, hue {:g}".format(*c.color_jitter)
-    mixing = " or ".join(f"{key} α {c[key]:g}" for key in ("mixup", "cutmix") if c[key])
-    until = f", to {_at(plan, plan.step_at(c.mix_until))}" if c.mix_until < 1 else ""
+    mixing = " or ".join(f"{key} α {alpha:g}" for key, alpha in (("mixup", data.mixup), ("cutmix", c.cutmix)) if alpha)
+    until = f", to {_at(plan, plan.step_at(data.mix_until))}" if data.mix_until < 1 else ""
     yield "crop", crops.get(c.crop, "")
     yield "randaugment", "{} operations, magnitude {} of 30, {}".format(*c.randaugment, near) * bool(c.randaugment[0])
     yield "randaugment_timm", f"{timms}, {near}" if timm[0] else ""

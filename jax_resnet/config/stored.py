@@ -11,7 +11,7 @@ from jax_resnet.config.keys import as_tuples, leaves
 # What may differ when a run goes on in its workdir: nothing here changes what is computed from whole files.
 MAY_CHANGE = (
     "stop_after_steps", "log_every", "stuck_after", "profile", "accumulate", "spread_optimizer", "eval.every",
-    "eval.batch_size", "checkpoint", "guard.max_skipped", "data.data_dir", "data.decoder", "data.threads",
+    "eval.batch_size", "checkpoint", "guard.max_skipped", "data.data_dir", "data.image.decoder", "data.threads",
     "data.workers", "data.max_broken",
 )  # fmt: skip
 

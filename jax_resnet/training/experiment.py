@@ -75,7 +75,7 @@ class Job:
                 f"computed in parts; give --config.model.bn_group_size={part}, or less"
             )
         data = self.data = data or open_dataset(c.data)
-        sides = [("data.image_size", min(data.train.image_shape[:2])), *(("progressive", size) for _, size, _ in rows)]
+        sides = [("data.image.size", min(data.train.image_shape[:2])), *(("progressive", size) for _, size, _ in rows)]
         for of, side in sides:
             if side is not None and side < spec.total_stride:
                 stem = ", or --config.model.stem=cifar" if spec.stem == "imagenet" else ""
@@ -113,7 +113,7 @@ class Job:
             create_model,
             c.model.name,
             num_classes=data.num_classes,
-            in_channels=c.data.channels,
+            in_channels=c.data.image.channels,
             dtype=jnp.dtype(c.dtype),
             **overrides,
         )
@@ -138,7 +138,7 @@ class Job:
             raise UserError(f"config.freeze={c.freeze}: nothing is left to be trained")
         teacher = None
         if training and c.distill.teacher:
-            teacher = Teacher.of(c.distill, c.data, data.num_classes, jnp.dtype(c.dtype), whole)
+            teacher = Teacher.of(c.distill, c.data.image, data.num_classes, jnp.dtype(c.dtype), whole)
         self.teacher_weights = (teacher.weights,) if teacher else ()
         given: dict[str, Any] = {
             "mix_stop": plan.step_at(c.data.mix_until) if c.data.mix_until < 1 else None,
@@ -167,7 +167,7 @@ class Job:
         """The abstract arguments of `train_step` in that phase."""
         height, width, channels = self.data.train.image_shape
         image = (phase.batch_size, phase.image_size or height, phase.image_size or width, channels)
-        batch = self._batch(image, *(["mirrored"] if self.config.data.flip_alternate else []))
+        batch = self._batch(image, *(["mirrored"] if self.config.data.image.flip_alternate else []))
         return self.abstract_state, batch, *self.teacher_weights
 
     def eval_shapes(self) -> tuple[Any, ...]:
@@ -204,17 +204,17 @@ class Job:
             return {}, {}
         arrays, report, weights = fitting(c.init_from, self.abstract_state, self.spec)
         rows = {"weights": c.init_from, **report.lines()}
-        there = weights.mean + weights.std
-        if len(there) == 2 * c.data.channels and not np.allclose(there, (*c.data.mean, *c.data.std), atol=1e-3):
+        there, image = weights.mean + weights.std, c.data.image
+        if len(there) == 2 * image.channels and not np.allclose(there, (*image.mean, *image.std), atol=1e-3):
             rows["note"] = (
-                f"the weights know images normalised with other numbers: --config.data.mean={weights.mean} "
-                f"--config.data.std={weights.std}"
+                f"the weights know images normalised with other numbers: --config.data.image.mean={weights.mean} "
+                f"--config.data.image.std={weights.std}"
             )
         return arrays, rows
 
     def flops(self, height: int, width: int) -> int:
         """Floating-point operations of the network for one image of that size, counted from its trace."""
-        image = jax.ShapeDtypeStruct((1, height, width, self.config.data.channels), jnp.float32)
+        image = jax.ShapeDtypeStruct((1, height, width, self.config.data.image.channels), jnp.float32)
 
         def forward(params: Any, stats: Any, image: Any) -> Any:
             model: Any = nnx.merge(self.graph, params, stats)
