@@ -119,6 +119,12 @@ def damaged_checkpoint(tmp: Path, _: Path) -> None:
 
 
 WEIGHTS: dict[str, np.ndarray] = {}  # filled by a fixture
+OWN = """from jax_resnet.config import default
+def get_config():
+    c = default()
+    {}
+    return c
+"""
 FOLDER = "data.name=folder:{tmp}/folder data.image.size=12 model.num_classes=2"
 RATES = "(('head/.*',2.0),('bias',1.0))"
 
@@ -131,6 +137,10 @@ CASES = [
     command("a mistyped group", "--config=resnet20_digits --config.modle.depth=3", "modle.depth", "model.depths"),
     command("a key without group", "--config=resnet20_digits --config.learning_rate=1", "optimizer.learning_rate"),
     command("a mistyped key", "--config=resnet20_digits --config.optimizer.momentun=1", "optimizer.momentum"),
+    command("a renamed key", "--config=resnet20_digits --config.data.crop=pad", "data.crop: ", "now data.image.crop"),
+    command("another", "--config=resnet20_digits --config.data.image_size=64", "image_size: ", "now data.image.size"),
+    command("one as a flag", "--config=resnet20_digits --data.pad=3", "did you mean --config.data.image.pad?"),
+    command("a key of images without group", "--config=resnet20_digits --config.crop=pad", "mean data.image.crop?"),
     command("a key as a flag", "--config=resnet20_digits --seed=3", "no such flag", "did you mean --config.seed?"),
     command("another", "--config=resnet20_digits --batch_size=3", "did you mean --config.batch_size?"),
     command("a mistyped flag", "--config=resnet20_digits --wokrdir=/tmp/x", "--wokrdir", "did you mean workdir"),
@@ -150,6 +160,10 @@ CASES = [
     command("a depth that is a word", "--config=resnet_cifar:deep", "cifar_resnetdeep"),
     mine("a name that is not there", "def get_config():\n    return nothing\n", "not_there.py, line 2", "NameError"),
     mine("a fault of another kind", "def get_config():\n    return int('x')\n", "ValueError in ", "line 2: invalid"),
+    mine("a renamed key", OWN.format("c.data.crop = 'pad'"), "config.data.crop: ", "it is now data.image.crop"),
+    mine("a renamed key in a group", OWN.format("c.data.update(image_size=64)"), "it is now data.image.size"),
+    mine("a renamed key that is read", OWN.format("c.data.pad += 1"), "read.py, line 4", "now data.image.pad"),
+    mine("a renamed key when locked", OWN.format("c.lock().data.crop = 'pad'"), ".py, line 4", "now data.image.crop"),
     mine("a package that is missing", "import nonesuch\n", "ModuleNotFoundError", ".py, line 1", "nonesuch"),
     mine("a file that is no Python", "def get_config(:\n", "SyntaxError", ".py, line 1"),
     mine("a file of binary rubbish", "\x00\x01", "--config: "),
