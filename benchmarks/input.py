@@ -43,8 +43,8 @@ def ours(name: str, batch: int, threads: int, on_host: bool = False, **changes: 
     from jax_resnet.runtime.mesh import batch_sharding, data_mesh
 
     c = default().data
-    pixels = {"crop": "pad"} if name.startswith("npz:") else {"image_size": SIZE}
-    c.update({"name": name, "threads": threads, "workers": 0} | pixels | changes)
+    c.image.update({"crop": "pad"} if name.startswith("npz:") else {"size": SIZE})
+    c.update({"name": name, "threads": threads, "workers": 0} | changes)
     split, rows, phase = open_dataset(c).train, np.arange(batch), Phase(0, 10**9, None, batch, 0)
     if on_host:
         return (train_batch(split, i, seed=0, phase=phase, rows=rows) for i in itertools.count())
@@ -112,7 +112,7 @@ ROWS = {
     "decoder_regions": Row("our decoder alone, rectangles", lambda at, b, n: decoder(at / "files", b, n, True)),
     "files": Row("ours, threads, the decoder at hand", lambda at, b, n: ours(f"folder:{at}/files", b, n)),
     "files_simplejpeg": Row(
-        "ours, simplejpeg", lambda at, b, n: ours(f"folder:{at}/files", b, n, decoder="simplejpeg")
+        "ours, simplejpeg", lambda at, b, n: ours(f"folder:{at}/files", b, n, image={"decoder": "simplejpeg"})
     ),
     "files_workers": Row("ours, worker processes", lambda at, b, n: ours(f"folder:{at}/files", b, 1, workers=n)),
     "records": Row("ours, prepared", lambda at, b, n: ours(f"prepared:{at}/records", b, n)),

@@ -132,8 +132,8 @@ def main() -> None:
         images = np.random.default_rng(0).integers(0, 256, (64, 64, 64, 3), np.uint8)
         labels = np.arange(64) % 10
         np.savez(at / "random.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
-        small = ["--config.batch_size=16", "--config.model.bn_group_size=16", "--config.data.crop=none"]
-        small.append("--config.data.image_size=64")
+        small = ["--config.batch_size=16", "--config.model.bn_group_size=16", "--config.data.image.crop=none"]
+        small.append("--config.data.image.size=64")
         cases = {
             "digits": ["--config=configs/resnet20_digits.py"],
             "resnet50": ["--config=configs/resnet50_imagenet.py", f"--config.data.name=npz:{at}/random.npz", *small],

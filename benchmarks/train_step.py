@@ -85,7 +85,7 @@ def config(name: str, size: int, batch: int) -> Any:
     from jax_resnet.config.recipes import cifar, nvidia
 
     c = cifar(name, batch_size=batch) if name.startswith("cifar_") else nvidia(name, batch_size=batch, epochs=90)
-    c.data.image_size = size
+    c.data.image.size = size
     c.model.bn_group_size = None  # all of the batch, as torch has it
     return c
 

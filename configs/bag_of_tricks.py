@@ -29,8 +29,8 @@ def get_config(refinement: str = "mixup") -> ConfigDict:
     has = REFINEMENTS[: REFINEMENTS.index(refinement) + 1]
     c = imagenet("resnet50d", batch_size=1024, epochs=200 if "mixup" in has else 120)
     c.model.bn_group_size = 128
-    c.data.color_jitter = (0.4, 0.4, 0.4, 0.0)
-    c.data.pca_noise = 0.1
+    c.data.image.color_jitter = (0.4, 0.4, 0.4, 0.0)
+    c.data.image.pca_noise = 0.1
 
     c.optimizer.learning_rate, c.optimizer.reference_batch = 0.1, 256
     c.optimizer.nesterov = True

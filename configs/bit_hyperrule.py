@@ -29,16 +29,16 @@ def get_config(dataset: str = "cifar10") -> ConfigDict:
     c.model.head_std = 0.0
 
     c.data.name = dataset
-    c.data.mean = c.data.std = (0.5, 0.5, 0.5)
-    c.data.crop, c.data.crop_resize, c.data.image_size = "stretched", (512, 512), 480
-    c.data.eval_crop = 1.0
+    c.data.image.mean = c.data.image.std = (0.5, 0.5, 0.5)
+    c.data.image.crop, c.data.image.crop_resize, c.data.image.size = "stretched", (512, 512), 480
+    c.data.image.eval_crop = 1.0
     kind, _, path = dataset.partition(":")
     if kind == "folder" and not (Path(path).expanduser() / "train").is_dir():
         c.data.holdout = 0.2
     train = open_dataset(c.data).train
     height, width = train.original_size
     if height * width < 96 * 96:
-        c.data.crop_resize, c.data.image_size = (160, 160), 128
+        c.data.image.crop_resize, c.data.image.size = (160, 160), 128
 
     if len(train) < 20_000:
         warmup, *falls, steps = (100, 200, 300, 400, 500)

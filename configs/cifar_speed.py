@@ -38,8 +38,8 @@ def get_config(epochs: str = "10") -> ConfigDict:
     c.model.shortcut = "D"
     c.model.pool = "max"
     c.model.bn_momentum = 0.6
-    c.data.pad, c.data.pad_mode = 2, "reflect"
-    c.data.flip_alternate = True
+    c.data.image.pad, c.data.image.pad_mode = 2, "reflect"
+    c.data.image.flip_alternate = True
     c.loss.label_smoothing = 0.2
 
     c.optimizer.name = "muon"

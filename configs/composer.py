@@ -63,7 +63,7 @@ def get_config(name: str = "mild") -> ConfigDict:
         return c
 
     c.progressive = recipe.sizes
-    c.data.eval_crop = 224 / 232
+    c.data.image.eval_crop = 224 / 232
     c.data.mixup = recipe.mixup
     c.model.antialias, c.model.stem_pool = "blur_conv", "blur_max"
 
@@ -75,8 +75,8 @@ def get_config(name: str = "mild") -> ConfigDict:
         c.optimizer.sam_rho, c.optimizer.sam_every = 0.5, recipe.sam_every
     c.ema.decay, c.ema.every = 2 ** (-20 / 100), 20  # half of it is gone after 100 updates
     if name == "hot":
-        c.data.colout = 0.05
-        c.data.randaugment_timm = (1, 9.0, 0.0, 1.0)
+        c.data.image.colout = 0.05
+        c.data.image.randaugment_timm = (1, 9.0, 0.0, 1.0)
         c.model.drop_path = 0.1
     return c
 

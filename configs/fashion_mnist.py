@@ -27,9 +27,9 @@ def get_config(file: str = "") -> ConfigDict:
     c.model.bn_group_size = 32
 
     c.data.name = f"npz:{file}" if file else "fashion_mnist"
-    c.data.channels = 1
-    c.data.mean, c.data.std = (0.2860,), (0.3530,)
-    c.data.crop = "none"
+    c.data.image.channels = 1
+    c.data.image.mean, c.data.image.std = (0.2860,), (0.3530,)
+    c.data.image.crop = "none"
 
     c.optimizer.name = "muon"
     c.optimizer.learning_rate, c.optimizer.reference_batch = 0.035, 64

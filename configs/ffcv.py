@@ -34,8 +34,8 @@ def get_config(argument: str = "88") -> ConfigDict:
     c.model.zero_init_last = False
     c.model.antialias = "blur_conv"
 
-    c.data.image_size = 256  # of evaluation
-    c.data.eval_crop = 224 / 256
+    c.data.image.size = 256  # of evaluation
+    c.data.image.eval_crop = 224 / 256
     c.eval.mirror = True
 
     c.loss.label_smoothing = 0.1

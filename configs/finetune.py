@@ -26,8 +26,8 @@ def get_config(network: str = "resnet50") -> ConfigDict:
 
     c.data.name = "folder:data"
     c.data.holdout = 0.0  # of a folder without val/: --config.data.holdout=0.2
-    c.data.image_size = 224
-    c.data.crop_area = (0.25, 1.0)
+    c.data.image.size = 224
+    c.data.image.crop_area = (0.25, 1.0)
 
     c.batch_size = 64
     c.train = duration(epochs=20)

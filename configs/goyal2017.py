@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     c.model.bn_group_size = 32
     c.model.zero_init_last = True
     c.model.head_std = 0.01
-    c.data.pca_noise = 0.1
+    c.data.image.pca_noise = 0.1
 
     c.optimizer.learning_rate, c.optimizer.reference_batch = 0.1, 256
     c.optimizer.nesterov = True

@@ -29,9 +29,9 @@ def get_config(depth: str = "50") -> ConfigDict:
     c.model.bn_group_size = 32
     c.model.zero_init_last = False
 
-    c.data.crop = "scaled"  # short side to 256 … 480, a square of 224
-    c.data.crop_resize = (256, 480)
-    c.data.pca_noise = 0.1
+    c.data.image.crop = "scaled"  # short side to 256 … 480, a square of 224
+    c.data.image.crop_resize = (256, 480)
+    c.data.image.pca_noise = 0.1
 
     c.optimizer.learning_rate = 0.1
     c.optimizer.weight_decay = 1e-4

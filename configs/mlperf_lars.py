@@ -54,7 +54,7 @@ def get_config(batch_size: str = "4096") -> ConfigDict:
     epochs = entry.epochs or entry.warmup + (entry.updates or 0) * batch / IMAGENET_TRAIN
     c = imagenet("resnet50", batch_size=batch, epochs=epochs)
     c.model.bn_group_size = entry.group
-    c.data.crop_area = (0.05, 1.0)
+    c.data.image.crop_area = (0.05, 1.0)
 
     c.optimizer.name = "lars"
     c.optimizer.learning_rate = entry.rate

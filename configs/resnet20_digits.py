@@ -21,11 +21,11 @@ def get_config() -> ConfigDict:
     c.model.name = "cifar_resnet20"
 
     c.data.name = "digits"
-    c.data.image_size = 16
-    c.data.channels = 1
-    c.data.mean, c.data.std = (0.31,), (0.38,)
-    c.data.crop, c.data.pad = "pad", 2
-    c.data.flip = False
+    c.data.image.size = 16
+    c.data.image.channels = 1
+    c.data.image.mean, c.data.image.std = (0.31,), (0.38,)
+    c.data.image.crop, c.data.image.pad = "pad", 2
+    c.data.image.flip = False
 
     c.optimizer.learning_rate = 0.1
     c.optimizer.reference_batch = 64

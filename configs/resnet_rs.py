@@ -49,9 +49,9 @@ def get_config(depth: str = "50") -> ConfigDict:
     c.model.bn_group_size = 64
     c.model.bn_momentum = 0.0
 
-    c.data.image_size = scale.size
-    c.data.randaugment_timm = (2, 10.0, 0.0, 1.0)
-    c.data.eval_crop = 0.91
+    c.data.image.size = scale.size
+    c.data.image.randaugment_timm = (2, 10.0, 0.0, 1.0)
+    c.data.image.eval_crop = 0.91
 
     c.loss.label_smoothing = 0.1
     c.optimizer.learning_rate, c.optimizer.reference_batch = 0.1, 256

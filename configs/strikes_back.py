@@ -51,12 +51,12 @@ def get_config(procedure: str = "a3") -> ConfigDict:
     c.model.bn_group_size = p.batch // 4
     c.model.drop_path = p.drop_path
 
-    c.data.interpolation, c.data.antialias = "bicubic", True
+    c.data.image.interpolation, c.data.image.antialias = "bicubic", True
     c.data.repeats = p.repeats
-    c.data.randaugment_timm = (2, p.magnitude, 0.5, 0.5)
-    c.data.augment_interpolation = "bilinear"
-    c.data.mixup, c.data.cutmix = p.mixup, 1.0
-    c.data.eval_crop = 0.95
+    c.data.image.randaugment_timm = (2, p.magnitude, 0.5, 0.5)
+    c.data.image.augment_interpolation = "bilinear"
+    c.data.mixup, c.data.image.cutmix = p.mixup, 1.0
+    c.data.image.eval_crop = 0.95
 
     c.loss.name = "bce"
     c.loss.label_smoothing = p.smoothing

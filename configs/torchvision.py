@@ -25,7 +25,7 @@ def get_config(version: str = "v2") -> ConfigDict:
     c = imagenet("resnet50", batch_size=1024 if v2 else 256, epochs=600 if v2 else 90)
     c.model.bn_group_size = c.batch_size // 8
     c.model.zero_init_last = False
-    c.data.antialias = True  # as Pillow resizes
+    c.data.image.antialias = True  # as Pillow resizes
     if not v2:
         c.optimizer.learning_rate = 0.1
         c.optimizer.weight_decay = 1e-4
@@ -37,11 +37,11 @@ def get_config(version: str = "v2") -> ConfigDict:
 
     c.progressive = ((0.0, 176),)  # evaluated at 224
     c.data.repeats = 4
-    c.data.trivial_augment = True
-    c.data.augment_interpolation = "bilinear"
-    c.data.erase = 0.1
-    c.data.mixup, c.data.cutmix = 0.2, 1.0
-    c.data.eval_crop = 224 / 232
+    c.data.image.trivial_augment = True
+    c.data.image.augment_interpolation = "bilinear"
+    c.data.image.erase = 0.1
+    c.data.mixup, c.data.image.cutmix = 0.2, 1.0
+    c.data.image.eval_crop = 224 / 232
 
     c.loss.label_smoothing = 0.1
     c.optimizer.learning_rate = 0.5

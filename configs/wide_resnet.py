@@ -20,7 +20,7 @@ from jax_resnet.config.recipes import cifar
 def get_config(size: str = "28_10") -> ConfigDict:
     c = cifar(f"wrn_{size}", batch_size=128)
     c.train = duration(epochs=200)
-    c.data.pad_mode = "reflect"
+    c.data.image.pad_mode = "reflect"
 
     c.optimizer.learning_rate = 0.1
     c.optimizer.nesterov = True

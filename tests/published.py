@@ -64,15 +64,16 @@ TABLES["2.1"] = Table(
         (
             "aug: short side U[256,480], random 224 crop, flip, PCA colour",
             {
-                "data.crop": "scaled", "data.crop_resize": (256, 480), "data.image_size": 224, "data.flip": True,
-                "data.pca_noise": 0.1,
+                "data.image.crop": "scaled", "data.image.crop_resize": (256, 480), "data.image.size": 224,
+                "data.image.flip": True,
+                "data.image.pca_noise": 0.1,
             },
         ),
         ("BN eps 1e-5 (caffe), running mom .9-.99", {"model.bn_epsilon": 1e-5, "model.bn_momentum": 0.9}),
         ("He init fan_out", {"spec.init": "fan_out", "spec.zero_init_last": False}),
         (
             "eval 10-crop; 1-crop 224/256: R50 75.3, R101 76.4, R152 77.0",
-            {"data.eval_crop": 0.875, "he2015_imagenet:152 spec.depths": (3, 8, 36, 3)},
+            {"data.image.eval_crop": 0.875, "he2015_imagenet:152 spec.depths": (3, 8, 36, 3)},
             "one crop, which has published results too",
         ),
     ),
@@ -94,8 +95,8 @@ TABLES["2.2"] = Table(
         (
             "pad 4 zero, random crop 32, flip; per-pixel mean (practice: mean/std)",
             {
-                "data.crop": "pad", "data.pad": 4, "data.pad_mode": "zeros", "data.flip": True,
-                "data.mean": (0.4914, 0.4822, 0.4465), "data.std": (0.2470, 0.2435, 0.2616),
+                "data.image.crop": "pad", "data.image.pad": 4, "data.image.pad_mode": "zeros", "data.image.flip": True,
+                "data.image.mean": (0.4914, 0.4822, 0.4465), "data.image.std": (0.2470, 0.2435, 0.2616),
             },
             "the practice: mean and deviation of each channel",
         ),
@@ -105,7 +106,7 @@ TABLES["2.2"] = Table(
             {"resnet_cifar:110 schedule.warmup.steps": 400, "resnet_cifar:110 schedule.warmup_from": 0.1},
             "linear from 0.01 to 0.1 over the 400 updates: a condition on the training error is no schedule",
         ),
-        ("eval: plain 32x32", {"data.image_size": None, "data.name": "cifar10", "eval.mirror": False}),
+        ("eval: plain 32x32", {"data.image.size": None, "data.name": "cifar10", "eval.mirror": False}),
         ("expected err rn20 8.75, rn56 6.97, rn110 6.43 (6.61+-.16)", RESULT),
     ),
 )  # fmt: skip
@@ -135,13 +136,13 @@ TABLES["2.3"] = Table(
         (
             "RRC(.08-1) 224, flip (+colour)",
             {
-                "data.crop": "random_resized", "data.crop_area": (0.08, 1.0), "data.image_size": 224,
-                "data.flip": True, "data.pca_noise": 0.1,
+                "data.image.crop": "random_resized", "data.image.crop_area": (0.08, 1.0), "data.image.size": 224,
+                "data.image.flip": True, "data.image.pca_noise": 0.1,
             },
             "of the colour only the noise along its principal components: the paper names none",
         ),
         ("per-worker BN batch 32, no sync", {"model.bn_group_size": 32}),
-        ("eval 256/224", {"data.eval_crop": 0.875}),
+        ("eval 256/224", {"data.image.eval_crop": 0.875}),
         ("76.26+-.09 (bs256 76.40)", RESULT),
     ),
 )  # fmt: skip
@@ -183,13 +184,13 @@ TABLES["2.4"] = Table(
         (
             "RRC, flip, HSV jitter .6-1.4, PCA N(0,.1)",
             {
-                "data.crop": "random_resized", "data.crop_area": (0.08, 1.0), "data.flip": True,
-                "data.color_jitter": (0.4, 0.4, 0.4, 0.0), "data.pca_noise": 0.1,
+                "data.image.crop": "random_resized", "data.image.crop_area": (0.08, 1.0), "data.image.flip": True,
+                "data.image.color_jitter": (0.4, 0.4, 0.4, 0.0), "data.image.pca_noise": 0.1,
             },
             "contrast in place of the hue: so does the authors' script, and hue × 1.4 is no shift of it",
         ),
         ("arch ResNet-50-D", {"model.name": "resnet50d", "spec.shortcut": "D", "spec.stem": "deep"}),
-        ("eval 256/224", {"data.eval_crop": 0.875, "data.image_size": 224}),
+        ("eval 256/224", {"data.image.eval_crop": 0.875, "data.image.size": 224}),
         (
             "77.16 -> cosine 77.91 -> LS 78.31 -> mixup 79.15 (w/ KD 79.29). timm bt tag: 78.44@224/79.65@288 [R]",
             RESULT,
@@ -236,8 +237,8 @@ TABLES["2.5"] = Table(
         (
             "RRC224 bilinear, flip",
             {
-                "data.crop": "random_resized", "data.image_size": 224, "data.interpolation": "bilinear",
-                "data.flip": True,
+                "data.image.crop": "random_resized", "data.image.size": 224, "data.image.interpolation": "bilinear",
+                "data.image.flip": True,
             },
         ),
         ("init fan_in", {"spec.init": "fan_in"}),
@@ -320,9 +321,9 @@ TABLES["2.7"] = Table(
         values("epochs", "train.epochs", [("600", 600.0), ("300", 300.0), ("100", 100.0)]),
         row(
             "train/test px",
-            ("224/224", {"data.image_size": 224, "progressive": ()}),
-            ("224/224", {"data.image_size": 224, "progressive": ()}),
-            ("**160**/224", {"data.image_size": 224, "progressive": ((0.0, 160),)}),
+            ("224/224", {"data.image.size": 224, "progressive": ()}),
+            ("224/224", {"data.image.size": 224, "progressive": ()}),
+            ("**160**/224", {"data.image.size": 224, "progressive": ((0.0, 160),)}),
         ),
         row(
             "bs",
@@ -360,23 +361,24 @@ TABLES["2.7"] = Table(
         values("stoch depth", "model.drop_path", [(".05", 0.05), (".05", 0.05), ("0", 0.0)]),
         values("repeated aug", "data.repeats", [("3x (timm --aug-repeats 3)", 3), ("3x", 3), ("no", 1)]),
         row("RandAugment", *[
-            (text, {"data.randaugment_timm": (2, magnitude, 0.5, 0.5), "data.randaugment": (0, 9)})
+            (text, {"data.image.randaugment_timm": (2, magnitude, 0.5, 0.5), "data.image.randaugment": (0, 9)})
             for text, magnitude in (("rand-m7-mstd0.5-inc1 (n=2)", 7.0), ("m7", 7.0), ("m6", 6.0))
         ]),
         row("mixup/cutmix", *[
-            (text, {"data.mixup": mixup, "data.cutmix": 1.0})
+            (text, {"data.mixup": mixup, "data.image.cutmix": 1.0})
             for text, mixup in ((".2/1.0", 0.2), (".1/1.0", 0.1), (".1/1.0 (switch prob .5, per batch)", 0.1))
         ]),
         alike(
             "dropout, EMA, erasing, jitter, grad clip", ["none"] * 3,
             {
-                "model.dropout": 0.0, "ema.decay": 0.0, "data.erase": 0.0, "data.color_jitter": (0.0, 0.0, 0.0, 0.0),
+                "model.dropout": 0.0, "ema.decay": 0.0, "data.image.erase": 0.0,
+                "data.image.color_jitter": (0.0, 0.0, 0.0, 0.0),
                 "optimizer.clip_norm": 1.0,
             },
             "timm's LAMB clips to 1 of itself, as the notes below the table say",
         ),
-        alike("train interp", ["bicubic"] * 3, {"data.interpolation": "bicubic", "data.antialias": True}),
-        alike("eval", ["crop ratio **.95** (resize 236 -> 224) bicubic", ".95", ".95"], {"data.eval_crop": 0.95}),
+        alike("train interp", ["bicubic"] * 3, {"data.image.interpolation": "bicubic", "data.image.antialias": True}),
+        alike("eval", ["crop ratio **.95** (resize 236 -> 224) bicubic", ".95", ".95"], {"data.image.eval_crop": 0.95}),
         row("result paper / timm csv 224 / 288", *[(text, RESULT) for text in (
             "80.4 / 80.38 / 81.24", "79.8 / 79.83 / 80.77", "78.1 / 78.05 / (160: 75.99)",
         )]),
@@ -428,17 +430,20 @@ TABLES["2.8"] = Table(
             (
                 "RRC224 bilinear, flip",
                 {
-                    "data.crop": "random_resized", "data.image_size": 224, "data.interpolation": "bilinear",
-                    "data.antialias": True, "data.flip": True, "data.trivial_augment": False, "progressive": (),
+                    "data.image.crop": "random_resized", "data.image.size": 224, "data.image.interpolation": "bilinear",
+                    "data.image.antialias": True, "data.image.flip": True, "data.image.trivial_augment": False,
+                    "progressive": (),
                 },
             ),
             (
                 "RRC **176** bilinear, flip, **TrivialAugmentWide**, random erase .1, mixup .2 + cutmix 1.0 "
                 "(RandomChoice per batch)",
                 {
-                    "data.crop": "random_resized", "progressive": ((0.0, 176),), "data.interpolation": "bilinear",
-                    "data.antialias": True, "data.flip": True, "data.trivial_augment": True, "data.erase": 0.1,
-                    "data.mixup": 0.2, "data.cutmix": 1.0,
+                    "data.image.crop": "random_resized", "progressive": ((0.0, 176),),
+                    "data.image.interpolation": "bilinear",
+                    "data.image.antialias": True, "data.image.flip": True, "data.image.trivial_augment": True,
+                    "data.image.erase": 0.1,
+                    "data.mixup": 0.2, "data.image.cutmix": 1.0,
                 },
             ),
         ),
@@ -459,8 +464,8 @@ TABLES["2.8"] = Table(
         alike("BN", ["mom .1 eps 1e-5, no sync", "same"], _STATISTICS),
         row(
             "eval",
-            ("256/224", {"data.eval_crop": 0.875}),
-            ("resize **232** / crop 224", {"data.eval_crop": 0.9655172414, "data.image_size": 224}),
+            ("256/224", {"data.image.eval_crop": 0.875}),
+            ("resize **232** / crop 224", {"data.image.eval_crop": 0.9655172414, "data.image.size": 224}),
         ),
         row(
             "Top-1",
@@ -498,8 +503,9 @@ TABLES["2.9"] = Table(
         (
             "RRC, flip only",
             {
-                "data.crop": "random_resized", "data.crop_area": (0.08, 1.0), "data.flip": True, "data.mixup": 0.0,
-                "data.erase": 0.0,
+                "data.image.crop": "random_resized", "data.image.crop_area": (0.08, 1.0), "data.image.flip": True,
+                "data.mixup": 0.0,
+                "data.image.erase": 0.0,
             },
         ),
         (
@@ -519,7 +525,7 @@ TABLES["2.9"] = Table(
         ),
         (
             "eval 256, ratio 224/256, flip-TTA",
-            {"data.image_size": 256, "data.eval_crop": 0.875, "eval.mirror": True},
+            {"data.image.size": 256, "data.image.eval_crop": 0.875, "eval.mirror": True},
         ),
     ),
 )  # fmt: skip
@@ -557,10 +563,10 @@ TABLES["2.10"] = Table(
         values("LS", "loss.label_smoothing", [("0", 0.0), (".08", 0.08), (".1", 0.1), (".13", 0.13)]),
         row(
             "train crop / eval",
-            ("224 / 256->224", {"data.image_size": 224, "data.eval_crop": 0.875, "progressive": ()}),
-            ("**176 / 232->224**", {"data.image_size": 224, "data.eval_crop": 0.9655172414}),
-            ("=", {"data.image_size": 224, "data.eval_crop": 0.9655172414}),
-            ("=", {"data.image_size": 224, "data.eval_crop": 0.9655172414}),
+            ("224 / 256->224", {"data.image.size": 224, "data.image.eval_crop": 0.875, "progressive": ()}),
+            ("**176 / 232->224**", {"data.image.size": 224, "data.image.eval_crop": 0.9655172414}),
+            ("=", {"data.image.size": 224, "data.image.eval_crop": 0.9655172414}),
+            ("=", {"data.image.size": 224, "data.image.eval_crop": 0.9655172414}),
         ),
         row(
             "progressive resizing (initial, delay, finetune)",
@@ -594,10 +600,15 @@ TABLES["2.10"] = Table(
         ),
         row(
             "ColOut p .05, RandAugment d1 s9, StochDepth sample linear .1",
-            *[("-", {"data.colout": 0.0, "data.randaugment_timm": (0, 9.0, 0.5, 0.5), "model.drop_path": 0.0})] * 3,
+            *[
+                ("-", {
+                    "data.image.colout": 0.0, "data.image.randaugment_timm": (0, 9.0, 0.5, 0.5),
+                    "model.drop_path": 0.0,
+                })
+            ] * 3,
             (
                 "yes",
-                {"data.colout": 0.05, "data.randaugment_timm": (1, 9.0, 0.0, 1.0), "model.drop_path": 0.1},
+                {"data.image.colout": 0.05, "data.image.randaugment_timm": (1, 9.0, 0.0, 1.0), "model.drop_path": 0.1},
                 "timm's operations, whose severity is also of 10",
             ),
         ),
@@ -633,7 +644,7 @@ TABLES["2.11"] = Table(
         ("stoch depth none (R50)", {"model.drop_path": 0.0}),
         (
             "RandAug n2 m10",
-            {"data.randaugment_timm": (2, 10.0, 0.0, 1.0)},
+            {"data.image.randaugment_timm": (2, 10.0, 0.0, 1.0)},
             "timm's operations, whose magnitude is also of 10, each always done",
         ),
         ("EMA .9999", {"ema.decay": 0.9999, "ema.ramp": True, "ema.every": 1}),
@@ -644,9 +655,9 @@ TABLES["2.11"] = Table(
                 "spec.stem_pool": "conv",
             },
         ),
-        ("bf16, 160 px", {"dtype": "auto", "data.image_size": 160}),
+        ("bf16, 160 px", {"dtype": "auto", "data.image.size": 160}),
         ('BN mom "0" flag(TF: default .9 family), eps 1e-5', {"model.bn_momentum": 0.0, "model.bn_epsilon": 1e-5}),
-        ("eval crop ratio .91 (timm)", {"data.eval_crop": 0.91}),
+        ("eval crop ratio .91 (timm)", {"data.image.eval_crop": 0.91}),
         ("78.8", RESULT),
     ),
 )  # fmt: skip
@@ -665,9 +676,10 @@ TABLES["2.12"] = Table(
         (
             "res: area<96^2: 160->random crop 128; else resize 512 -> crop 480 (paper 448/384) + flip",
             {
-                _FEW + "data.crop": "stretched", _FEW + "data.crop_resize": (512, 512), _FEW + "data.image_size": 480,
-                _SOME + "data.crop": "stretched", _SOME + "data.crop_resize": (160, 160),
-                _SOME + "data.image_size": 128, "data.flip": True,
+                _FEW + "data.image.crop": "stretched", _FEW + "data.image.crop_resize": (512, 512),
+                _FEW + "data.image.size": 480,
+                _SOME + "data.image.crop": "stretched", _SOME + "data.image.crop_resize": (160, 160),
+                _SOME + "data.image.size": 128, "data.image.flip": True,
             },
             "the code's sizes",
         ),
@@ -687,7 +699,10 @@ TABLES["2.12"] = Table(
             "GroupNorm32 + WeightStd, head zero-init [M]",
             {"spec.norm": "group", "spec.standardise": True, "spec.head_std": 0.0},
         ),
-        ("eval resize to (crop,crop), no centre crop [M]", {"data.crop": "stretched", "data.eval_crop": 1.0}),
+        (
+            "eval resize to (crop,crop), no centre crop [M]",
+            {"data.image.crop": "stretched", "data.image.eval_crop": 1.0},
+        ),
     ),
 )  # fmt: skip
 
@@ -707,8 +722,9 @@ TABLES["2.13"] = Table(
         (
             "pad 4 reflect, crop, flip, mean/std",
             {
-                "data.crop": "pad", "data.pad": 4, "data.pad_mode": "reflect", "data.flip": True,
-                "data.mean": (0.4914, 0.4822, 0.4465), "data.std": (0.2470, 0.2435, 0.2616),
+                "data.image.crop": "pad", "data.image.pad": 4, "data.image.pad_mode": "reflect",
+                "data.image.flip": True,
+                "data.image.mean": (0.4914, 0.4822, 0.4465), "data.image.std": (0.2470, 0.2435, 0.2616),
             },
         ),
         ("dropout 0 / .3 between convs", {"model.dropout": 0.0}, "the variant without"),
@@ -771,7 +787,10 @@ TABLES["2.14"] = Table(
             "aug",
             (
                 "**alternating flip**, translate 2 reflect",
-                {"data.flip_alternate": True, "data.crop": "pad", "data.pad": 2, "data.pad_mode": "reflect"},
+                {
+                    "data.image.flip_alternate": True, "data.image.crop": "pad", "data.image.pad": 2,
+                    "data.image.pad_mode": "reflect",
+                },
             ),
             *[(text, _OTHER) for text in ("same", "same", "translate 4, cutout 12")],
         ),
@@ -827,12 +846,13 @@ NOTES: tuple[tuple[str, str, str, Mapping[str, Any]], ...] = (
     ),
     (
         "2.6", "RRC min-area **0.05** in NVIDIA, ratio 3/4-4/3", "mlperf_lars:3200",
-        {"data.crop_area": (0.05, 1.0), "data.crop_ratio": (0.75, 1.3333333333)},
+        {"data.image.crop_area": (0.05, 1.0), "data.image.crop_ratio": (0.75, 1.3333333333)},
     ),
     (
         "2.6", 'net "resnet-v1b" = v1.5; eval 256/224 every 4 ep; CE loss', "mlperf_lars:4096",
         {
-            "model.name": "resnet50", "data.eval_crop": 0.875, "eval.every.epochs": 4.0, "loss.name": "cross_entropy",
+            "model.name": "resnet50", "data.image.eval_crop": 0.875, "eval.every.epochs": 4.0,
+            "loss.name": "cross_entropy",
             "optimizer.rate_in_momentum": True,
         },
     ),

@@ -27,8 +27,8 @@ def main(folder: str, out: str, threads: int, workers: int, process: int = 0, co
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"localhost:{port}", count, process)
     c = default().data
-    c.update(name=f"folder:{folder}", image_size=16, crop="random_resized", randaugment=(2, 9))
-    c.update(threads=threads, workers=workers, max_broken=0.2)
+    c.update(name=f"folder:{folder}", threads=threads, workers=workers, max_broken=0.2)
+    c.image.update(size=16, crop="random_resized", randaugment=(2, 9))
     split = open_dataset(c).train
     done = Path(out).read_text().count("\n") if Path(out).exists() else 0
     steps = -(-EPOCHS * len(split) // BATCH)

@@ -13,8 +13,8 @@ import programs
 import pytest
 from conftest import ROOT, main_env
 from ml_collections import ConfigDict
+from tiny import data_config
 
-from jax_resnet.config import default
 from jax_resnet.data.image.device import augment, draw, erase, mix, mix_labels, normalise
 
 
@@ -46,17 +46,14 @@ def test_normalise_is_pixels_less_mean_over_deviation():
 
 def asked_for(**changes: Any) -> ConfigDict:
     """config.data with pixels left as they are, but for what `changes` says."""
-    data = default().data
-    data.update(crop="none", flip=False, mean=(0.0,) * 3, std=(1 / 255,) * 3)
-    data.update(changes)
-    return data
+    return data_config(**{"crop": "none", "flip": False, "mean": (0.0,) * 3, "std": (1 / 255,) * 3} | changes)
 
 
 @lru_cache
 def compiled(**changes: Any) -> Callable[..., jax.Array]:
     """What the step makes of images uint8, by a key."""
     data = asked_for(**changes)
-    return jax.jit(lambda images, key: augment(images, *draw(key, images.shape, data), data))
+    return jax.jit(lambda images, key: augment(images, *draw(key, images.shape, data), data.image))
 
 
 def augmented(images: np.ndarray, seed: int = 0, **changes: Any) -> np.ndarray:
@@ -109,7 +106,7 @@ def test_with_alternating_flip_the_batch_says_which_are_mirrored():
     assert not rows
     assert not batch
     mirrored = np.array([True, False, False, True, True, False])
-    out = np.asarray(augment(images, {"mirrored": mirrored}, {}, data)).round()
+    out = np.asarray(augment(images, {"mirrored": mirrored}, {}, data.image)).round()
     np.testing.assert_array_equal(out, np.where(mirrored[:, None, None, None], images[:, :, ::-1], images))
 
 
@@ -132,7 +129,7 @@ def test_what_is_not_asked_for_is_not_in_the_program():
     assert draw(key, images.shape, data) == ({}, {})
     program, plain = (
         str(jax.make_jaxpr(f)(images))
-        for f in (lambda x: augment(x, {}, {}, data), lambda x: normalise(x, data.mean, data.std))
+        for f in (lambda x: augment(x, {}, {}, data.image), lambda x: normalise(x, data.image.mean, data.image.std))
     )
     assert program == plain
 
@@ -141,7 +138,7 @@ def test_parts_of_a_batch_are_augmented_to_the_very_pixels_of_the_whole():
     data = asked_for(**EVERYTHING, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25))
     images, weights = distinct_images(16, 12, 10), set()
     drawing = jax.jit(lambda key: draw(key, images.shape, data))
-    augmenting = jax.jit(lambda images, rows, batch: augment(images, rows, batch, data))
+    augmenting = jax.jit(lambda images, rows, batch: augment(images, rows, batch, data.image))
     for seed in range(6):
         rows, batch = drawing(jax.random.key(seed))
         assert set(rows) == {"corner", "mirrored", "colour", "erased"}
@@ -375,7 +372,7 @@ def test_images_are_mixed_until_they_are_no_more():
     @jax.jit
     def mixed(key: jax.Array, mixing: bool) -> tuple[jax.Array, jax.Array]:
         rows, batch = draw(key, images.shape, data, mixing)
-        return augment(images, rows, batch, data).round(), batch["kept"]
+        return augment(images, rows, batch, data.image).round(), batch["kept"]
 
     changed = []
     for seed in range(6):
@@ -403,10 +400,11 @@ from jax_resnet.data.image.device import augment, draw, mix_labels
 mesh = data_mesh()
 sharded, whole = batch_sharding(mesh), replicated(mesh)
 data = default().data
-data.update(crop="pad", pad=2, pad_mode="reflect", pca_noise=0.1, colout=0.2, erase=0.5, mixup=0.2, cutmix=1.0)
+data.mixup = 0.2
+data.image.update(crop="pad", pad=2, pad_mode="reflect", pca_noise=0.1, colout=0.2, erase=0.5, cutmix=1.0)
 def mixed(images, labels, seed):
     rows, batch = draw(jax.random.key(seed), images.shape, data)
-    return augment(images, rows, batch, data), mix_labels(labels, batch["kept"], 10)
+    return augment(images, rows, batch, data.image), mix_labels(labels, batch["kept"], 10)
 one = jax.jit(mixed)
 several = jax.jit(mixed, in_shardings=(sharded, sharded, whole), out_shardings=sharded)
 for rows in (16, 8):

@@ -65,7 +65,7 @@ def test_statistics_are_those_of_training_batches(run: Path, tmp_path: Path) -> 
         from jax_resnet.training.step import _drawn
 
         rows, whole, _ = _drawn(batch, np.int32(step), config, None)
-        images = device.augment(rows["image"], rows, whole, config.data)
+        images = device.augment(rows["image"], rows, whole, config.data.image)
         kernel = params["stem"]["conv1"]["kernel"]
         out = np.float64(
             jax.lax.conv_general_dilated(

@@ -121,7 +121,13 @@ def damaged_checkpoint(tmp: Path, _: Path) -> None:
 
 
 WEIGHTS: dict[str, np.ndarray] = {}  # filled by a fixture
-FOLDER = "data.name=folder:{tmp}/folder data.image_size=12 model.num_classes=2"
+OWN = """from jax_resnet.config import default
+def get_config():
+    c = default()
+    {}
+    return c
+"""
+FOLDER = "data.name=folder:{tmp}/folder data.image.size=12 model.num_classes=2"
 RATES = "(('head/.*',2.0),('bias',1.0))"
 
 CASES = [
@@ -133,6 +139,10 @@ CASES = [
     command("a mistyped group", "--config=resnet20_digits --config.modle.depth=3", "modle.depth", "model.depths"),
     command("a key without group", "--config=resnet20_digits --config.learning_rate=1", "optimizer.learning_rate"),
     command("a mistyped key", "--config=resnet20_digits --config.optimizer.momentun=1", "optimizer.momentum"),
+    command("a renamed key", "--config=resnet20_digits --config.data.crop=pad", "data.crop: ", "now data.image.crop"),
+    command("another", "--config=resnet20_digits --config.data.image_size=64", "image_size: ", "now data.image.size"),
+    command("one as a flag", "--config=resnet20_digits --data.pad=3", "did you mean --config.data.image.pad?"),
+    command("a key of images without group", "--config=resnet20_digits --config.crop=pad", "mean data.image.crop?"),
     command("a key as a flag", "--config=resnet20_digits --seed=3", "no such flag", "did you mean --config.seed?"),
     command("another", "--config=resnet20_digits --batch_size=3", "did you mean --config.batch_size?"),
     command("a mistyped flag", "--config=resnet20_digits --wokrdir=/tmp/x", "--wokrdir", "did you mean workdir"),
@@ -144,7 +154,7 @@ CASES = [
     ),
     command("another", "--config=resnet20_digits --config.loss.label_smoothing=lots", "label_smoothing", "float"),
     command("a fraction of an example", "--config=resnet20_digits --config.batch_size=16.5", "batch_size=16.5", "int"),
-    command("a word for yes or no", "--config=resnet20_digits --config.data.flip=perhaps", "data.flip", "bool"),
+    command("a word for yes or no", "--config=resnet20_digits --config.data.image.flip=perhaps", "image.flip", "bool"),
     command("a value for a group", "--config=resnet20_digits --config.model=resnet50", "--config.model"),
     command("a mistyped mode", "--config=resnet20_digits --mode=evaluate", "mode", "train", "eval"),
     command("a value without --", "--config=resnet20_digits batch_size=3", "'batch_size=3'", "not a flag"),
@@ -152,6 +162,10 @@ CASES = [
     command("a depth that is a word", "--config=resnet_cifar:deep", "cifar_resnetdeep"),
     mine("a name that is not there", "def get_config():\n    return nothing\n", "not_there.py, line 2", "NameError"),
     mine("a fault of another kind", "def get_config():\n    return int('x')\n", "ValueError in ", "line 2: invalid"),
+    mine("a renamed key", OWN.format("c.data.crop = 'pad'"), "config.data.crop: ", "it is now data.image.crop"),
+    mine("a renamed key in a group", OWN.format("c.data.update(image_size=64)"), "it is now data.image.size"),
+    mine("a renamed key that is read", OWN.format("c.data.pad += 1"), "read.py, line 4", "now data.image.pad"),
+    mine("a renamed key when locked", OWN.format("c.lock().data.crop = 'pad'"), ".py, line 4", "now data.image.crop"),
     mine("a package that is missing", "import nonesuch\n", "ModuleNotFoundError", ".py, line 1", "nonesuch"),
     mine("a file that is no Python", "def get_config(:\n", "SyntaxError", ".py, line 1"),
     mine("a file of binary rubbish", "\x00\x01", "--config: "),
@@ -173,10 +187,10 @@ CASES = [
     config("config", "a number that is none", "optimizer.learning_rate=nan", "learning_rate=nan", "more than 0"),
     config("config", "an infinite rate", "optimizer.learning_rate=inf", "learning_rate=inf", "more than 0"),
     config("config", "a negative rate", "optimizer.learning_rate=-1", "learning_rate=-1", "more than 0"),
-    config("config", "a mean that is no number", "data.mean=(nan,)", "config.data.mean", "nan", "must be numbers"),
-    config("config", "no deviation", "data.std=(0,)", "config.data.std", "more than 0"),
-    config("config", "as many means as no image has", "data.mean=(0.1,0.2)", "config.data.mean", "1 number"),
-    config("config", "two channels", "data.channels=2", "config.data.channels=2", "1 or 3"),
+    config("config", "a mean that is no number", "data.image.mean=(nan,)", "data.image.mean", "nan", "must be numbers"),
+    config("config", "no deviation", "data.image.std=(0,)", "config.data.image.std", "more than 0"),
+    config("config", "as many means as no image has", "data.image.mean=(0.1,0.2)", "data.image.mean", "1 number"),
+    config("config", "two channels", "data.image.channels=2", "config.data.image.channels=2", "1 or 3"),
     config("config", "an empty batch", "batch_size=0", "config.batch_size=0", "at least 1"),
     config("config", "a batch larger than the data", "batch_size=101", "config.batch_size=101", "100 examples"),
     config("config", "a batch beyond all", "batch_size=999999999999", "config.batch_size=999999999999", "examples"),
@@ -196,18 +210,19 @@ CASES = [
     config("config", "knots beyond the end", "schedule.name=piecewise schedule.knots=((0,1),(2,0))", "schedule", "0"),
     config("config", "a key without effect", "loss.bce_sum=True", "bce_sum", "config.loss.name=cross_entropy"),
     config(
-        *("config", "crops smaller than images", "data.crop=stretched data.image_size=12 data.crop_resize=(8,16)"),
+        *("config", "crops smaller than images"),
+        "data.image.crop=stretched data.image.size=12 data.image.crop_resize=(8,16)",
         *("crop_resize=(8, 16)", "12"),
     ),
     config(
-        *("config", "crops next to nothing", "data.crop=scaled data.image_size=12"),
-        *("config.data.crop_resize=(256, 480)", "12 pixels"),
+        *("config", "crops next to nothing", "data.image.crop=scaled data.image.size=12"),
+        *("config.data.image.crop_resize=(256, 480)", "12 pixels"),
     ),
     config("config", "a pattern of nothing", 'optimizer.no_decay=(\'head/.*x\',)', "no_decay", "matches no parameter"),
     config("config", "no pattern", "optimizer.no_decay=('[',)", "no_decay", "is no pattern"),
     config("config", "two rates for one", f"optimizer.rate_factors={RATES}", "rate_factors", "both cover head/bias"),
     config("config", "a part there is none of", "freeze=('hed',)", "config.freeze", "did you mean head?"),
-    config("config", "images too small", "data.image_size=1", "cifar_resnet8", "at least 2", "have 1"),
+    config("config", "images too small", "data.image.size=1", "cifar_resnet8", "at least 2", "have 1"),
     config("data", "a dataset there is none of", "data.name=cifar01", "cifar01", "cifar10"),
     config(
         *("data", "a dataset not prepared", "data.name=cifar10 data.data_dir={tmp}"),
@@ -232,7 +247,7 @@ CASES = [
     arrays("floating-point labels", {"y_train": np.zeros(100)}, "y_train is float64"),
     arrays("a label too few", {"y_train": np.zeros(99, int)}, "100 train images, but 99 labels"),
     arrays("images without pixels", {"x_train": np.zeros((100, 0, 12), np.uint8)}, "train images are (0, 12, 1)"),
-    arrays("images of two sizes", {"x_test": np.zeros((37, 14, 14), np.uint8)}, "(12, 12", "data.image_size"),
+    arrays("images of two sizes", {"x_test": np.zeros((37, 14, 14), np.uint8)}, "(12, 12", "data.image.size"),
     arrays("no array of images", {"x_train": np.zeros(100, np.uint8)}, "train images have shape (100,)"),
     arrays("pickled objects", {"x_train": np.array([None] * 100)}, "cannot be read as .npz"),
     files("data", "images of no bytes", images_of_a_folder(b""), FOLDER, "decoded"),

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_main
 from PIL import Image
+from tiny import data_config
 
-from jax_resnet.config import default
 from jax_resnet.data.batches import Ledger, eval_batch, train_batch
 from jax_resnet.data.dataset import Split
 from jax_resnet.data.sampling import Phase, train_indices
@@ -86,15 +86,13 @@ def write_folder(root: Path, files: dict[str, bytes], good: int) -> Path:
 def train(folder: Path, workdir: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return run_main(
         f"--config={TINY}:none", f"--workdir={workdir}", f"--config.data.name=folder:{folder}",
-        "--config.data.image_size=12", "--config.data.channels=3", "--config.data.mean=(.5,.5,.5)",
-        "--config.data.std=(.2,.2,.2)", "--config.train.epochs=2", *more,
+        "--config.data.image.size=12", "--config.data.image.channels=3", "--config.data.image.mean=(.5,.5,.5)",
+        "--config.data.image.std=(.2,.2,.2)", "--config.train.epochs=2", *more,
     )  # fmt: skip
 
 
 def opened(folder: Path) -> Split:
-    c = default().data
-    c.update(name=f"folder:{folder}", image_size=8)
-    return open_dataset(c).train
+    return open_dataset(data_config(name=f"folder:{folder}", size=8)).train
 
 
 # ---- by the command --------------------------------------------------------------------------------------------------

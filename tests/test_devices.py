@@ -37,9 +37,9 @@ def column(rows: list[dict], kind: str, name: str) -> list[float]:
         [
             "--config.model.bn_group_size=2",
             "--config.model.dropout=0.3",
-            "--config.data.erase=0.3",
+            "--config.data.image.erase=0.3",
             "--config.data.mixup=0.2",
-            "--config.data.cutmix=1.0",
+            "--config.data.image.cutmix=1.0",
         ],
     ],
 )
@@ -118,7 +118,7 @@ options = {"depths": depths, "dtype": jnp.bfloat16, "bn_group_size": int(sys.arg
 make = lambda rngs: create_model("resnet50", num_classes=1000, rngs=rngs, **options)
 graph, state, _ = make_state(make, optimizer, 0, whole)
 config = default()
-config.data.crop, config.loss.label_smoothing = "pad", 0.1
+config.data.image.crop, config.loss.label_smoothing = "pad", 0.1
 step = make_train_step(graph, optimizer, config)
 batch = {"image": jax.ShapeDtypeStruct((16, 64, 64, 3), jnp.uint8, sharding=rows),
          "label": jax.ShapeDtypeStruct((16,), jnp.int32, sharding=rows)}

@@ -99,7 +99,7 @@ options = {"num_classes": 4, "dtype": jnp.bfloat16, "bn_group_size": 4}
 make = lambda rngs: as_summed(create_model("cifar_resnet8", rngs=rngs, **options))
 graph, state, _ = make_state(make, optimizer, 0, whole)
 config = default()
-config.data.crop = "none"
+config.data.image.crop = "none"
 batch = {"image": jax.ShapeDtypeStruct((16, 16, 16, 3), jnp.uint8, sharding=rows),
          "label": jax.ShapeDtypeStruct((16,), jnp.int32, sharding=rows)}
 step = make_train_step(graph, optimizer, config, parts=parts_sharding(mesh))

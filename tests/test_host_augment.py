@@ -26,7 +26,7 @@ from jax_resnet.data.image.augment import (
 )
 from jax_resnet.errors import UserError
 
-NOTHING = Augmentation.of(default().data)
+NOTHING = Augmentation.of(default().data.image)
 GEOMETRY = ("ShearX", "ShearY", "Rotate")
 
 
@@ -378,47 +378,61 @@ def test_the_default_asks_for_nothing():
 )
 def test_what_a_config_asks_for_survives_its_file(changes):
     c = default()
-    c.data.update(changes)
+    c.data.image.update(changes)
     validate(c)
-    assert Augmentation.of(c.data)
-    assert Augmentation.of(from_json(to_json(c)).data) == Augmentation.of(c.data)
+    assert Augmentation.of(c.data.image)
+    assert Augmentation.of(from_json(to_json(c)).data.image) == Augmentation.of(c.data.image)
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"data.randaugment": (2,)}, r"randaugment=\(2,\): must be two whole numbers"),
-        ({"data.randaugment": (2, 31)}, r"randaugment=\(2, 31\): must be .*0 … 30"),
-        ({"data.randaugment": (2.0, 9)}, "two whole numbers"),
-        ({"data.randaugment": (-1, 9)}, "two whole numbers"),
-        ({"data.randaugment": (1, 9), "data.trivial_augment": True}, "randaugment and trivial_augment: choose one"),
+        ({"data.image.randaugment": (2,)}, r"randaugment=\(2,\): must be two whole numbers"),
+        ({"data.image.randaugment": (2, 31)}, r"randaugment=\(2, 31\): must be .*0 … 30"),
+        ({"data.image.randaugment": (2.0, 9)}, "two whole numbers"),
+        ({"data.image.randaugment": (-1, 9)}, "two whole numbers"),
         (
-            {"data.randaugment": (1, 9), "data.randaugment_timm": (1, 9.0, 0.5, 0.5)},
+            {"data.image.randaugment": (1, 9), "data.image.trivial_augment": True},
+            "randaugment and trivial_augment: choose one",
+        ),
+        (
+            {"data.image.randaugment": (1, 9), "data.image.randaugment_timm": (1, 9.0, 0.5, 0.5)},
             "randaugment and randaugment_timm: choose one of them",
         ),
-        ({"data.randaugment_timm": (2, 9.0, 0.5)}, r"randaugment_timm=\(2, 9.0, 0.5\): must be a whole number of"),
-        ({"data.randaugment_timm": (2.0, 9.0, 0.5, 0.5)}, "a whole number of operations"),
-        ({"data.randaugment_timm": (2, 11.0, 0.5, 0.5)}, "0 … 10"),
-        ({"data.randaugment_timm": (2, 9.0, 0.5, 1.5)}, "their probability"),
-        ({"data.randaugment_timm": (2, 9.0, -0.5, 0.5)}, "its deviation"),
-        ({"data.augment_interpolation": "bilinaer"}, "did you mean bilinear"),
-        ({"data.color_jitter": (0.4, 0.4, 0.4)}, "color_jitter=.*: must be four numbers"),
-        ({"data.color_jitter": (0.4, 0.4, 0.4, 0.6)}, "at most 0.5"),
-        ({"data.color_jitter": (0.4, -0.4, 0.4, 0.1)}, "not negative"),
-        ({"data.color_jitter": (0.4, "x", 0.4, 0.1)}, "must be numbers"),
-        ({"data.flip_alternate": True, "data.flip": False}, "config.data.flip_alternate=True: which images"),
         (
-            {"data.pca_noise": 0.1, "data.channels": 1, "data.mean": (0.5,), "data.std": (0.2,)},
-            "config.data.pca_noise=0.1: .* config.data.channels=1",
+            {"data.image.randaugment_timm": (2, 9.0, 0.5)},
+            r"randaugment_timm=\(2, 9.0, 0.5\): must be a whole number of",
+        ),
+        ({"data.image.randaugment_timm": (2.0, 9.0, 0.5, 0.5)}, "a whole number of operations"),
+        ({"data.image.randaugment_timm": (2, 11.0, 0.5, 0.5)}, "0 … 10"),
+        ({"data.image.randaugment_timm": (2, 9.0, 0.5, 1.5)}, "their probability"),
+        ({"data.image.randaugment_timm": (2, 9.0, -0.5, 0.5)}, "its deviation"),
+        ({"data.image.augment_interpolation": "bilinaer"}, "did you mean bilinear"),
+        ({"data.image.color_jitter": (0.4, 0.4, 0.4)}, "color_jitter=.*: must be four numbers"),
+        ({"data.image.color_jitter": (0.4, 0.4, 0.4, 0.6)}, "at most 0.5"),
+        ({"data.image.color_jitter": (0.4, -0.4, 0.4, 0.1)}, "not negative"),
+        ({"data.image.color_jitter": (0.4, "x", 0.4, 0.1)}, "must be numbers"),
+        (
+            {"data.image.flip_alternate": True, "data.image.flip": False},
+            "config.data.image.flip_alternate=True: which images",
         ),
         (
-            {"data.crop": "scaled", "data.image_size": 288},
+            {
+                "data.image.pca_noise": 0.1,
+                "data.image.channels": 1,
+                "data.image.mean": (0.5,),
+                "data.image.std": (0.2,),
+            },
+            "config.data.image.pca_noise=0.1: .* config.data.image.channels=1",
+        ),
+        (
+            {"data.image.crop": "scaled", "data.image.size": 288},
             r"crop_resize=\(256, 480\): is less than the 288 pixels of a crop",
         ),
-        ({"data.crop": "stretched", "data.image_size": 300}, "for config.data.crop=stretched"),
+        ({"data.image.crop": "stretched", "data.image.size": 300}, "for config.data.image.crop=stretched"),
         ({"data.mixup": -0.1}, "config.data.mixup=-0.1"),
-        ({"data.cutmix": math.nan}, "config.data.cutmix=nan"),
-        ({"data.erase": 1.1}, "config.data.erase=1.1"),
+        ({"data.image.cutmix": math.nan}, "config.data.image.cutmix=nan"),
+        ({"data.image.erase": 1.1}, "config.data.image.erase=1.1"),
         ({"data.mixup": 0.2, "batch_size": 25}, "config.batch_size=25: must be even"),
     ],
 )

@@ -429,7 +429,7 @@ def test_without_libjpeg_turbo_3_auto_means_simplejpeg_and_turbojpeg_is_refused(
     monkeypatch.setattr(decoders, "_library", lambda: None)
     assert choose_decoder("auto") == choose_decoder("simplejpeg") == "simplejpeg"
     assert describe("simplejpeg") == f"simplejpeg {simplejpeg.__version__}"
-    with pytest.raises(UserError, match=r"config\.data\.decoder=turbojpeg: .* pip install turbojpeg"):
+    with pytest.raises(UserError, match=r"config\.data\.image\.decoder=turbojpeg: .* pip install turbojpeg"):
         choose_decoder("turbojpeg")
 
 
@@ -450,7 +450,9 @@ def test_a_library_of_another_version_or_kind_is_passed_over(monkeypatch):
 
 
 def test_an_unknown_decoder_is_a_mistake_with_a_hint():
-    with pytest.raises(UserError, match=r"config\.data\.decoder: unknown name 'turbo'; did you mean turbojpeg\?"):
+    with pytest.raises(
+        UserError, match=r"config\.data\.image\.decoder: unknown name 'turbo'; did you mean turbojpeg\?"
+    ):
         choose_decoder("turbo")
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from ml_collections import ConfigDict
+from tiny import data_config
 
-from jax_resnet.config import default
 from jax_resnet.data import loader
 from jax_resnet.data.batches import generator, train_batch
 from jax_resnet.data.dataset import ArraySplit, EncodedSplit, Pixels, Split
@@ -43,24 +43,21 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Split:
             for i in range(4):
                 pixels = rng.integers(0, 256, (rng.integers(10, 30), rng.integers(10, 30), 3), dtype=np.uint8)
                 (root / part / cls / f"{i}.png").write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
-    c = default().data
-    c.update(name=f"folder:{root}", image_size=8, crop="random_resized")
-    return open_dataset(c).train
+    return open_dataset(data_config(name=f"folder:{root}", size=8, crop="random_resized")).train
 
 
 def numbered(count: int) -> ArraySplit:
     """2×2 images; the pixels of each, and its label, are its number."""
     numbers = np.arange(count)
     images = np.broadcast_to(numbers[:, None, None, None], (count, 2, 2, 1)).astype(np.uint8)
-    return ArraySplit("numbered", Pixels.of(reading(channels=1, crop="none"), None), images, numbers.astype(np.int32))
+    return ArraySplit(
+        "numbered", Pixels.of(reading(channels=1, crop="none").image, None), images, numbers.astype(np.int32)
+    )
 
 
 def reading(**changes: Any) -> ConfigDict:
     """config.data with one reading thread, or as `changes` say."""
-    c = default().data
-    c.update(threads=1, workers=0)
-    c.update(changes)
-    return c
+    return data_config(**{"threads": 1, "workers": 0} | changes)
 
 
 def evaluated(split: Split, sharding: NamedSharding, batch_size: int, threads: int = 1) -> list[dict[str, np.ndarray]]:
@@ -359,9 +356,7 @@ def test_a_file_that_is_damaged_while_training_is_named(tmp_path: Path, sharding
     for part in ("train/a", "val/a"):
         (tmp_path / part).mkdir(parents=True)
         cv2.imwrite(str(tmp_path / part / "1.png"), np.zeros((8, 8, 3), np.uint8))
-    c = default().data
-    c.update(name=f"folder:{tmp_path}", image_size=8)
-    split = open_dataset(c).train
+    split = open_dataset(data_config(name=f"folder:{tmp_path}", size=8)).train
     (tmp_path / "train" / "a" / "1.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"^train split: .*/train/a/1\.png: not an image"):
         stream(split, sharding, 0, 3)

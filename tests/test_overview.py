@@ -141,8 +141,14 @@ def test_what_is_done_otherwise_by_part(tiny_config):
 
 def test_what_is_on_is_shown_in_its_order(tiny_config):
     c = tiny_config
-    c.data.randaugment, c.data.color_jitter = (2, 9), (0.4, 0.4, 0.4, 0.0)
-    c.data.flip, c.data.erase, c.data.mixup, c.data.cutmix, c.data.mix_until = True, 0.25, 0.2, 1.0, 0.9
+    c.data.image.randaugment, c.data.image.color_jitter = (2, 9), (0.4, 0.4, 0.4, 0.0)
+    c.data.image.flip, c.data.image.erase, c.data.mixup, c.data.image.cutmix, c.data.mix_until = (
+        True,
+        0.25,
+        0.2,
+        1.0,
+        0.9,
+    )
     c.ema.decay, c.ema.every = 0.999, 5
     c.loss.name, c.loss.bce_threshold = "bce", 0.2
     c.distill.teacher = "/weights/teacher.safetensors"  # not read

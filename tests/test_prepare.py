@@ -22,9 +22,9 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
+from tiny import data_config
 
 from jax_resnet.commands import prepare as command_prepare
-from jax_resnet.config import default
 from jax_resnet.data import prepare
 from jax_resnet.data.image.images import decode
 from jax_resnet.data.sources import open_dataset
@@ -85,10 +85,7 @@ def broken_lines(folder: Path) -> list[str]:
 
 
 def config(folder: Path, **changes: Any) -> ConfigDict:
-    c = default().data
-    c.name, c.crop, c.image_size = f"prepared:{folder}", "none", 16
-    c.update(changes)
-    return c
+    return data_config(**{"name": f"prepared:{folder}", "crop": "none", "size": 16} | changes)
 
 
 def stored(folder: Path, split: str = "train") -> list[tuple[bytes, int]]:
@@ -171,7 +168,7 @@ def test_images_of_one_size_are_kept_in_memory(tmp_path, monkeypatch):
         (tmp_path / "from" / name).mkdir(parents=True)
         (tmp_path / "from" / name / "1.jpg").write_bytes(jpeg(50 * i))
     here(monkeypatch, tmp_path / "from", tmp_path / "to")
-    dataset = open_dataset(config(tmp_path / "to", image_size=None))
+    dataset = open_dataset(config(tmp_path / "to", size=None))
     assert dataset.train.image_shape == (24, 32, 3)
 
 
@@ -188,8 +185,8 @@ def test_class_folders_alone_become_one_split_that_can_be_cut(tmp_path, monkeypa
 def test_a_tfds_dataset_is_written_as_it_is(tmp_path, monkeypatch):
     open_dataset(config(tmp_path, name="digits", channels=1, data_dir=str(tmp_path / "tfds")))
     here(monkeypatch, "tfds:digits", tmp_path / "to", f"--data_dir={tmp_path / 'tfds'}")
-    ours = open_dataset(config(tmp_path / "to", channels=1, image_size=None))
-    theirs = open_dataset(config(tmp_path, name="digits", channels=1, image_size=None, data_dir=str(tmp_path / "tfds")))
+    ours = open_dataset(config(tmp_path / "to", channels=1, size=None))
+    theirs = open_dataset(config(tmp_path, name="digits", channels=1, size=None, data_dir=str(tmp_path / "tfds")))
     for a, b in ((ours.train, theirs.train), (ours.eval, theirs.eval)):
         for x, y in zip(a.read(np.arange(len(a)), None), b.read(np.arange(len(b)), None), strict=True):
             np.testing.assert_array_equal(x, y)
@@ -629,7 +626,7 @@ def test_what_tfds_wrote_through_beam_is_read(tmp_path):
     done = programs.run(args, cwd=tmp_path / "builders", env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Python sdk harness exiting" in done.stderr  # as only such a process says
-    dataset = open_dataset(config(tmp_path / "photos" / "1.0.0", image_size=None))
+    dataset = open_dataset(config(tmp_path / "photos" / "1.0.0", size=None))
     for split, expected in ((dataset.train, range(40)), (dataset.eval, range(40, 50))):
         images, labels = split.read(np.arange(len(split)), None)
         found = {image.tobytes(): label for image, label in zip(images, labels, strict=True)}

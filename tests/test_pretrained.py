@@ -152,7 +152,7 @@ def test_what_the_command_says(tiny_npz: Path, tensors: dict[str, np.ndarray], t
     assert ["loaded", "25 of 27 arrays"] in lines
     assert ["left", "out  fc.bias, fc.weight"] in lines
     assert ["new", "head/bias, head/kernel"] in lines
-    assert any(line[0] == "note" and "--config.data.mean=(0.5,)" in line[1] for line in lines)
+    assert any(line[0] == "note" and "--config.data.image.mean=(0.5,)" in line[1] for line in lines)
     assert done.returncode == 0
 
 
@@ -239,7 +239,7 @@ def test_akamaster_by_the_command(shared: Path, tmp_path: Path) -> None:
         "--mode=eval", "--checkpoint=init", "--config=resnet_cifar", f"--workdir={tmp_path}",
         f"--config.init_from={shared / 'oracle' / 'akamaster_resnet20.th'}",
         f"--config.data.name=npz:{shared / 'data' / 'cifar10_lossless_subset.npz'}",
-        "--config.data.mean=(0.485, 0.456, 0.406)", "--config.data.std=(0.229, 0.224, 0.225)",
+        "--config.data.image.mean=(0.485, 0.456, 0.406)", "--config.data.image.std=(0.229, 0.224, 0.225)",
     )  # fmt: skip
     assert "91.50 % (915 of 1,000)" in done.stdout, done.stderr
 
@@ -308,7 +308,7 @@ def test_from_the_hub(hub: Path, tiny_npz: Path, tensors: dict[str, np.ndarray],
     done = begin("hf://timm/tiny")
     assert done.returncode == 0, done.stderr
     assert f"{len(tensors)} of {len(tensors)} arrays" in done.stdout
-    assert "--config.data.mean=(0.5,)" in done.stdout
+    assert "--config.data.image.mean=(0.5,)" in done.stdout
 
 
 # ---- freezing and layer-wise decay -----------------------------------------------------------------------------------
@@ -386,8 +386,8 @@ def test_timm_knows_a_network_by_what_changes_its_answers(options: dict[str, Any
 )
 def test_what_is_exported_is_evaluated_by_timm_as_here(crop: str, expected: tuple[float, str]) -> None:
     c = default()
-    c.data.update({"crop": crop, "eval_crop": 0.9, "interpolation": "bicubic", "image_size": 224})
-    assert Pixels.of(c.data, 224).eval_crop == expected[0]
+    c.data.image.update({"crop": crop, "eval_crop": 0.9, "interpolation": "bicubic", "size": 224})
+    assert Pixels.of(c.data.image, 224).eval_crop == expected[0]
     facts = {"image_shape": [224, 224, 3], "class_names": ["a"]}
     found = hub_config("resnet50", model_spec("resnet50"), c, 1, facts)["pretrained_cfg"]
     assert (found["crop_pct"], found["crop_mode"], found["interpolation"]) == (*expected, "bicubic")
@@ -395,7 +395,7 @@ def test_what_is_exported_is_evaluated_by_timm_as_here(crop: str, expected: tupl
 
 def test_export_of_a_run(tiny_config: ConfigDict, tmp_path: Path) -> None:
     tiny_config.model.update(name="test_resnet", depths=None, widths=None)
-    tiny_config.data.image_size = 32
+    tiny_config.data.image.size = 32
     tiny_config.stop_after_steps = 2
     train(tiny_config, tmp_path / "run")
     files = export(tmp_path / "run", checkpoint="latest")

@@ -19,6 +19,7 @@ from conftest import ROOT, main_command, main_env, run_main
 from ml_collections import ConfigDict
 from programs import until
 from test_resume import assert_bit_identical, wait_for_step
+from tiny import data_config
 
 from jax_resnet.config import default, differences, duration, from_json, to_json, validate
 from jax_resnet.data.sampling import Phase, train_indices
@@ -47,7 +48,7 @@ def config(tiny_config: ConfigDict) -> ConfigDict:
     """3 epochs of 100 images: 4 steps of 32 (128 examples), 6 of 16 (to 224), 10 of 8 (to 304)."""
     c = tiny_config
     c.model.depths, c.model.widths = (1,), (16,)
-    c.data.crop = "none"
+    c.data.image.crop = "none"
     c.train, c.progressive, c.log_every = duration(epochs=3), ROWS, 1
     c.schedule.warmup, c.eval.every, c.checkpoint.every = (duration(examples=n) for n in (48, 100, 50))
     return c
@@ -154,8 +155,7 @@ def test_the_rate_of_each_update_is_that_of_its_place_in_the_data(config, name, 
 
 @pytest.mark.parametrize("own", [None, 9])
 def test_images_in_memory_come_at_the_size_that_is_asked_for(tiny_npz: Path, own: int | None):
-    c = default().data
-    c.update(name=f"npz:{tiny_npz}", channels=1, crop="pad", image_size=own)
+    c = data_config(name=f"npz:{tiny_npz}", channels=1, crop="pad", size=own)
     split, indices = open_dataset(c).train, np.array([5, 0, 99])
     pixels = np.load(tiny_npz)["x_train"]
     for size in (6, 12, 15, None):
@@ -173,10 +173,9 @@ def test_images_in_files_come_at_the_size_that_is_asked_for(tmp_path: Path, crop
     for part in ("train/a", "val/a"):
         (tmp_path / part).mkdir(parents=True)
         cv2.imwrite(str(tmp_path / part / "1.png"), rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
-    c = default().data
-    c.update(name=f"folder:{tmp_path}", image_size=8, crop=crop)
+    c = data_config(name=f"folder:{tmp_path}", size=8, crop=crop)
     split = open_dataset(c).train
-    c.image_size = 14
+    c.image.size = 14
     own = open_dataset(c).train  # its images are of 14 pixels anyway
     for rngs in (lambda: None, lambda: [np.random.default_rng(3)]):
         images, _, _ = split.read(np.array([0]), rngs(), 14)
@@ -311,7 +310,7 @@ def test_each_kind_of_batch_compiles_once_and_stops_and_devices_change_nothing(
 
     # From the command line, on two devices.
     options = [f"--config={ROOT / 'tests' / 'tiny.py'}:{tiny_npz}", f"--config.progressive={ROWS}"]
-    options += ["--config.model.depths=(1,)", "--config.model.widths=(16,)", "--config.data.crop=none"]
+    options += ["--config.model.depths=(1,)", "--config.model.widths=(16,)", "--config.data.image.crop=none"]
     options += ["--config.train.epochs=3", "--config.schedule.warmup.examples=48", "--config.log_every=1"]
     options += ["--config.eval.every.examples=100", "--config.checkpoint.every.examples=50"]
     done = run_main(*options, f"--workdir={tmp_path / 'two'}", devices=2)

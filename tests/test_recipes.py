@@ -100,7 +100,7 @@ def test_the_size_of_encoded_images_decides_too(shared: Path, tmp_path: Path) ->
         (tmp_path / str(i % 2) / file.name).symlink_to(file)
     c = loaded(f"bit_hyperrule:folder:{tmp_path}")
     validate(c)
-    assert (c.data.image_size, c.data.holdout, c.train.steps) == (480, 0.2, 500)
+    assert (c.data.image.size, c.data.holdout, c.train.steps) == (480, 0.2, 500)
 
 
 # ---- what they say ---------------------------------------------------------------------------------------------------
@@ -197,8 +197,8 @@ def shrunk(config: ConfigDict, images: Path) -> ConfigDict:
         return max(16, 4 * round(pixels / 32))
 
     c.data.name, c.data.data_dir, c.data.holdout = f"npz:{images}", None, 0.0
-    c.data.image_size = SIDE
-    c.data.crop_resize = tuple(max(SIDE, size(pixels)) for pixels in c.data.crop_resize)
+    c.data.image.size = SIDE
+    c.data.image.crop_resize = tuple(max(SIDE, size(pixels)) for pixels in c.data.image.crop_resize)
     stages = 2 if c.model.antialias else 1  # only from the second on have blocks a stride
     width = 32 if "_bit" in c.model.name else 8  # its norm has 32 groups
     c.model.depths, c.model.widths, c.model.stem_width = (1,) * stages, (width,) * stages, width
@@ -241,9 +241,9 @@ OFTEN = ("resnet50_imagenet", "resnet_rs:200", "strikes_back:a1", "cifar_speed:1
 )
 def test_it_trains(config: str, images: Path, tmp_path: Path) -> None:
     c = loaded(config)
-    if c.data.channels == 1:
+    if c.data.image.channels == 1:
         c = c.copy_and_resolve_references()
-        c.data.channels, c.data.mean, c.data.std = 3, (0.5,) * 3, (0.25,) * 3
+        c.data.image.channels, c.data.image.mean, c.data.image.std = 3, (0.5,) * 3, (0.25,) * 3
     trains(shrunk(c, images), tmp_path)
 
 

@@ -128,7 +128,7 @@ def test_random_crops_of_a_folder_at_two_sizes(tmp_path: Path) -> None:
                 image[..., 2 if cls == "red" else 0] += 150
                 cv2.imwrite(str(tmp_path / "data" / split / cls / f"{i}.jpg"), image)
     c = default()
-    c.update({"batch_size": 8, "model": {"name": "cifar_resnet8"}, "data": {"image_size": 16}})
+    c.update({"batch_size": 8, "model": {"name": "cifar_resnet8"}, "data": {"image": {"size": 16}}})
     c.data.name = f"folder:{tmp_path / 'data'}"
     c.train.epochs = 10
     c.optimizer.reference_batch = 8

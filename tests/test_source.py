@@ -11,9 +11,9 @@ import cv2
 import numpy as np
 import programs
 import pytest
+import tiny
 from ml_collections import ConfigDict
 
-from jax_resnet.config import default
 from jax_resnet.data import tfds as tfds_source
 from jax_resnet.data.dataset import Dataset, EncodedSplit, Pixels, Split
 from jax_resnet.data.sources import open_dataset
@@ -23,10 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def data_config(name: str, **changes: Any) -> ConfigDict:
-    c = default().data
-    c.name, c.crop = name, "none"
-    c.update(changes)
-    return c
+    return tiny.data_config(**{"name": name, "crop": "none"} | changes)
 
 
 def refusal(c: ConfigDict) -> str:
@@ -90,7 +87,7 @@ def test_digits_with_three_channels_are_grey(digits_dir):
 
 
 def test_digits_are_resized_to_the_image_size(digits_dir):
-    dataset = open_dataset(data_config("digits", data_dir=str(digits_dir), channels=1, image_size=16))
+    dataset = open_dataset(data_config("digits", data_dir=str(digits_dir), channels=1, size=16))
     small, _ = read_all(open_dataset(data_config("digits", data_dir=str(digits_dir), channels=1)).eval)
     large, _ = read_all(dataset.eval)
     assert dataset.train.image_shape == (16, 16, 1)
@@ -107,7 +104,7 @@ def test_opening_digits_imports_neither_tensorflow_nor_torch(tmp_path):
         "from jax_resnet.config import default\n"
         "from jax_resnet.data.sources import open_dataset\n"
         "c = default().data\n"
-        f"c.name, c.channels, c.data_dir = 'digits', 1, {str(tmp_path / 'tfds')!r}\n"
+        f"c.name, c.image.channels, c.data_dir = 'digits', 1, {str(tmp_path / 'tfds')!r}\n"
         "dataset = open_dataset(c)\n"
         "print(len(dataset.train), sorted({'tensorflow', 'torch'} & set(sys.modules)))\n"
     )
@@ -253,7 +250,7 @@ def photos_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_dataset_of_images_of_many_sizes_is_decoded_when_read(photos_dir):
-    dataset = open_dataset(data_config("photos", data_dir=str(photos_dir), image_size=8))
+    dataset = open_dataset(data_config("photos", data_dir=str(photos_dir), size=8))
     assert dataset.class_names == ("cat", "dog")
     assert dataset.eval.name == "validation"
     assert sorted(values(dataset.train)) == [(20 * i, i % 2) for i in range(6)]
@@ -265,11 +262,11 @@ def test_dataset_of_images_of_many_sizes_is_decoded_when_read(photos_dir):
 def test_dataset_of_images_of_many_sizes_needs_one(photos_dir):
     text = refusal(data_config("photos", data_dir=str(photos_dir)))
     assert text.startswith("config.data.name=photos: its images differ in size")
-    assert "--config.data.image_size=" in text
+    assert "--config.data.image.size=" in text
 
 
 def test_dataset_without_labels_is_refused(photos_dir):
-    text = refusal(data_config("unlabelled", data_dir=str(photos_dir), image_size=8))
+    text = refusal(data_config("unlabelled", data_dir=str(photos_dir), size=8))
     assert text == "config.data.name=unlabelled: not an image-classification dataset (its features: image)"
 
 
@@ -337,7 +334,7 @@ def test_npz_of_colour_images_for_a_grey_network(tmp_path):
 
 def test_npz_images_are_resized_to_the_image_size(tmp_path):
     x_train = np.repeat(np.repeat(np.arange(6 * 25, dtype=np.uint8).reshape(6, 5, 5), 2, axis=1), 2, axis=2)
-    dataset = open_dataset(data_config(write_npz(tmp_path, x_train=x_train), channels=1, image_size=5))
+    dataset = open_dataset(data_config(write_npz(tmp_path, x_train=x_train), channels=1, size=5))
     np.testing.assert_array_equal(read_all(dataset.train)[0].ravel(), np.arange(6 * 25))
     assert dataset.eval.image_shape == (5, 5, 1)
 
@@ -358,7 +355,7 @@ def test_npz_images_are_resized_to_the_image_size(tmp_path):
         ({"y_test": np.eye(4, dtype=int)}, "4 test images, but 16 labels"),
         ({"x_train": np.zeros((0, 5, 5), np.uint8), "y_train": np.zeros(0, int)}, "the train split is empty"),
         ({"x_test": np.zeros((0, 5, 5), np.uint8), "y_test": np.zeros(0, int)}, "the test split is empty"),
-        ({"x_test": np.zeros((4, 7, 7), np.uint8)}, "(5, 5, 1), test images (7, 7, 1); set config.data.image_size"),
+        ({"x_test": np.zeros((4, 7, 7), np.uint8)}, "(5, 5, 1), test images (7, 7, 1); set config.data.image.size"),
     ],
 )
 def test_npz_with_a_fault_is_refused_in_a_line_that_names_it(tmp_path, changes, expected):
@@ -405,8 +402,8 @@ def test_npz_that_is_not_there_or_a_folder_is_refused(tmp_path):
 def test_random_crops_of_images_that_are_not_square_need_a_size(tmp_path):
     wide = {"x_train": np.zeros((6, 5, 8), np.uint8), "x_test": np.zeros((4, 5, 8), np.uint8)}
     c = data_config(write_npz(tmp_path, **wide), channels=1, crop="random_resized")
-    assert "set config.data.image_size" in refusal(c)
-    c.image_size = 4
+    assert "set config.data.image.size" in refusal(c)
+    c.image.size = 4
     assert open_dataset(c).train.image_shape == (4, 4, 1)
 
 
@@ -425,7 +422,7 @@ def write_images(root: Path, *files: str) -> None:
 
 
 def folder_config(root: Path, **changes: Any) -> ConfigDict:
-    return data_config(f"folder:{root}", **({"image_size": 4} | changes))
+    return data_config(f"folder:{root}", **({"size": 4} | changes))
 
 
 def open_folder(root: Path, *files: str, **changes: Any) -> Dataset:
@@ -500,7 +497,7 @@ def test_holdout_is_not_simply_the_first_files(tmp_path):
         (["train/a/1.png", "val/a/1.png"], {"eval_split": "vall"}, "train/ has no vall/ beside it"),
         (["train/a/1.png", "val/a/1.png"], {"train_split": "trian"}, "no subfolder 'trian'; did you mean train?"),
         (["a/1.png", "b/1.png"], {}, "--config.data.holdout=0.2"),
-        (["train/a/1.png", "val/a/1.png"], {"image_size": None}, "--config.data.image_size="),
+        (["train/a/1.png", "val/a/1.png"], {"size": None}, "--config.data.image.size="),
     ],
 )
 def test_folder_with_a_fault_is_refused_in_a_line_that_names_it(tmp_path, files, changes, expected):
@@ -547,7 +544,7 @@ def test_label_out_of_range_is_named_when_it_is_read():
     png = cv2.imencode(".png", np.zeros((4, 4, 3), np.uint8))[1].tobytes()
     for label in (-1, 3):
         records = [(png, 0, "record 0"), (png, label, "record 1")]
-        pixels = Pixels.of(data_config(""), 4)
+        pixels = Pixels.of(data_config("").image, 4)
         split = EncodedSplit("train", pixels, 2, lambda i, r=records: [r[j] for j in i], 3)
         expected = f"train split: record 1 has label {label}; labels must lie in 0 … 2"
         assert read_refusal(split) == expected
@@ -569,7 +566,7 @@ def test_evaluation_reads_the_centre_and_training_a_random_part(tmp_path):
     for part in ("train", "val"):
         (tmp_path / part / "a").mkdir(parents=True)
         cv2.imwrite(str(tmp_path / part / "a" / "1.png"), columns)
-    dataset = open_dataset(folder_config(tmp_path, image_size=14, crop="random_resized"))  # 14 / 0.875 = 16
+    dataset = open_dataset(folder_config(tmp_path, size=14, crop="random_resized"))  # 14 / 0.875 = 16
     np.testing.assert_array_equal(read_all(dataset.eval)[0][0], columns[1:15, 5:19])
     drawn = [dataset.train.read(np.array([0]), [np.random.default_rng(seed)])[0].tobytes() for seed in range(5)]
     assert len(set(drawn)) == 5
@@ -585,7 +582,7 @@ def test_scaled_and_stretched_crops_are_boxes_of_the_image_and_evaluation_sees_i
     # Of the side 8·f, f from 2 to 4, a square of 8: 1/f of the short side, or of both.
     extents = {"scaled": (160, 160), "stretched": (160, 240)}
     for crop, (height, width) in extents.items():
-        how = {"image_size": 8, "crop_resize": (16, 32), "antialias": True}
+        how = {"size": 8, "crop_resize": (16, 32), "antialias": True}
         dataset = open_dataset(folder_config(tmp_path, crop=crop, **how))
         shares = {}
         for size in (None, 8, 12, 4):  # with progressive sizes the box is the same
@@ -604,7 +601,7 @@ def test_scaled_and_stretched_crops_are_boxes_of_the_image_and_evaluation_sees_i
                 shares[size], shares[8], atol=0.06
             )  # the outermost pixels weigh what is inside more
         assert (shares[None] == shares[8]).all()
-    how = {"image_size": 80, "crop_resize": (90, 99), "eval_crop": 1.0}
+    how = {"size": 80, "crop_resize": (90, 99), "eval_crop": 1.0}
     scaled, stretched = (
         read_all(open_dataset(folder_config(tmp_path, crop=crop, **how)).eval)[0][0] for crop in extents
     )
@@ -615,8 +612,8 @@ def test_scaled_and_stretched_crops_are_boxes_of_the_image_and_evaluation_sees_i
 
 def test_images_in_memory_resized_to_less_than_a_crop_are_refused(tmp_path):
     text = refusal(data_config(write_npz(tmp_path), channels=1, crop="scaled", crop_resize=(1, 40)))
-    assert text.startswith("config.data.crop_resize=(1, 40): is less than the")
-    assert text.endswith("for config.data.crop=scaled")
+    assert text.startswith("config.data.image.crop_resize=(1, 40): is less than the")
+    assert text.endswith("for config.data.image.crop=scaled")
 
 
 def test_splits_that_would_be_ignored_are_refused(digits_dir, tmp_path):

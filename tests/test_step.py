@@ -129,7 +129,7 @@ def test_the_fresh_state_is_the_network_of_that_seed(tiny_config: ConfigDict) ->
 
 
 def test_the_images_that_the_batch_says_are_mirrored(tiny_config: ConfigDict) -> None:
-    tiny_config.data.crop, tiny_config.data.flip, tiny_config.data.flip_alternate = "none", True, True
+    tiny_config.data.image.crop, tiny_config.data.image.flip, tiny_config.data.image.flip_alternate = "none", True, True
     experiment = build(tiny_config)
     batch = next(batches(experiment, 1))
     assert {name: (of.shape, of.dtype) for name, of in batch.items()} == {

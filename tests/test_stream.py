@@ -116,8 +116,8 @@ from jax_resnet.data.sampling import Phase
 from jax_resnet.data.sources import open_dataset
 from jax_resnet.runtime.mesh import batch_sharding, data_mesh
 c = default().data
-c.update(name="folder:" + sys.argv[1], image_size=64, crop="random_resized", randaugment=(2, 9), threads=2,
-         workers=int(sys.argv[2]), max_broken=0.2)
+c.update(name="folder:" + sys.argv[1], threads=2, workers=int(sys.argv[2]), max_broken=0.2)
+c.image.update(size=64, crop="random_resized", randaugment=(2, 9))
 resident = []
 batches = train_batches(open_dataset(c).train, c, start=0, stop=2000, seed=0, phases=(Phase(0, 2000, None, 16, 0),),
                         sharding=batch_sharding(data_mesh()), report=lambda *_: None)

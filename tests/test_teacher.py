@@ -48,7 +48,8 @@ def test_a_student_that_is_its_teacher_learns_nothing(teacher: tuple[ConfigDict,
     c.init_from = c.distill.teacher = str(workdir)
     c.distill.alpha, c.distill.temperature = 1.0, 2.0
     c.freeze = ("stem", "stage1", "stage2")
-    c.data.update({"flip": True, "mixup": 0.2, "cutmix": 1.0, "erase": 0.5})
+    c.data.mixup = 0.2
+    c.data.image.update({"flip": True, "cutmix": 1.0, "erase": 0.5})
     c.optimizer.weight_decay = 0.0
     c.schedule.warmup.steps = 0
 
@@ -69,7 +70,7 @@ def test_a_student_that_is_its_teacher_learns_nothing(teacher: tuple[ConfigDict,
     assert np.abs(after.params["head"]["kernel"] - start.params["head"]["kernel"]).max() > 1e-3
     assert all(found["loss"] > 1 for found in sums)
     c.distill.alpha = 1.0
-    c.data.mean, c.data.std = (0.5,), (0.4,)  # the teacher goes on with the numbers of its own training
+    c.data.image.mean, c.data.image.std = (0.5,), (0.4,)  # the teacher goes on with the numbers of its own training
     _, _, sums = of(c)
     assert all(found["loss"] > 0.01 for found in sums)  # for the student is another now
 
@@ -80,12 +81,12 @@ def test_a_teacher_that_normalises_otherwise_is_given_its_own_numbers(teacher: t
     images = np.random.default_rng(0).uniform(size=(3, 12, 12, 1)).astype(np.float32)
     logits = []
     for mean, std in (((0.3,), (0.2,)), ((0.6,), (0.7,))):
-        c.data.mean, c.data.std = mean, std
+        c.data.image.mean, c.data.image.std = mean, std
         experiment = build(c)
         from jax_resnet.training.distill import Teacher
 
         found = Teacher.of(
-            c.distill, c.data, 4, np.float32, experiment.sharding.update(spec=jax.sharding.PartitionSpec())
+            c.distill, c.data.image, 4, np.float32, experiment.sharding.update(spec=jax.sharding.PartitionSpec())
         )
         logits.append(found.logits(found.weights, (images - np.float32(mean)) / np.float32(std)))
     np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-5)

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, run_main
 from ml_collections import ConfigDict
 
+from jax_resnet.config.keys import get_key
 from jax_resnet.data.loader import train_batches
 from jax_resnet.errors import UserError
 from jax_resnet.runs.metrics_log import read_metrics
@@ -43,7 +44,8 @@ def assert_close(found: Any, expected: Any, **tolerance: float) -> None:
 def procedure(c: ConfigDict) -> ConfigDict:
     """Much of what a recipe may have, with batch norm over groups of 4, and a net that compiles fast."""
     c.model.update({"bn_group_size": 4, "depths": (1,), "widths": (16,), "zero_init_last": False})
-    c.data.update({"flip": True, "erase": 0.5, "mixup": 0.2, "cutmix": 1.0, "mix_until": 0.1})
+    c.data.update({"mixup": 0.2, "mix_until": 0.1})
+    c.data.image.update({"flip": True, "erase": 0.5, "cutmix": 1.0})
     c.optimizer.update({"clip_norm": 0.5, "sam_rho": 0.05})
     c.ema.update({"decay": 0.9, "every": 2})
     c.schedule.warmup.steps = 0
@@ -215,9 +217,9 @@ WITH_EFFECT: list[tuple[str, str, Any]] = [
     ("guard", "max_skipped", 10),
     ("optimizer", "sam_rho", 0.1),
     ("data", "mixup", 0.2),
-    ("data", "cutmix", 1.0),
-    ("data", "erase", 0.5),
-    ("data", "flip", True),
+    ("data.image", "cutmix", 1.0),
+    ("data.image", "erase", 0.5),
+    ("data.image", "flip", True),
     ("model", "drop_path", 0.2),
     ("model", "drop_block", 0.2),
     ("model", "dropout", 0.2),
@@ -243,10 +245,11 @@ def test_what_is_off_is_not_in_the_program(tiny_config: ConfigDict) -> None:
         tiny_config[group].update(values)
     assert program(tiny_config) == plain
     for group, key, value in WITH_EFFECT:
-        before = tiny_config[group][key]
-        tiny_config[group][key] = value
+        changed = get_key(tiny_config, group)
+        before = changed[key]
+        changed[key] = value
         assert program(tiny_config) != plain, key
-        tiny_config[group][key] = before
+        changed[key] = before
     assert program(tiny_config) == plain
     guarded = [program(tiny_config) for tiny_config.guard.max_skipped, tiny_config.guard.loss_spike in
                ((10, 0.0), (9, 0.0), (10, 3.0), (10, 2.0))]  # fmt: skip

@@ -74,7 +74,7 @@ def prepare(c: ConfigDict, mesh: Mesh | None = None) -> tuple[Experiment, bool]:
 def _published(c: ConfigDict) -> Dataset:
     *counts, classes, side = PUBLISHED[c.name]
     c = c.copy_and_resolve_references()
-    c.image_size = c.image_size or side
+    c.image.size = c.image.size or side
     names = "train", "test" if side else "validation"
     empty = (encoded(name, 0, lambda _: (), classes, c) for name in names)
     train, evaluation = (replace(split, length=count) for split, count in zip(empty, counts, strict=True))
@@ -102,7 +102,7 @@ def _model(experiment: Experiment, dtype: str) -> Iterator[Row]:
     c, usual = experiment.config, model_spec(experiment.config.model.name)
     yield "name", c.model.name
     yield "parameters", f"{sum(p.size for p in jax.tree.leaves(experiment.network.abstract_state.params)):,}"
-    flops = {size: experiment.network.flops(*size, c.data.channels) for size in _sizes(experiment)}
+    flops = {size: experiment.network.flops(*size, c.data.image.channels) for size in _sizes(experiment)}
     yield "cost", "\n".join(f"{short(count)}FLOPs for an image of {_by(*size)}" for size, count in flops.items())
     yield "activations", c.dtype + (" on this machine" if dtype == "auto" else "")
     for key in model_overrides(c):
@@ -284,7 +284,7 @@ def _ranges(factors: dict[str, list[float]]) -> str:
 
 
 def _images(experiment: Experiment) -> Iterator[Row]:
-    c, data = experiment.config.data, experiment.data.eval
+    c, data = experiment.config.data.image, experiment.data.eval
     crop, (height, width, _) = data.pixels.eval_crop, data.image_shape
     yield "train", ", then ".join(_by(*size) for size in _sizes(experiment))
     resized = f" in the centre of {max(height, round(height / crop))} on the short side" if crop < 1 else ""
@@ -298,7 +298,7 @@ def _images(experiment: Experiment) -> Iterator[Row]:
 
 def _augmentation(experiment: Experiment) -> Iterator[Row]:
     """In the order in which it is done: by data/image/augment.py, then, from `shift` on, by data/image/device.py."""
-    c, plan = experiment.config.data, experiment.plan
+    data, c, plan = experiment.config.data, experiment.config.data.image, experiment.plan
     (low, high), (narrow, wide), (small, large) = c.crop_area, c.crop_ratio, c.crop_resize
     crops = {
         "random_resized": f"random_resized: area {low:.4g} … {high:.4g}, ratio {narrow:.4g} … {wide:.4g}",
@@ -308,8 +308,8 @@ def _augmentation(experiment: Experiment) -> Iterator[Row]:
     timm, near = c.randaugment_timm, c.augment_interpolation
     timms = "{} operations, magnitude {:g} ± {:g} of 10, each with probability {:g}".format(*timm)
     jitter = "brightness {:g}, contrast {:g}, saturation {:g}, hue {:g}".format(*c.color_jitter)
-    mixing = " or ".join(f"{key} α {c[key]:g}" for key in ("mixup", "cutmix") if c[key])
-    until = f", to {_at(plan, plan.step_at(c.mix_until))}" if c.mix_until < 1 else ""
+    mixing = " or ".join(f"{key} α {alpha:g}" for key, alpha in (("mixup", data.mixup), ("cutmix", c.cutmix)) if alpha)
+    until = f", to {_at(plan, plan.step_at(data.mix_until))}" if data.mix_until < 1 else ""
     yield "crop", crops.get(c.crop, "")
     yield "randaugment", "{} operations, magnitude {} of 30, {}".format(*c.randaugment, near) * bool(c.randaugment[0])
     yield "randaugment_timm", f"{timms}, {near}" if timm[0] else ""

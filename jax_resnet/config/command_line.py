@@ -12,7 +12,7 @@ from ml_collections import ConfigDict, config_flags
 
 from jax_resnet.config.defaults import default
 from jax_resnet.config.durations import UNITS
-from jax_resnet.config.keys import get_key, leaves, near_key
+from jax_resnet.config.keys import RENAMED, get_key, leaves, near_key
 from jax_resnet.errors import UserError, did_you_mean
 
 
@@ -57,7 +57,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     except flags.UnrecognizedFlagError as e:
         if e.flagname.startswith("config."):
             raise UserError(f"--{e.flagname} needs a config to change: give --config=FILE") from None
-        prefixed = [k for k in keys if k == e.flagname or k.endswith(f".{e.flagname}")]
+        meant = RENAMED.get(e.flagname, e.flagname)
+        prefixed = [k for k in keys if k == meant or k.endswith(f".{meant}")]
         own = ["config", *(flag.name for flag in flags.FLAGS.get_flags_for_module(sys.argv[0]))]
         hint = f"did you mean --config.{prefixed[0]}?" if prefixed else did_you_mean(e.flagname, own)
         raise UserError(f"--{e.flagname}: no such flag; {hint}") from None
@@ -112,12 +113,17 @@ def _config_file_fault(e: Exception) -> UserError:
     text = str(e).strip()
     if "has no attribute 'get_config'" in text:
         return UserError("--config: the file defines no get_config(), which must return the config")
-    last = traceback.extract_tb(e.__traceback__)[-1]
+    frames = traceback.extract_tb(e.__traceback__)
+    last = next((frame for frame in reversed(frames) if "ml_collections" not in frame.filename), frames[-1])
     file, line = (e.filename, e.lineno) if isinstance(e, SyntaxError) else (last.filename, last.lineno)
     kind = type(e).__name__
     if "Traceback" in text:  # ml_collections hands on a fault of these types as text
         file, line = re.findall(r'File "([^"]+)", line (\d+)', text)[-1]
         kind, _, text = text.splitlines()[-1].partition(": ")
+    missing = re.search(r"""['"](\w+)['"]""", text)
+    if last is not frames[-1] and missing:  # ml_collections knows a missing key by its last name
+        moved = [old for old in RENAMED if old.rpartition(".")[2] == missing[1]]
+        text = f"no key {missing[1]!r}; {moved[0]} is now {RENAMED[moved[0]]}" if moved else text
     return UserError(f"--config: {kind} in {file}, line {line}: {text}")
 
 

@@ -31,7 +31,7 @@ def default() -> ConfigDict:
     c.train = duration(epochs=90)  # the whole schedule
     c.stretch = 1.0  # the recipe made so many times as long: train, warmups and cooldown; all else is in shares of it
     c.progressive = ()  # of training images: ((0, 128), (0.5, 224)) begins with 128 pixels a side, halfway come 224;
-    # a row may name a batch size too, (0, 128, 1024), in place of batch_size. Evaluation is at data.image_size
+    # a row may name a batch size too, (0, 128, 1024), in place of batch_size. Evaluation is at data.image.size
     c.stop_after_steps = placeholder(int)  # leave at this step with a checkpoint; the schedule stays what it was
     c.init_from = placeholder(str)  # weights to begin with: a file of safetensors or torch, a workdir, hf://ORG/NAME
     c.freeze = ()  # parts that keep their weights and statistics: stem, stage1, …, norm, head
@@ -75,39 +75,41 @@ def default() -> ConfigDict:
     c.data.train_split = placeholder(str)  # None: train
     c.data.eval_split = placeholder(str)  # None: validation where there is one, else test
     c.data.holdout = 0.0  # share of each class kept for evaluation, for a folder without splits
-    c.data.image_size = placeholder(int)  # None: that of the images; what is kept in memory is stretched to it
-    c.data.channels = 3  # 1 or 3; grey images are repeated, coloured ones weighted (ITU-R 601)
-    c.data.mean = (0.485, 0.456, 0.406)  # per channel, of pixels in [0, 1]
-    c.data.std = (0.229, 0.224, 0.225)
-    c.data.crop = "random_resized"  # of training images; or scaled (short side to a size in crop_resize, a square of
-    # that), stretched (both sides to it, a square), pad (shifted by up to `pad`), none
-    c.data.crop_area = (0.08, 1.0)  # share of the image a random-resized crop covers
-    c.data.crop_ratio = (3 / 4, 4 / 3)  # its width over its height
-    c.data.crop_resize = (256, 480)  # pixels, at least image_size: of scaled and stretched
-    c.data.interpolation = "bilinear"  # of every resize; or bicubic
-    c.data.antialias = False  # as Pillow and PyTorch's loaders: every pixel counts, at ten times the cost of resizing
-    c.data.pad = 4  # pixels
-    c.data.pad_mode = "zeros"  # what lies beyond the border; or reflect
-    c.data.flip = True  # left-right, every other training image
-    c.data.flip_alternate = False  # each image in every other epoch rather than at random
-    c.data.randaugment = (0, 9)  # operations on each image, their magnitude (0 … 30 as in torchvision); (0, …): none
-    c.data.randaugment_timm = (0, 9.0, 0.5, 0.5)  # timm's: operations, magnitude (0 … 10), its deviation, and with what
-    # probability each is done: rand-m9-mstd0.5-inc1 is (2, 9.0, 0.5, 0.5)
-    c.data.trivial_augment = False  # one operation of any magnitude: torchvision's TrivialAugmentWide
-    c.data.augment_interpolation = "nearest"  # of what these shear and rotate; or bilinear
-    c.data.color_jitter = (0.0, 0.0, 0.0, 0.0)  # up to what share brightness, contrast, saturation, hue are changed
-    c.data.pca_noise = 0.0  # deviation of a shift of each image along the colours' principal components (AlexNet's)
-    c.data.colout = 0.0  # share of the rows, and of the columns, left out of a batch's images
-    c.data.erase = 0.0  # probability that a rectangle of an image gets the mean colour
     c.data.repeats = 1  # times that a batch holds each of its records, augmented anew; an epoch then has fewer records
     c.data.mixup = 0.0  # α of the weights' Beta(α, α); 0: none
-    c.data.cutmix = 0.0  # the same; with mixup too, each batch has one of them, at random
-    c.data.mix_until = 1.0  # share of the training after which neither is done
-    c.data.eval_crop = 0.875  # evaluation: resize the short side to image_size / eval_crop, keep the centre
-    c.data.decoder = "auto"  # of JPEGs: turbojpeg, which decodes only what a crop needs, where there is one; simplejpeg
+    c.data.mix_until = 1.0  # share of the training after which neither mixup nor CutMix is done
     c.data.threads = placeholder(int)  # batches read at once, in each process that reads. None: as processors, ≤ 8
     c.data.workers = placeholder(int)  # processes that read encoded images; 0: this one. None: 0 below 16 processors
     c.data.max_broken = 0.1  # share of images that may be undecodable: others take their places. More end the run
+
+    image = c.data.image = ConfigDict()  # what concerns images alone
+    image.size = placeholder(int)  # None: that of the images; what is kept in memory is stretched to it
+    image.channels = 3  # 1 or 3; grey images are repeated, coloured ones weighted (ITU-R 601)
+    image.mean = (0.485, 0.456, 0.406)  # per channel, of pixels in [0, 1]
+    image.std = (0.229, 0.224, 0.225)
+    image.crop = "random_resized"  # of training images; or scaled (short side to a size in crop_resize, a square of
+    # that), stretched (both sides to it, a square), pad (shifted by up to `pad`), none
+    image.crop_area = (0.08, 1.0)  # share of the image a random-resized crop covers
+    image.crop_ratio = (3 / 4, 4 / 3)  # its width over its height
+    image.crop_resize = (256, 480)  # pixels, at least size: of scaled and stretched
+    image.interpolation = "bilinear"  # of every resize; or bicubic
+    image.antialias = False  # as Pillow and PyTorch's loaders: every pixel counts, at ten times the cost of resizing
+    image.pad = 4  # pixels
+    image.pad_mode = "zeros"  # what lies beyond the border; or reflect
+    image.flip = True  # left-right, every other training image
+    image.flip_alternate = False  # each image in every other epoch rather than at random
+    image.randaugment = (0, 9)  # operations on each image, their magnitude (0 … 30 as in torchvision); (0, …): none
+    image.randaugment_timm = (0, 9.0, 0.5, 0.5)  # timm's: operations, magnitude (0 … 10), its deviation, and with what
+    # probability each is done: rand-m9-mstd0.5-inc1 is (2, 9.0, 0.5, 0.5)
+    image.trivial_augment = False  # one operation of any magnitude: torchvision's TrivialAugmentWide
+    image.augment_interpolation = "nearest"  # of what these shear and rotate; or bilinear
+    image.color_jitter = (0.0, 0.0, 0.0, 0.0)  # up to what share brightness, contrast, saturation, hue are changed
+    image.pca_noise = 0.0  # deviation of a shift of each image along the colours' principal components (AlexNet's)
+    image.colout = 0.0  # share of the rows, and of the columns, left out of a batch's images
+    image.erase = 0.0  # probability that a rectangle of an image gets the mean colour
+    image.cutmix = 0.0  # as data.mixup; with both, each batch has one of them, at random
+    image.eval_crop = 0.875  # evaluation: resize the short side to size / eval_crop, keep the centre
+    image.decoder = "auto"  # of JPEGs: turbojpeg, which decodes only what a crop needs, where there is one; simplejpeg
 
     c.loss = ConfigDict()
     c.loss.name = "cross_entropy"  # or bce: binary cross-entropy for each class

@@ -25,7 +25,7 @@ def imagenet(network: str, *, batch_size: int, epochs: float) -> ConfigDict:
     c = _recipe(network, batch_size)
     c.train = duration(epochs=epochs)
     c.data.name = "imagenet2012"
-    c.data.image_size = 224
+    c.data.image.size = 224
     return c
 
 
@@ -33,8 +33,9 @@ def cifar(network: str, *, batch_size: int) -> ConfigDict:
     """`network` on CIFAR-10: shifted by up to 4 pixels, mirrored; rates as for `imagenet`."""
     c = _recipe(network, batch_size)
     c.data.name = "cifar10"
-    c.data.crop, c.data.pad = "pad", 4
-    c.data.mean, c.data.std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    image = c.data.image
+    image.crop, image.pad = "pad", 4
+    image.mean, image.std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
     c.eval.every = duration(epochs=4)
     c.checkpoint.every = duration(epochs=4)
     return c

@@ -6,12 +6,16 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jax_resnet.config.defaults import default
-from jax_resnet.config.keys import as_tuples, leaves
+from jax_resnet.config.keys import RENAMED, as_tuples, leaves
+from jax_resnet.errors import UserError
+
+VERSION = 2  # of a config's keys; one stored without a version is of version 1
+DROPPED: dict[str, Any] = {}  # keys that are no more, and the values that were their defaults
 
 # What may differ when a run goes on in its workdir: nothing here changes what is computed from whole files.
 MAY_CHANGE = (
     "stop_after_steps", "log_every", "stuck_after", "profile", "accumulate", "spread_optimizer", "eval.every",
-    "eval.batch_size", "checkpoint", "guard.max_skipped", "data.data_dir", "data.decoder", "data.threads",
+    "eval.batch_size", "checkpoint", "guard.max_skipped", "data.data_dir", "data.image.decoder", "data.threads",
     "data.workers", "data.max_broken",
 )  # fmt: skip
 
@@ -27,21 +31,39 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     ]
 
 
-def to_json(c: ConfigDict) -> dict[str, Any]:
-    """The config as nested plain dicts, lists, numbers and strings."""
-    return json.loads(json.dumps(c.to_dict()))
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """Return the config as nested plain dicts, lists, numbers and strings, with its version."""
+    return {"version": VERSION} | json.loads(json.dumps(config.to_dict()))
 
 
 def from_json(values: dict[str, Any]) -> ConfigDict:
-    """The inverse of `to_json`: keys unknown to this version are kept, and reported by `validate`."""
+    """Return the config that `to_json` wrote, now or in an earlier version.
 
-    def fill(c: ConfigDict, values: dict[str, Any]) -> ConfigDict:
-        with c.unlocked():
-            for key, value in values.items():
-                if isinstance(value, dict):
-                    c[key] = fill(c.get(key, ConfigDict()), value)
-                else:
-                    c[key] = as_tuples(value)
-        return c
-
-    return fill(default(), values)
+    Keys unknown to all versions are kept, and reported by `validate`. Raises UserError for the config of a newer
+    version, and for values of dropped keys that were not their defaults.
+    """
+    version = values.get("version", 1)
+    if version > VERSION:
+        raise UserError(
+            f"the workdir was written by a newer version of jax_resnet: its config has version {version}, this one "
+            f"reads up to {VERSION}; upgrade jax_resnet"
+        )
+    stored = {key: as_tuples(value) for key, value in leaves(ConfigDict(values)) if key != "version"}
+    if version < VERSION:
+        stored = {RENAMED.get(key, key): value for key, value in stored.items()}
+    dropped = {key: stored.pop(key) for key in DROPPED if key in stored}
+    if changed := [f"config.{key}={value}" for key, value in dropped.items() if value != DROPPED[key]]:
+        raise UserError(
+            f"{', '.join(changed)}: this version of jax_resnet no longer has these keys; go on with the older version "
+            "that wrote the workdir"
+        )
+    config = default()
+    for key, value in stored.items():
+        *groups, name = key.split(".")
+        group = config
+        for part in groups:
+            if part not in group:
+                group[part] = ConfigDict()
+            group = group[part]
+        group[name] = value
+    return config

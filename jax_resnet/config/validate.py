@@ -29,7 +29,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "at least 1",
         lambda v: v >= 1,
         "batch_size accumulate log_every checkpoint.keep data.threads eval.batch_size stop_after_steps "
-        "model.num_classes model.bn_group_size data.image_size data.repeats optimizer.sam_every ema.every "
+        "model.num_classes model.bn_group_size data.image.size data.repeats optimizer.sam_every ema.every "
         "optimizer.newton_schulz_steps",
     ),
     (
@@ -42,33 +42,34 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "a number, not negative",
         lambda v: 0 <= v < math.inf,
         "optimizer.epsilon optimizer.weight_decay optimizer.l1 optimizer.reference_batch optimizer.clip_norm "
-        "optimizer.clip_value optimizer.clip_adaptive optimizer.sam_rho data.pad data.mixup data.cutmix data.pca_noise "
-        "data.workers model.head_std guard.max_skipped checkpoint.keep_best stuck_after",
+        "optimizer.clip_value optimizer.clip_adaptive optimizer.sam_rho data.image.pad data.mixup data.image.cutmix "
+        "data.image.pca_noise data.workers model.head_std guard.max_skipped checkpoint.keep_best stuck_after",
     ),
     ("0, or more than 1", lambda v: v == 0 or 1 < v < math.inf, "guard.loss_spike"),
     (
         "at least 0 and less than 1",
         lambda v: 0 <= v < 1,
         "loss.label_smoothing loss.bce_threshold model.dropout model.drop_path model.drop_block model.bn_momentum "
-        "optimizer.momentum optimizer.rest.momentum optimizer.beta1 optimizer.beta2 data.holdout data.colout ema.decay",
+        "optimizer.momentum optimizer.rest.momentum optimizer.beta1 optimizer.beta2 data.holdout data.image.colout "
+        "ema.decay",
     ),
     (
         "at least 0 and at most 1",
         lambda v: 0 <= v <= 1,
-        "schedule.warmup_from schedule.final schedule.factor data.erase data.max_broken",
+        "schedule.warmup_from schedule.final schedule.factor data.image.erase data.max_broken",
     ),
     (
         "more than 0 and at most 1",
         lambda v: 0 < v <= 1,
-        "optimizer.layer_decay data.eval_crop data.mix_until distill.alpha",
+        "optimizer.layer_decay data.image.eval_crop data.mix_until distill.alpha",
     ),
     ("more than 0 and at most 1000", lambda v: 0 < v <= 1000, "stretch"),
     ("at least 0 and less than 2**32", lambda v: 0 <= v < 2**32, "seed"),
     (
         "numbers",
         lambda v: all(isinstance(x, int | float) and math.isfinite(x) for x in v),
-        "data.mean data.std data.crop_area data.crop_ratio data.crop_resize data.color_jitter data.randaugment_timm "
-        "schedule.boundaries",
+        "data.image.mean data.image.std data.image.crop_area data.image.crop_ratio data.image.crop_resize "
+        "data.image.color_jitter data.image.randaugment_timm schedule.boundaries",
     ),
 )
 CHOICES = {
@@ -79,10 +80,10 @@ CHOICES = {
     "optimizer.rest.name": ("adam", "sgd"),
     "optimizer.batch_scaling": ("linear", "sqrt"),
     "schedule.name": SCHEDULES,
-    "data.crop": ("random_resized", "scaled", "stretched", "pad", "none"),
-    "data.pad_mode": ("zeros", "reflect"),
-    "data.interpolation": ("bilinear", "bicubic"),
-    "data.augment_interpolation": ("nearest", "bilinear"),
+    "data.image.crop": ("random_resized", "scaled", "stretched", "pad", "none"),
+    "data.image.pad_mode": ("zeros", "reflect"),
+    "data.image.interpolation": ("bilinear", "bicubic"),
+    "data.image.augment_interpolation": ("nearest", "bilinear"),
     "checkpoint.best_by": ("accuracy_top1", "accuracy_top5", "loss"),
 }
 
@@ -104,7 +105,7 @@ def validate(c: ConfigDict) -> None:
             if given[key] is not None and not holds(given[key]):
                 raise UserError(f"config.{key}={given[key]}: must be {words}")
     _check_progressive(c)
-    _check_data(c.data)
+    _check_image(c.data.image)
     _check_batches(c)
     _check_optimizer(c.optimizer)
     _check_schedule(c.schedule)
@@ -132,7 +133,7 @@ def _check_batches(c: ConfigDict) -> None:
             raise UserError(f"config.accumulate={c.accumulate} does not divide {batch_key}={batch_size}")
         part = batch_size // c.accumulate
         of = f"{batch_key}={batch_size}" + (f" / accumulate={c.accumulate}" if c.accumulate > 1 else "")
-        if (c.data.mixup or c.data.cutmix) and part % 2:
+        if (c.data.mixup or c.data.image.cutmix) and part % 2:
             raise UserError(f"{of}: must be even, for mixup and cutmix mix pairs of images")
         if batch_size % c.data.repeats:
             raise UserError(f"config.data.repeats={c.data.repeats} does not divide {batch_key}={batch_size}")
@@ -186,46 +187,50 @@ def _check_schedule(c: ConfigDict) -> None:
         )
 
 
-def _check_data(c: ConfigDict) -> None:
+def _check_image(c: ConfigDict) -> None:
     if c.channels not in (1, 3):
-        raise UserError(f"config.data.channels={c.channels}: must be 1 or 3")
+        raise UserError(f"config.data.image.channels={c.channels}: must be 1 or 3")
     for key in ("mean", "std"):
         if len(c[key]) != c.channels:
-            raise UserError(f"config.data.{key}={c[key]}: needs {c.channels} numbers, one for each channel")
+            raise UserError(f"config.data.image.{key}={c[key]}: needs {c.channels} numbers, one for each channel")
     if min(c.std) <= 0:
-        raise UserError(f"config.data.std={c.std}: must be more than 0")
+        raise UserError(f"config.data.image.std={c.std}: must be more than 0")
     for key in ("crop_area", "crop_ratio", "crop_resize"):
         pair = c[key]
         if len(pair) != 2 or not 0 < pair[0] <= pair[1] or (key == "crop_area" and pair[1] > 1):
             raise UserError(
-                f"config.data.{key}={pair}: must be two rising numbers more than 0"
+                f"config.data.image.{key}={pair}: must be two rising numbers more than 0"
                 + (", at most 1" if key == "crop_area" else "")
             )
-    if c.image_size:
-        check_crop_resize(c, c.image_size)
+    if c.size:
+        check_crop_resize(c, c.size)
     operations = c.randaugment
     if len(operations) != 2 or any(type(v) is not int or v < 0 for v in operations) or operations[1] > 30:
         raise UserError(
-            f"config.data.randaugment={operations}: must be two whole numbers, operations and magnitude (0 … 30)"
+            f"config.data.image.randaugment={operations}: must be two whole numbers, operations and magnitude (0 … 30)"
         )
     timm = c.randaugment_timm
     if len(timm) != 4 or type(timm[0]) is not int or min(timm) < 0 or timm[1] > 10 or timm[3] > 1:
         raise UserError(
-            f"config.data.randaugment_timm={timm}: must be a whole number of operations, their magnitude (0 … 10), its "
-            "deviation and their probability"
+            f"config.data.image.randaugment_timm={timm}: must be a whole number of operations, their magnitude "
+            "(0 … 10), its deviation and their probability"
         )
     policies = {"randaugment": operations[0], "randaugment_timm": timm[0], "trivial_augment": c.trivial_augment}
     if len(chosen := [name for name, on in policies.items() if on]) > 1:
-        raise UserError(f"config.data.{' and '.join(chosen)}: choose one of them")
+        raise UserError(f"config.data.image.{' and '.join(chosen)}: choose one of them")
     if c.flip_alternate and not c.flip:
-        raise UserError("config.data.flip_alternate=True: which images are mirrored? None, with config.data.flip=False")
+        raise UserError(
+            "config.data.image.flip_alternate=True: which images are mirrored? None, with config.data.image.flip=False"
+        )
     if c.pca_noise and c.channels != 3:
-        raise UserError(f"config.data.pca_noise={c.pca_noise}: is along colours, and config.data.channels={c.channels}")
+        raise UserError(
+            f"config.data.image.pca_noise={c.pca_noise}: is along colours, and config.data.image.channels={c.channels}"
+        )
     jitter = c.color_jitter
     if len(jitter) != 4 or min(jitter) < 0 or jitter[3] > 0.5:
         raise UserError(
-            f"config.data.color_jitter={jitter}: must be four numbers, not negative: brightness, contrast, saturation "
-            "and hue, this at most 0.5"
+            f"config.data.image.color_jitter={jitter}: must be four numbers, not negative: brightness, contrast, "
+            "saturation and hue, this at most 0.5"
         )
 
 
@@ -233,13 +238,14 @@ def check_crop_resize(c: ConfigDict, size: int) -> None:
     """Raises UserError where scaled or stretched crops, `size` pixels a side, are to be of images smaller than that."""
     if c.crop in ("scaled", "stretched") and c.crop_resize[0] < size:
         raise UserError(
-            f"config.data.crop_resize={c.crop_resize}: is less than the {size} pixels of a crop; images are resized to "
-            f"at least those for config.data.crop={c.crop}"
+            f"config.data.image.crop_resize={c.crop_resize}: is less than the {size} pixels of a crop; images are "
+            f"resized to at least those for config.data.image.crop={c.crop}"
         )
     if c.crop in ("scaled", "stretched") and c.crop_resize[0] > 4 * size:
         raise UserError(
-            f"config.data.crop_resize={c.crop_resize}: of images so large the {size} pixels of a crop show next to "
-            f"nothing; give what goes with config.data.crop={c.crop}, such as ({size * 8 // 7}, {size * 15 // 7})"
+            f"config.data.image.crop_resize={c.crop_resize}: of images so large the {size} pixels of a crop show next "
+            f"to nothing; give what goes with config.data.image.crop={c.crop}, such as "
+            f"({size * 8 // 7}, {size * 15 // 7})"
         )
 
 

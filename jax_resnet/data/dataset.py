@@ -51,7 +51,7 @@ class Pixels:
 
     @classmethod
     def of(cls, c: ConfigDict, size: int | None) -> "Pixels":
-        """As `config.data` says. What is trained on random-resized or scaled crops is evaluated on a crop, no other.
+        """Build it from `config.data.image`. Evaluation crops only where training has random-resized or scaled crops.
 
         Raises UserError where images would be resized to less than the crop.
         """
@@ -242,7 +242,10 @@ class EncodedSplit(Split):
 def in_memory(
     name: str, images: np.ndarray, labels: np.ndarray, num_classes: int, c: ConfigDict, source: str
 ) -> ArraySplit:
-    """A split of images uint8 [N, H, W(, 1 or 3)] and labels [N]. Raises UserError, naming `source`, for others."""
+    """A split of images uint8 [N, H, W(, 1 or 3)] and labels [N]; `c` is config.data.image.
+
+    Raises UserError, naming `source`, for images or labels of another form.
+    """
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[-1] not in (1, 3):
@@ -257,24 +260,24 @@ def in_memory(
             f"{source}: {name} label {labels[bad[0]]} of record {bad[0]} is out of range; "
             f"labels must lie in 0 … {num_classes - 1}"
         )
-    size = c.image_size
+    size = c.size
     if size is None and c.crop in CROPS:
         size = images.shape[1]
         if images.shape[1] != images.shape[2]:
             raise UserError(
-                f"{source}: {c.crop} crops are square, the images {images.shape[1:3]}; set config.data.image_size"
+                f"{source}: {c.crop} crops are square, the images {images.shape[1:3]}; set config.data.image.size"
             )
     return ArraySplit(name, Pixels.of(c, size), images, labels.astype(np.int32))
 
 
 def encoded(name: str, size: int, records: Records, num_classes: int, c: ConfigDict) -> EncodedSplit:
     """A split of encoded images. Raises UserError if the config has no size for them, or none can be read."""
-    if c.image_size is None:
+    if c.image.size is None:
         raise UserError(
             f"config.data.name={c.name}: its images differ in size, or are too many for memory; "
-            "say which the network gets: --config.data.image_size=224"
+            "say which the network gets: --config.data.image.size=224"
         )
-    split = EncodedSplit(name, Pixels.of(c, c.image_size), size, records, num_classes)
+    split = EncodedSplit(name, Pixels.of(c.image, c.image.size), size, records, num_classes)
     if size:
         split.read(np.zeros(1, np.int64), None)  # what is wrong with all of it shows now, not after an epoch
     return split

@@ -192,7 +192,7 @@ def train_batches(
     be read, or too many cannot be decoded.
     """
     rows = {phase.batch_size: local_rows(sharding, phase.batch_size) for phase in phases}
-    options = {"seed": seed, "repeats": c.repeats, "flip_alternate": c.flip_alternate}
+    options = {"seed": seed, "repeats": c.repeats, "flip_alternate": c.image.flip_alternate}
 
     def batch(step: int) -> Batch:
         phase = phase_at(phases, step)

@@ -41,7 +41,7 @@ def open_dataset(c: ConfigDict) -> Dataset:
     if dataset.train.image_shape != dataset.eval.image_shape:
         raise UserError(
             f"config.data.name={c.name}: {dataset.train.name} images are {dataset.train.image_shape}, "
-            f"{dataset.eval.name} images {dataset.eval.image_shape}; set config.data.image_size"
+            f"{dataset.eval.name} images {dataset.eval.image_shape}; set config.data.image.size"
         )
     return dataset
 
@@ -75,8 +75,8 @@ def _open_npz(path: str, c: ConfigDict) -> Dataset:
         raise UserError(f"npz:{path}: train label {classes - 1} of {len(train_labels)} examples; count classes from 0")
     return Dataset(
         f"npz:{path}",
-        in_memory("train", arrays["x_train"], train_labels, classes, c, f"npz:{path}"),
-        in_memory("test", arrays["x_test"], test_labels, classes, c, f"npz:{path}"),
+        in_memory("train", arrays["x_train"], train_labels, classes, c.image, f"npz:{path}"),
+        in_memory("test", arrays["x_test"], test_labels, classes, c.image, f"npz:{path}"),
         tuple(str(i) for i in range(classes)),
     )
 

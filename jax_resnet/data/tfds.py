@@ -49,7 +49,7 @@ def open_tfds(name: str, c: ConfigDict) -> Dataset:
         files = [str(file) for file in builder.info.splits[split].filepaths]
         records = partial(_records, files, split, source, image_key, label_key)
         shape = feature.shape
-        fixed = all(shape) and len(source) * int(np.prod(shape[:2])) * c.channels <= IN_MEMORY_BYTES
+        fixed = all(shape) and len(source) * int(np.prod(shape[:2])) * c.image.channels <= IN_MEMORY_BYTES
         if fixed:
             splits.append(_decode_all(split, len(source), records, shape[:2], label.num_classes, c, name))
         else:
@@ -111,19 +111,19 @@ def _decode_all(
     c: ConfigDict,
     source: str,
 ) -> ArraySplit:
-    images, labels = np.empty((size, *shape, c.channels), np.uint8), np.empty(size, np.int64)
+    images, labels = np.empty((size, *shape, c.image.channels), np.uint8), np.empty(size, np.int64)
 
     def fill(start: int) -> None:
         indices = range(start, min(start + 512, size))
         for i, (data, label, record) in zip(indices, records(indices), strict=True):
             try:
-                images[i], labels[i] = image_ops.decode(data, c.channels), label
+                images[i], labels[i] = image_ops.decode(data, c.image.channels), label
             except ValueError as e:
                 raise UserError(f"{source}: {record}: {e}; prepare the dataset again") from None
 
     with ThreadPoolExecutor(c.threads) as pool:
         list(pool.map(fill, range(0, size, 512)))
-    return in_memory(name, images, labels, num_classes, c, source)
+    return in_memory(name, images, labels, num_classes, c.image, source)
 
 
 def _digits_builder(data_dir: str | None) -> Any:

@@ -94,7 +94,7 @@ def hub_config(
 
     `facts`: image_shape [H, W, C] and class_names of the data.
     """
-    data = config.data
+    image = config.data.image
     height, width, channels = facts["image_shape"]
     model_args = {"in_chans": channels} if channels != 3 else {}
     model_args |= {"global_pool": spec.pool} if spec.pool != "avg" else {}
@@ -108,11 +108,11 @@ def hub_config(
         "pretrained_cfg": {
             "input_size": [channels, height, width],
             "fixed_input_size": False,
-            "interpolation": data.interpolation,
-            "crop_pct": data.eval_crop if data.crop in ("random_resized", "scaled") else 1.0,
-            "crop_mode": "squash" if data.crop == "stretched" else "center",
-            "mean": list(data.mean),
-            "std": list(data.std),
+            "interpolation": image.interpolation,
+            "crop_pct": image.eval_crop if image.crop in ("random_resized", "scaled") else 1.0,
+            "crop_mode": "squash" if image.crop == "stretched" else "center",
+            "mean": list(image.mean),
+            "std": list(image.std),
             "num_classes": classes,
             "first_conv": torch_name("stem/conv1/kernel", spec).removesuffix(".weight"),
             "classifier": torch_name("head/bias", spec).removesuffix(".bias"),

@@ -29,8 +29,8 @@ class Teacher:
     shift: tuple[float, ...]
 
     @classmethod
-    def of(cls, c: ConfigDict, data: ConfigDict, num_classes: int, dtype: DTypeLike, sharding: Sharding) -> "Teacher":
-        """Reads what `config.distill` names. `data` is config.data, the student's.
+    def of(cls, c: ConfigDict, image: ConfigDict, num_classes: int, dtype: DTypeLike, sharding: Sharding) -> "Teacher":
+        """Reads what `config.distill` names. `image` is config.data.image, the student's.
 
         Raises UserError, naming the key, for weights that cannot be read, of an unknown network, or for other classes.
         """
@@ -44,7 +44,7 @@ class Teacher:
             if spec is None:
                 raise UserError("the weights do not say of which network they are; give config.distill.model")
             graph, abstract, _ = make_state(
-                lambda rngs: ResNet(spec, num_classes=num_classes, in_channels=data.channels, dtype=dtype, rngs=rngs),
+                lambda rngs: ResNet(spec, num_classes=num_classes, in_channels=image.channels, dtype=dtype, rngs=rngs),
                 optax.identity(),
                 0,
                 sharding,
@@ -53,12 +53,12 @@ class Teacher:
             arrays, _ = from_torch(found.tensors, shapes, spec, strict=True)
         except UserError as e:
             raise UserError(f"config.distill.teacher={c.teacher}: {e}") from None
-        mean, std = _pixels(found, data)
+        mean, std = _pixels(found, image)
         return cls(
             graph,
             {"params": place(abstract.params, arrays), "batch_stats": place(abstract.batch_stats, arrays)},
-            tuple(ours / theirs for ours, theirs in zip(data.std, std, strict=True)),
-            tuple((ours - theirs) / s for ours, theirs, s in zip(data.mean, mean, std, strict=True)),
+            tuple(ours / theirs for ours, theirs in zip(image.std, std, strict=True)),
+            tuple((ours - theirs) / s for ours, theirs, s in zip(image.mean, mean, std, strict=True)),
         )
 
     def logits(self, weights: dict[str, Any], images: jax.Array) -> jax.Array:
@@ -68,7 +68,7 @@ class Teacher:
         return jax.lax.stop_gradient(model(images * jnp.array(self.scale) + jnp.array(self.shift)))
 
 
-def _pixels(found: Weights, data: ConfigDict) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _pixels(found: Weights, image: ConfigDict) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """The mean and deviation that the teacher's images were normalised with: the student's where it does not say."""
-    said = len(found.mean) == len(found.std) == data.channels
-    return (found.mean, found.std) if said else (tuple(data.mean), tuple(data.std))
+    said = len(found.mean) == len(found.std) == image.channels
+    return (found.mean, found.std) if said else (tuple(image.mean), tuple(image.std))

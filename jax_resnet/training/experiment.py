@@ -61,7 +61,7 @@ class Experiment:
         """Return the abstract arguments of `steps.train` in that phase."""
         height, width, channels = self.data.train.image_shape
         image = (phase.batch_size, phase.image_size or height, phase.image_size or width, channels)
-        batch = self._batch(image, *(["mirrored"] if self.config.data.flip_alternate else []))
+        batch = self._batch(image, *(["mirrored"] if self.config.data.image.flip_alternate else []))
         return self.network.abstract_state, batch, *self.steps.teacher_weights
 
     def eval_shapes(self) -> tuple[Any, ...]:
@@ -117,7 +117,7 @@ def build(
     teacher = None
     if training and config.distill.teacher:
         dtype = jnp.dtype(config.dtype)
-        teacher = Teacher.of(config.distill, config.data, data.num_classes, dtype, replicated(mesh))
+        teacher = Teacher.of(config.distill, config.data.image, data.num_classes, dtype, replicated(mesh))
     steps = build_steps(config, plan, network, optimizer, teacher)
     return Experiment(config, data, plan, network, steps)
 
@@ -164,7 +164,7 @@ def check_accumulation(config: ConfigDict, spec: ResNetSpec) -> None:
 
 def check_data(config: ConfigDict, spec: ResNetSpec, data: Dataset) -> None:
     """Raise UserError where the images are too small for the network, or the classes are not those it is to have."""
-    sides = [("data.image_size", min(data.train.image_shape[:2]))]
+    sides = [("data.image.size", min(data.train.image_shape[:2]))]
     sides += [("progressive", size) for _, size, _ in phase_rows(config) if size is not None]
     for key, side in sides:
         if side < spec.total_stride:

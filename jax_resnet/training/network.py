@@ -80,7 +80,7 @@ def _model_maker(config: ConfigDict, mesh: Mesh, num_classes: int) -> Callable[[
         create_model,
         config.model.name,
         num_classes=num_classes,
-        in_channels=config.data.channels,
+        in_channels=config.data.image.channels,
         dtype=jnp.dtype(config.dtype),
         **model_overrides(config),
     )
@@ -100,10 +100,10 @@ def initial_weights(config: ConfigDict, network: Network) -> tuple[Arrays, dict[
         return {}, {}
     arrays, report, weights = fitting(config.init_from, network.abstract_state, network.spec)
     rows = {"weights": config.init_from, **report.lines()}
-    normalised_by, ours = weights.mean + weights.std, (*config.data.mean, *config.data.std)
+    normalised_by, ours = weights.mean + weights.std, (*config.data.image.mean, *config.data.image.std)
     if len(normalised_by) == len(ours) and not np.allclose(normalised_by, ours, atol=1e-3):
         rows["note"] = (
-            f"the weights know images normalised with other numbers: --config.data.mean={weights.mean} "
-            f"--config.data.std={weights.std}"
+            f"the weights know images normalised with other numbers: --config.data.image.mean={weights.mean} "
+            f"--config.data.image.std={weights.std}"
         )
     return arrays, rows

@@ -158,7 +158,7 @@ def _from_run(path: AnyPath) -> Weights:
         chosen = checkpoints.find(step)
         config, trees = from_json(checkpoints.config(chosen)), checkpoints.weights(chosen)
     spec = model_spec(config.model.name, **model_overrides(config))
-    mean, std = tuple(config.data.mean), tuple(config.data.std)
+    mean, std = tuple(config.data.image.mean), tuple(config.data.image.std)
     return Weights(to_torch(flatten(*trees), spec), config.model.name, spec, mean, std)
 
 

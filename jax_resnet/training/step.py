@@ -36,8 +36,8 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Sums]]:
     """The update: (state, {image uint8 [N, H, W, C], label int32 [N]}) → (new state, sums over the batch).
 
-    With data.flip_alternate the batch also has mirrored, bool [N]; with a `teacher` its weights are a third argument.
-    `ema_start` is the step until which the average is a copy; the rest is as in `make_gradients`.
+    With data.image.flip_alternate the batch also has mirrored, bool [N]; with a `teacher` its weights are a third
+    argument. `ema_start` is the step until which the average is a copy; the rest is as in `make_gradients`.
 
     Where the state has a guard, an update whose loss or gradients, before clipping, are not finite is skipped: of the
     state only step and guard change. So are those whose loss is more than `config.guard.loss_spike` times the running
@@ -82,7 +82,7 @@ def make_gradients(
         rows, whole, dropout_key = _drawn(batch, state.step, c, mix_stop)
 
         def loss(params: Any, rows: Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Sums]]:
-            images = device.augment(rows["image"], rows, whole, c.data)
+            images = device.augment(rows["image"], rows, whole, c.data.image)
             params = {name: jax.lax.stop_gradient(p) if name in c.freeze else p for name, p in params.items()}
             model = _training(graph, params, state.batch_stats, c.freeze)
             logits = model(images, rngs=nnx.Rngs(dropout=key))
@@ -222,12 +222,12 @@ def make_eval_step(graph: nnx.GraphDef, config: ConfigDict) -> Callable[[Any, An
 
     mask and undecodable, bool [N], are those of batches.eval_batch; the latter's rows are counted too.
     """
-    loss_of, data = make_loss(config.loss, training=False), config.data
+    loss_of, image = make_loss(config.loss, training=False), config.data.image
 
     def eval_step(params: Any, batch_stats: Any, batch: Batch) -> Sums:
         model: Any = nnx.merge(graph, params, batch_stats)
         model.eval()
-        images = device.normalise(batch["image"], data.mean, data.std)
+        images = device.normalise(batch["image"], image.mean, image.std)
         logits = model(images)
         if config.eval.mirror:
             logits = (logits + model(images[:, :, ::-1])) / 2

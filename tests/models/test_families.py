@@ -97,7 +97,7 @@ def test_ten_steps_learn_ten_images(name, dtype):
     blobs = r.randint(0, 256, (10, 4, 4, 3)).astype(np.uint8).repeat(8, 1).repeat(8, 2)
     batch = {"image": blobs, "label": np.arange(10)}  # of each class one: its frequency tells nothing
     c = default()
-    c.data.update(mean=(0.5,) * 3, std=(0.25,) * 3, flip=False)
+    c.data.image.update(mean=(0.5,) * 3, std=(0.25,) * 3, flip=False)
     step = make_train_step(graph, optimizer, c)
     step = jax.jit(step, compiler_options=UNOPTIMISED)
     state, losses = TrainState(jnp.int32(0), params, statistics, jax.jit(optimizer.init)(params)), []

@@ -71,7 +71,7 @@ class Augmentation:
 
     @classmethod
     def of(cls, c: ConfigDict) -> "Augmentation":
-        """As `config.data` says."""
+        """As `config.data.image` says."""
         operations, level = c.randaugment
         return cls(
             operations=operations,

@@ -16,7 +16,7 @@ from jax_resnet.errors import UserError, choose
 
 DECODERS = ("auto", "simplejpeg", "turbojpeg")
 _NOT_FOUND = (
-    "config.data.decoder=turbojpeg: libjpeg-turbo 3 is not found; pip install turbojpeg, or the system's "
+    "config.data.image.decoder=turbojpeg: libjpeg-turbo 3 is not found; pip install turbojpeg, or the system's "
     "libturbojpeg.so.0 of that version; auto does without"
 )
 
@@ -32,11 +32,11 @@ class _Region(ctypes.Structure):
 
 
 def choose_decoder(name: str) -> str:
-    """What `config.data.decoder` means here, "simplejpeg" or "turbojpeg": for auto, the latter if there is one.
+    """What `config.data.image.decoder` means here, "simplejpeg" or "turbojpeg": for auto, the latter if there is one.
 
     Raises UserError for another name, or when libjpeg-turbo 3 is asked for and not found.
     """
-    choose("config.data.decoder", name, DECODERS)
+    choose("config.data.image.decoder", name, DECODERS)
     if name == "turbojpeg" and _library() is None:
         raise UserError(_NOT_FOUND)
     return ("turbojpeg" if _library() else "simplejpeg") if name == "auto" else name

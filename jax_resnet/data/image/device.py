@@ -31,37 +31,38 @@ def draw(
     """
     n, height, width, _ = shape
     shift_key, flip_key, colour_key, erase_key, row_key, column_key, mix_key = jax.random.split(key, 7)
+    image = data.image
     rows: Draws = {}
     batch: Draws = {}
-    if data.crop == "pad" and data.pad:
-        rows["corner"] = jax.random.randint(shift_key, (n, 2), 0, 2 * data.pad + 1)
-    if data.flip and not data.flip_alternate:
+    if image.crop == "pad" and image.pad:
+        rows["corner"] = jax.random.randint(shift_key, (n, 2), 0, 2 * image.pad + 1)
+    if image.flip and not image.flip_alternate:
         rows["mirrored"] = jax.random.bernoulli(flip_key, shape=(n,))
-    if data.pca_noise:
-        rows["colour"] = _draw_colours(colour_key, n, data.pca_noise) / jnp.asarray(data.std, jnp.float32)
-    if data.erase:
-        rows["erased"] = _draw_rectangles(erase_key, n, height, width, data.erase)
-    if data.colout:
-        batch["rows"] = _draw_some(row_key, height, 1 - data.colout)
-        batch["columns"] = _draw_some(column_key, width, 1 - data.colout)
+    if image.pca_noise:
+        rows["colour"] = _draw_colours(colour_key, n, image.pca_noise) / jnp.asarray(image.std, jnp.float32)
+    if image.erase:
+        rows["erased"] = _draw_rectangles(erase_key, n, height, width, image.erase)
+    if image.colout:
+        batch["rows"] = _draw_some(row_key, height, 1 - image.colout)
+        batch["columns"] = _draw_some(column_key, width, 1 - image.colout)
         height, width = batch["rows"].size, batch["columns"].size
-    if data.mixup or data.cutmix:
-        drawn = _draw_weights(mix_key, height, width, data.mixup, data.cutmix)
+    if data.mixup or image.cutmix:
+        drawn = _draw_weights(mix_key, height, width, data.mixup, image.cutmix)
         batch |= {name: value if mixing is None else jnp.where(mixing, value, 1.0) for name, value in drawn.items()}
     return rows, batch
 
 
-def augment(images: jax.Array, rows: Draws, batch: Draws, data: ConfigDict) -> jax.Array:
+def augment(images: jax.Array, rows: Draws, batch: Draws, image: ConfigDict) -> jax.Array:
     """Images as training sees them: uint8 [n, H, W, C] → normalised float32 [n, H', W', C], H' and W' less by ColOut.
 
     `rows` and `batch` are those of `draw`, of the former the n rows that these images are: all, or a part of the batch
-    that is even in number and begins at an even row where there is mixing.
+    that is even in number and begins at an even row where there is mixing. `image` is config.data.image.
     """
     if "corner" in rows:
-        images = shift(images, rows["corner"], data.pad, data.pad_mode)
+        images = shift(images, rows["corner"], image.pad, image.pad_mode)
     if "mirrored" in rows:
         images = jnp.where(rows["mirrored"][:, None, None, None], images[:, :, ::-1], images)
-    images = normalise(images, data.mean, data.std)
+    images = normalise(images, image.mean, image.std)
     if "colour" in rows:
         images += rows["colour"][:, None, None]
     if "erased" in rows:
