@@ -15,7 +15,10 @@ from conftest import ROOT, main_env
 from ml_collections import ConfigDict
 from tiny import data_config
 
-from jax_resnet.data.image.device import augment, draw, erase, mix, mix_labels, normalise
+from jax_resnet.config import default
+from jax_resnet.data.image.device import augment, draw, erase, normalise
+from jax_resnet.data.inputs import mix
+from jax_resnet.training.tasks import OneLabel
 
 
 def distinct_images(n: int, height: int, width: int, channels: int = 3) -> np.ndarray:
@@ -387,7 +390,7 @@ def test_images_are_mixed_until_they_are_no_more():
 
 @pytest.mark.parametrize("kept", [0.0, 0.3, 1.0])
 def test_mixed_labels_are_those_of_the_pair_by_weight(kept):
-    targets = np.asarray(mix_labels(jnp.array([2, 0, 1, 1]), jnp.float32(kept), 3))
+    targets = np.asarray(OneLabel(default().loss, 3).targets({"label": jnp.array([2, 0, 1, 1])}, jnp.float32(kept)))
     assert targets.dtype == np.float32
     np.testing.assert_allclose(targets, [[1 - kept, 0, kept], [kept, 0, 1 - kept], [0, 1, 0], [0, 1, 0]], atol=1e-7)
 
@@ -396,7 +399,8 @@ DEVICES = """
 import re, jax, jax.numpy as jnp, numpy as np
 from jax_resnet.runtime.mesh import batch_sharding, data_mesh, replicated
 from jax_resnet.config import default
-from jax_resnet.data.image.device import augment, draw, mix_labels
+from jax_resnet.data.image.device import augment, draw
+from jax_resnet.data.inputs import mix
 mesh = data_mesh()
 sharded, whole = batch_sharding(mesh), replicated(mesh)
 data = default().data
@@ -404,7 +408,7 @@ data.mixup = 0.2
 data.image.update(crop="pad", pad=2, pad_mode="reflect", pca_noise=0.1, colout=0.2, erase=0.5, cutmix=1.0)
 def mixed(images, labels, seed):
     rows, batch = draw(jax.random.key(seed), images.shape, data)
-    return augment(images, rows, batch, data.image), mix_labels(labels, batch["kept"], 10)
+    return augment(images, rows, batch, data.image), mix(jax.nn.one_hot(labels, 10), batch["kept"])
 one = jax.jit(mixed)
 several = jax.jit(mixed, in_shardings=(sharded, sharded, whole), out_shardings=sharded)
 for rows in (16, 8):

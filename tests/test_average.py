@@ -61,11 +61,10 @@ def test_statistics_are_those_of_training_batches(run: Path, tmp_path: Path) -> 
     params, _ = mean_of(run, 8, 16, 20)
     means, variances = [], []
     for step, batch in enumerate(experiment.train_batches(20, 23, print), 20):
-        from jax_resnet.data.image import device
         from jax_resnet.training.step import _drawn
 
-        rows, whole, _ = _drawn(batch, np.int32(step), config, None)
-        images = device.augment(rows["image"], rows, whole, config.data.image)
+        rows, whole, _ = _drawn(batch, np.int32(step), experiment.data.inputs, config.seed, None)
+        images = experiment.data.inputs.augment(rows, whole)
         kernel = params["stem"]["conv1"]["kernel"]
         out = np.float64(
             jax.lax.conv_general_dilated(

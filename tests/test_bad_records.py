@@ -142,7 +142,8 @@ def test_another_record_takes_the_place_of_a_broken_one(tmp_path: Path) -> None:
     records, _ = train_indices(5, 0, 12, 12)
     batch = train_batch(split, 0, seed=5, phase=phase(12), rows=np.arange(12))
     assert sorted(Path(name).name for name, _ in batch["broken"])[:2] == ["a.jpg", "b.jpg"]
-    _, labels, broken = split.read(np.arange(12), None)
+    rows = split.read(np.arange(12), None)
+    labels, broken = rows.arrays["label"], rows.broken
     assert sorted(broken) == [0, 6]  # in each class first by name
     for row, record in enumerate(records):
         alone = train_batch(split, 0, seed=5, phase=phase(12), rows=np.array([row]))

@@ -110,7 +110,9 @@ from jax_resnet.runtime.mesh import batch_sharding, data_mesh, replicated
 from jax_resnet.config import default
 from jax_resnet.models.zoo import create_model
 from jax_resnet.training.state import make_state
-from jax_resnet.training.step import make_train_step
+from jax_resnet.data.image.device import ImageInputs
+from jax_resnet.training.step import Problem, make_train_step
+from jax_resnet.training.tasks import OneLabel
 mesh = data_mesh()
 rows, whole, optimizer = batch_sharding(mesh), replicated(mesh), optax.sgd(0.1, momentum=0.9)
 depths = tuple(map(int, sys.argv[1].split(",")))
@@ -119,7 +121,8 @@ make = lambda rngs: create_model("resnet50", num_classes=1000, rngs=rngs, **opti
 graph, state, _ = make_state(make, optimizer, 0, whole)
 config = default()
 config.data.image.crop, config.loss.label_smoothing = "pad", 0.1
-step = make_train_step(graph, optimizer, config)
+problem = Problem(graph, ImageInputs(config.data), OneLabel(config.loss, 1000))
+step = make_train_step(problem, optimizer, config)
 batch = {"image": jax.ShapeDtypeStruct((16, 64, 64, 3), jnp.uint8, sharding=rows),
          "label": jax.ShapeDtypeStruct((16,), jnp.int32, sharding=rows)}
 step = jax.jit(step, in_shardings=(whole, rows), out_shardings=whole, donate_argnums=0)

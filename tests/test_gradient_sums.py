@@ -91,7 +91,9 @@ from jax_resnet.models.cpu import sum_gradients_in_float32
 from jax_resnet.models.zoo import create_model
 from jax_resnet.commands.program import topology_mesh
 from jax_resnet.training.state import make_state
-from jax_resnet.training.step import make_train_step
+from jax_resnet.training.step import Problem, make_train_step
+from jax_resnet.training.tasks import OneLabel
+from jax_resnet.data.image.device import ImageInputs
 mesh = topology_mesh("v5e:2x2")
 rows, whole, optimizer = batch_sharding(mesh), replicated(mesh), optax.sgd(0.1)
 as_summed = sum_gradients_in_float32 if sys.argv[1] == "float32" else lambda model: model
@@ -102,7 +104,8 @@ config = default()
 config.data.image.crop = "none"
 batch = {"image": jax.ShapeDtypeStruct((16, 16, 16, 3), jnp.uint8, sharding=rows),
          "label": jax.ShapeDtypeStruct((16,), jnp.int32, sharding=rows)}
-step = make_train_step(graph, optimizer, config, parts=parts_sharding(mesh))
+problem = Problem(graph, ImageInputs(config.data), OneLabel(config.loss, 4))
+step = make_train_step(problem, optimizer, config, parts=parts_sharding(mesh))
 print(jax.jit(step, in_shardings=(whole, rows), out_shardings=whole).lower(state, batch).compile().as_text())
 """
 

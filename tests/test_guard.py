@@ -23,6 +23,7 @@ from jax_resnet.errors import UserError
 from jax_resnet.runs.checkpoint import Checkpoints
 from jax_resnet.runs.log import Telemetry, read_metrics
 from jax_resnet.training import step as step_module
+from jax_resnet.training import tasks
 from jax_resnet.training.experiment import Experiment, build
 from jax_resnet.training.loop import train
 from jax_resnet.training.skipped import Skipped
@@ -50,7 +51,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     XLA's maximum on CPUs, so ReLU, takes 0 for what is no number: of such images only the gradients are none. Of such a
     loss the gradients are numbers.
     """
-    augment, make_loss = device.augment, step_module.make_loss
+    augment, make_loss = device.augment, tasks.make_loss
 
     def poisoned(image: Any, rows: Any, *of: Any) -> Any:
         images = augment(image, rows, *of)
@@ -62,7 +63,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         loss = make_loss(*of, **given)
         return lambda logits, labels: loss(logits, labels) + jnp.where(labels == 9, jnp.nan, 0.0)
 
-    monkeypatch.setattr(step_module, "make_loss", make_poisoned)
+    monkeypatch.setattr(tasks, "make_loss", make_poisoned)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Batches: functions of (seed, step) whatever the threads, the start and the hosts; evaluation of each example once."""
 
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -18,7 +19,9 @@ from tiny import data_config
 
 from jax_resnet.data import loader
 from jax_resnet.data.batches import generator, train_batch
-from jax_resnet.data.dataset import ArraySplit, EncodedSplit, Pixels, Split
+from jax_resnet.data.dataset import Split
+from jax_resnet.data.image.pixels import Pixels
+from jax_resnet.data.image.split import ArraySplit, EncodedSplit
 from jax_resnet.data.loader import eval_batches, train_batches
 from jax_resnet.data.sampling import Phase, train_indices
 from jax_resnet.data.sources import open_dataset
@@ -46,12 +49,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Split:
     return open_dataset(data_config(name=f"folder:{root}", size=8, crop="random_resized")).train
 
 
-def numbered(count: int) -> ArraySplit:
+def numbered(count: int, **image: Any) -> ArraySplit:
     """2×2 images; the pixels of each, and its label, are its number."""
     numbers = np.arange(count)
     images = np.broadcast_to(numbers[:, None, None, None], (count, 2, 2, 1)).astype(np.uint8)
     return ArraySplit(
-        "numbered", Pixels.of(reading(channels=1, crop="none").image, None), images, numbers.astype(np.int32)
+        "numbered", Pixels.of(reading(channels=1, crop="none", **image).image, None), images, numbers.astype(np.int32)
     )
 
 
@@ -144,7 +147,7 @@ def mirrored_by_record(seed: int, batch_size: int, steps: int, count: int, **how
     options = {"seed": seed, "phase": one_phase(batch_size)[0], "rows": np.arange(batch_size), **how}
     for step in range(steps):
         records, epochs = train_indices(seed, step * batch_size, batch_size, count, how.get("repeats", 1))
-        batch = train_batch(numbered(count), step, flip_alternate=True, **options)
+        batch = train_batch(numbered(count, flip_alternate=True), step, **options)
         assert (batch["mirrored"].shape, batch["mirrored"].dtype) == ((batch_size,), bool)
         for epoch, record, mirrored in zip(epochs.tolist(), records.tolist(), batch["mirrored"].tolist(), strict=True):
             seen.setdefault(record, {})[epoch] = mirrored
@@ -171,13 +174,12 @@ def test_alternating_flip_shows_both_sides_of_a_record_repeated_in_a_batch():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_stream_says_which_images_to_mirror_whoever_reads(photos, sharding, workers):
-    c = reading(workers=workers, flip_alternate=True)
+    c = reading(workers=workers)
+    photos = dataclasses.replace(photos, pixels=dataclasses.replace(photos.pixels, flip_alternate=True))
     options = {"seed": 3, "phases": one_phase(5), "report": no_report}
     feed = train_batches(photos, c, start=0, stop=4, sharding=sharding, **options)
     found = as_numpy(feed)
-    expected = [
-        train_batch(photos, s, seed=3, phase=one_phase(5)[0], rows=np.arange(5), flip_alternate=True) for s in range(4)
-    ]
+    expected = [train_batch(photos, s, seed=3, phase=one_phase(5)[0], rows=np.arange(5)) for s in range(4)]
     assert [batch.pop("broken") for batch in expected] == 4 * [[]]
     assert_equal_batches(found, expected)
     feed.close()

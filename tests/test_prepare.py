@@ -121,7 +121,7 @@ def test_bytes_are_copied_and_the_package_trains_on_them(source, tmp_path, monke
     dataset = open_dataset(config(tmp_path / "to"))
     assert (len(dataset.train), len(dataset.eval), dataset.eval.name) == (30, 30, "val")
     assert dataset.class_names == ("cat", "dog", "eel")
-    images, labels, _ = dataset.train.read(np.arange(30), None)
+    images, labels = dataset.train.read(np.arange(30), None).arrays.values()
     assert labels.tolist() == [label for _, label in found]
     assert abs(images.mean() - np.mean([decode(data, 3).mean() for data, _ in found])) < 3
     out = capsys.readouterr().out
@@ -169,7 +169,7 @@ def test_images_of_one_size_are_kept_in_memory(tmp_path, monkeypatch):
         (tmp_path / "from" / name / "1.jpg").write_bytes(jpeg(50 * i))
     here(monkeypatch, tmp_path / "from", tmp_path / "to")
     dataset = open_dataset(config(tmp_path / "to", size=None))
-    assert dataset.train.image_shape == (24, 32, 3)
+    assert dataset.train.shape() == (24, 32, 3)
 
 
 def test_class_folders_alone_become_one_split_that_can_be_cut(tmp_path, monkeypatch, capsys):
@@ -179,7 +179,7 @@ def test_class_folders_alone_become_one_split_that_can_be_cut(tmp_path, monkeypa
     dataset = open_dataset(config(tmp_path / "to", train_split="train[:50%]", eval_split="train[50%:]"))
     assert (len(dataset.train), len(dataset.eval)) == (15, 15)
     for part in (dataset.train, dataset.eval):
-        assert set(part.read(np.arange(15), None)[1]) == {0, 1, 2}
+        assert set(part.read(np.arange(15), None).arrays["label"]) == {0, 1, 2}
 
 
 def test_a_tfds_dataset_is_written_as_it_is(tmp_path, monkeypatch):
@@ -188,7 +188,7 @@ def test_a_tfds_dataset_is_written_as_it_is(tmp_path, monkeypatch):
     ours = open_dataset(config(tmp_path / "to", channels=1, size=None))
     theirs = open_dataset(config(tmp_path, name="digits", channels=1, size=None, data_dir=str(tmp_path / "tfds")))
     for a, b in ((ours.train, theirs.train), (ours.eval, theirs.eval)):
-        for x, y in zip(a.read(np.arange(len(a)), None), b.read(np.arange(len(b)), None), strict=True):
+        for x, y in zip(*(split.read(np.arange(len(split)), None).arrays.values() for split in (a, b)), strict=True):
             np.testing.assert_array_equal(x, y)
     assert "not prepared in" in refusal(monkeypatch, "tfds:cifar10", tmp_path / "no", f"--data_dir={tmp_path}")
     assert refusal(monkeypatch, "tfds:digitz", tmp_path / "no").startswith("tfds:digitz: unknown dataset")
@@ -628,7 +628,7 @@ def test_what_tfds_wrote_through_beam_is_read(tmp_path):
     assert "Python sdk harness exiting" in done.stderr  # as only such a process says
     dataset = open_dataset(config(tmp_path / "photos" / "1.0.0", size=None))
     for split, expected in ((dataset.train, range(40)), (dataset.eval, range(40, 50))):
-        images, labels = split.read(np.arange(len(split)), None)
+        images, labels = split.read(np.arange(len(split)), None).arrays.values()
         found = {image.tobytes(): label for image, label in zip(images, labels, strict=True)}
         assert found == {
             np.random.default_rng(i).integers(0, 256, (12, 16, 3), np.uint8).tobytes(): i % 3 for i in expected

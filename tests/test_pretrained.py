@@ -18,7 +18,7 @@ from numpy.testing import assert_array_equal
 from safetensors.numpy import load_file, save_file
 
 from jax_resnet.config import default
-from jax_resnet.data.dataset import Pixels
+from jax_resnet.data.image.pixels import Pixels
 from jax_resnet.errors import UserError
 from jax_resnet.inference.safetensors import export, hub_config, timm_name
 from jax_resnet.models.torch_names import flatten, to_torch

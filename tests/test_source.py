@@ -15,7 +15,10 @@ import tiny
 from ml_collections import ConfigDict
 
 from jax_resnet.data import tfds as tfds_source
-from jax_resnet.data.dataset import Dataset, EncodedSplit, Pixels, Split
+from jax_resnet.data.dataset import Dataset, Rows
+from jax_resnet.data.image.pixels import Pixels
+from jax_resnet.data.image.split import EncodedSplit
+from jax_resnet.data.image.split import ImageSplit as Split
 from jax_resnet.data.sources import open_dataset
 from jax_resnet.errors import UserError
 
@@ -34,12 +37,17 @@ def refusal(c: ConfigDict) -> str:
     return str(e.value)
 
 
+def parts(rows: Rows) -> tuple[np.ndarray, np.ndarray, dict[int, tuple[str, str]]]:
+    """Images, labels and what is broken."""
+    return rows.arrays["image"], rows.arrays["label"], rows.broken
+
+
 def read_all(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    images, labels, broken = split.read(np.arange(len(split)), None)
+    images, labels, broken = parts(split.read(np.arange(len(split)), None))
     assert not broken
     assert images.dtype == np.uint8
     assert labels.dtype == np.int32
-    assert images.shape == (len(split), *split.image_shape)
+    assert images.shape == (len(split), *split.shape())
     return images, labels
 
 
@@ -90,7 +98,7 @@ def test_digits_are_resized_to_the_image_size(digits_dir):
     dataset = open_dataset(data_config("digits", data_dir=str(digits_dir), channels=1, size=16))
     small, _ = read_all(open_dataset(data_config("digits", data_dir=str(digits_dir), channels=1)).eval)
     large, _ = read_all(dataset.eval)
-    assert dataset.train.image_shape == (16, 16, 1)
+    assert dataset.train.shape() == (16, 16, 1)
     means = large.reshape(360, 8, 2, 8, 2).mean((2, 4))
     assert np.corrcoef(means.ravel(), small.ravel())[0, 1] > 0.95
 
@@ -255,7 +263,7 @@ def test_dataset_of_images_of_many_sizes_is_decoded_when_read(photos_dir):
     assert dataset.eval.name == "validation"
     assert sorted(values(dataset.train)) == [(20 * i, i % 2) for i in range(6)]
     assert sorted(values(dataset.eval)) == [(20 * i, i % 2) for i in range(6, 9)]
-    some, _, _ = dataset.train.read(np.array([3, 0]), None)
+    some, _, _ = parts(dataset.train.read(np.array([3, 0]), None))
     np.testing.assert_array_equal(some, read_all(dataset.train)[0][[3, 0]])
 
 
@@ -299,7 +307,7 @@ def test_npz_of_grey_images_is_read_as_it_is(tmp_path, shape):
 
 def test_npz_records_come_in_the_order_asked_for(tmp_path):
     split = open_dataset(data_config(write_npz(tmp_path), channels=1)).train
-    some, labels, _ = split.read(np.array([4, 0, 4]), None)
+    some, labels, _ = parts(split.read(np.array([4, 0, 4]), None))
     np.testing.assert_array_equal(some, read_all(split)[0][[4, 0, 4]])
     assert labels.tolist() == [1, 0, 1]
 
@@ -307,7 +315,7 @@ def test_npz_records_come_in_the_order_asked_for(tmp_path):
 def test_reading_with_crops_leaves_the_stored_images_alone(tmp_path):
     split = open_dataset(data_config(write_npz(tmp_path), channels=1, crop="random_resized")).train
     before, _ = read_all(split)
-    cropped, _, _ = split.read(np.arange(6), [np.random.default_rng(i) for i in range(6)])
+    cropped, _, _ = parts(split.read(np.arange(6), [np.random.default_rng(i) for i in range(6)]))
     assert (cropped != before).any()
     np.testing.assert_array_equal(read_all(split)[0], before)
 
@@ -336,7 +344,7 @@ def test_npz_images_are_resized_to_the_image_size(tmp_path):
     x_train = np.repeat(np.repeat(np.arange(6 * 25, dtype=np.uint8).reshape(6, 5, 5), 2, axis=1), 2, axis=2)
     dataset = open_dataset(data_config(write_npz(tmp_path, x_train=x_train), channels=1, size=5))
     np.testing.assert_array_equal(read_all(dataset.train)[0].ravel(), np.arange(6 * 25))
-    assert dataset.eval.image_shape == (5, 5, 1)
+    assert dataset.eval.shape() == (5, 5, 1)
 
 
 @pytest.mark.parametrize(
@@ -404,7 +412,7 @@ def test_random_crops_of_images_that_are_not_square_need_a_size(tmp_path):
     c = data_config(write_npz(tmp_path, **wide), channels=1, crop="random_resized")
     assert "set config.data.image.size" in refusal(c)
     c.image.size = 4
-    assert open_dataset(c).train.image_shape == (4, 4, 1)
+    assert open_dataset(c).train.shape() == (4, 4, 1)
 
 
 # ---- a folder of class folders ---------------------------------------------------------------------------------------
@@ -524,7 +532,7 @@ def test_image_that_cannot_be_decoded_is_named_when_it_is_read(tmp_path):
     dataset = open_folder(tmp_path, "train/a/1.png", "train/a/2.png", "val/a/3.png")
     bad = tmp_path / "train" / "a" / "2.png"
     bad.write_bytes(bad.read_bytes()[:40])
-    images, labels, broken = dataset.train.read(np.array([0, 1]), None)
+    images, labels, broken = parts(dataset.train.read(np.array([0, 1]), None))
     assert broken == {1: (str(bad), "not an image that can be decoded (40 bytes)")}
     assert [len(set(image.ravel())) for image in images] == [1, 1]
     assert images[1].max() == 0
@@ -568,7 +576,7 @@ def test_evaluation_reads_the_centre_and_training_a_random_part(tmp_path):
         cv2.imwrite(str(tmp_path / part / "a" / "1.png"), columns)
     dataset = open_dataset(folder_config(tmp_path, size=14, crop="random_resized"))  # 14 / 0.875 = 16
     np.testing.assert_array_equal(read_all(dataset.eval)[0][0], columns[1:15, 5:19])
-    drawn = [dataset.train.read(np.array([0]), [np.random.default_rng(seed)])[0].tobytes() for seed in range(5)]
+    drawn = [parts(dataset.train.read(np.array([0]), [np.random.default_rng(seed)]))[0].tobytes() for seed in range(5)]
     assert len(set(drawn)) == 5
     np.testing.assert_array_equal(read_all(dataset.train)[0][0], columns[1:15, 5:19])
 
@@ -587,7 +595,7 @@ def test_scaled_and_stretched_crops_are_boxes_of_the_image_and_evaluation_sees_i
         shares = {}
         for size in (None, 8, 12, 4):  # with progressive sizes the box is the same
             drawn = [
-                dataset.train.read(np.array([0]), [np.random.default_rng(seed)], size).images[0].astype(float)
+                parts(dataset.train.read(np.array([0]), [np.random.default_rng(seed)], size))[0][0].astype(float)
                 for seed in range(40)
             ]
             side = size or 8

@@ -18,7 +18,9 @@ from ml_collections import ConfigDict
 
 from jax_resnet.commands.cli import save_plot
 from jax_resnet.config import PARAMETER_KINDS, model_overrides, validate
-from jax_resnet.data.dataset import Dataset, encoded
+from jax_resnet.data.dataset import Dataset
+from jax_resnet.data.image.device import ImageInputs
+from jax_resnet.data.image.split import encoded
 from jax_resnet.data.sources import open_dataset
 from jax_resnet.errors import NotPrepared
 from jax_resnet.models.zoo import model_spec
@@ -78,7 +80,7 @@ def _published(c: ConfigDict) -> Dataset:
     names = "train", "test" if side else "validation"
     empty = (encoded(name, 0, lambda _: (), classes, c) for name in names)
     train, evaluation = (replace(split, length=count) for split, count in zip(empty, counts, strict=True))
-    return Dataset(c.name, train, evaluation, tuple(map(str, range(classes))))
+    return Dataset(c.name, train, evaluation, tuple(map(str, range(classes))), ImageInputs(c))
 
 
 def sections(c: ConfigDict, experiment: Experiment, here: bool) -> list[Section]:
@@ -113,7 +115,7 @@ def _model(experiment: Experiment, dtype: str) -> Iterator[Row]:
 
 def _sizes(experiment: Experiment) -> list[tuple[int, int]]:
     """Of training images, phase by phase: height and width."""
-    height, width, _ = experiment.data.train.image_shape
+    height, width, _ = experiment.data.input_shape
     return list(
         dict.fromkeys((phase.image_size or height, phase.image_size or width) for phase in experiment.plan.phases)
     )
@@ -284,8 +286,8 @@ def _ranges(factors: dict[str, list[float]]) -> str:
 
 
 def _images(experiment: Experiment) -> Iterator[Row]:
-    c, data = experiment.config.data.image, experiment.data.eval
-    crop, (height, width, _) = data.pixels.eval_crop, data.image_shape
+    c, (height, width, _) = experiment.config.data.image, experiment.data.eval.element_spec()["image"].shape
+    crop = c.eval_crop if c.crop in ("random_resized", "scaled") else 1.0
     yield "train", ", then ".join(_by(*size) for size in _sizes(experiment))
     resized = f" in the centre of {max(height, round(height / crop))} on the short side" if crop < 1 else ""
     yield (

@@ -255,7 +255,7 @@ class Case:
         phase, plan, (height, width, channels) = (
             heaviest(experiment),
             experiment.plan,
-            experiment.data.train.image_shape,
+            experiment.data.input_shape,
         )
         each = phase.batch_size // self.mesh.size
         row: Row = {

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jax_resnet.data.dataset import Split
-from jax_resnet.data.sampling import Phase, mirrored, train_indices
+from jax_resnet.data.sampling import Phase, train_indices
 from jax_resnet.errors import UserError
 
 Broken = list[tuple[str, str]]  # name and reason of each image that could not be decoded
@@ -24,36 +24,32 @@ def train_batch(
     phase: Phase,
     rows: np.ndarray,
     repeats: int = 1,
-    flip_alternate: bool = False,
 ) -> Batch:
-    """Rows `rows` of the global batch of `step`, which is in `phase`: image uint8 [rows, H, W, C], label int32 [rows].
+    """Read rows `rows` of the global batch of `step`, which is in `phase`: the arrays of the split's element_spec.
 
-    With `flip_alternate` also mirrored, bool [rows]: the images that the device is to mirror.
-    What is random about pixels is keyed by (seed, epoch, record), so no other rows or threads change it. A record that
-    cannot be decoded gives its place, and its randomness, to another, which follows from the same key; "broken" has its
-    name and the reason, and those of others that were tried.
+    What is random about a record is keyed by (seed, epoch, record), so no other rows or threads change it. A record
+    that cannot be decoded gives its place, and its randomness, to another, which follows from the same key; "broken"
+    has its name and the reason, and those of others that were tried.
     Raises UserError as `Split.read`, or when none can be decoded.
     """
     indices, epochs = train_indices(seed, phase.examples(step), phase.batch_size, len(split), repeats)
     indices, epochs = indices[rows], epochs[rows]
     keys = zip(epochs.tolist(), indices.tolist(), strict=True)
-    read = split.read(
-        indices, [generator(seed, *key) for key in keys] if split.pixels.random else None, phase.image_size
-    )
+    read = split.read(indices, [generator(seed, *key) for key in keys] if split.random else None, phase.image_size)
     broken = list(read.broken.values())
     for row in read.broken:
         epoch, record = int(epochs[row]), int(indices[row])
         for other in generator(seed, epoch, record | 1 << 62).integers(len(split), size=SUBSTITUTES):
             found = split.read(np.array([other]), [generator(seed, epoch, record)], phase.image_size)
-            read.images[row], read.labels[row] = found.images[0], found.labels[0]
+            for name, array in read.arrays.items():
+                array[row] = found.arrays[name][0]
             if not found.broken:
                 break
             broken += found.broken.values()
         else:
             name, reason = read.broken[row]
             raise UserError(f"{split.name} split: {name}: {reason}; nor can any of {SUBSTITUTES} others be decoded")
-    batch = {"image": read.images, "label": read.labels, "broken": broken}
-    return batch | ({"mirrored": mirrored(seed, indices, epochs, len(split))} if flip_alternate else {})
+    return read.arrays | split.marks(seed, indices, epochs) | {"broken": broken}
 
 
 def generator(seed: int, epoch: int, record: int) -> np.random.Generator:
@@ -65,7 +61,7 @@ def generator(seed: int, epoch: int, record: int) -> np.random.Generator:
 
 
 def eval_batch(split: Split, number: int, *, batch_size: int, rows: np.ndarray) -> Batch:
-    """Those rows of the batch of that number, in the split's order: image and label as in training, and mask.
+    """Read those rows of the batch of that number, in the split's order: the arrays of its element_spec, and mask.
 
     mask, bool [len(rows)], is False where there is no example any more, or one that cannot be decoded; undecodable,
     bool too, tells which. Raises UserError as `Split.read`.
@@ -73,7 +69,7 @@ def eval_batch(split: Split, number: int, *, batch_size: int, rows: np.ndarray) 
     position = number * batch_size + rows
     read = split.read(position[position < len(split)], None)
     undecodable = np.isin(np.arange(len(rows)), list(read.broken))
-    batch = {"image": read.images, "label": read.labels, "mask": np.ones(len(read.labels), bool)}
+    batch = read.arrays | {"mask": np.ones(np.count_nonzero(position < len(split)), bool)}
     for name, found in batch.items():
         batch[name] = np.zeros((len(rows), *found.shape[1:]), found.dtype)
         batch[name][: len(found)] = found  # rows ascend: what is beyond the end is last

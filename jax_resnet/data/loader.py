@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from jax_resnet.data.batches import Batch, Broken, Ledger, Report, eval_batch, train_batch
-from jax_resnet.data.dataset import ArraySplit, Split
+from jax_resnet.data.dataset import Split
 from jax_resnet.data.sampling import Phase, phase_at
 from jax_resnet.errors import TransientError, first_line
 from jax_resnet.runtime.host import STOP_SIGNALS
@@ -51,7 +51,7 @@ class Readers:
         """
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = c.workers if c.workers is not None else (cores // THREADS if cores >= 2 * THREADS else 0)
-        if isinstance(split, ArraySplit):
+        if split.in_memory:
             workers = 0
         return cls(c.threads or min(max(1, cores // max(1, workers)), THREADS), workers)
 
@@ -126,7 +126,7 @@ class Feed:
         if batch is None:
             return None
         broken = batch.pop("broken")
-        return global_batch(self._sharding, batch), broken, len(batch["label"])
+        return global_batch(self._sharding, batch), broken, len(next(iter(batch.values())))
 
     def __iter__(self) -> "Feed":
         return self
@@ -192,11 +192,10 @@ def train_batches(
     be read, or too many cannot be decoded.
     """
     rows = {phase.batch_size: local_rows(sharding, phase.batch_size) for phase in phases}
-    options = {"seed": seed, "repeats": c.repeats, "flip_alternate": c.image.flip_alternate}
 
     def batch(step: int) -> Batch:
         phase = phase_at(phases, step)
-        return train_batch(split, step, phase=phase, rows=rows[phase.batch_size], **options)
+        return train_batch(split, step, seed=seed, phase=phase, rows=rows[phase.batch_size], repeats=c.repeats)
 
     return Feed(Readers.of(c, split), range(start, stop), batch, sharding, Ledger(split, report, c.max_broken))
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from jax_resnet.data.dataset import EVAL_SPLITS, Dataset, EncodedSplit, encoded, in_memory
+from jax_resnet.data.dataset import EVAL_SPLITS, Dataset
+from jax_resnet.data.image.device import ImageInputs
+from jax_resnet.data.image.split import EncodedSplit, encoded, in_memory
 from jax_resnet.errors import UserError, did_you_mean
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -38,10 +40,12 @@ def open_dataset(c: ConfigDict) -> Dataset:
     for split in (dataset.train, dataset.eval):
         if len(split) == 0:
             raise UserError(f"config.data.name={c.name}: the {split.name} split is empty")
-    if dataset.train.image_shape != dataset.eval.image_shape:
+    kind = dataset.inputs.name
+    train, evaluation = (split.element_spec()[kind].shape for split in (dataset.train, dataset.eval))
+    if train != evaluation:
         raise UserError(
-            f"config.data.name={c.name}: {dataset.train.name} images are {dataset.train.image_shape}, "
-            f"{dataset.eval.name} images {dataset.eval.image_shape}; set config.data.image.size"
+            f"config.data.name={c.name}: {dataset.train.name} {kind}s are {train}, {dataset.eval.name} {kind}s "
+            f"{evaluation}; set config.data.{kind}.size"
         )
     return dataset
 
@@ -78,6 +82,7 @@ def _open_npz(path: str, c: ConfigDict) -> Dataset:
         in_memory("train", arrays["x_train"], train_labels, classes, c.image, f"npz:{path}"),
         in_memory("test", arrays["x_test"], test_labels, classes, c.image, f"npz:{path}"),
         tuple(str(i) for i in range(classes)),
+        ImageInputs(c),
     )
 
 
@@ -120,6 +125,7 @@ def _open_folder(path: str, c: ConfigDict) -> Dataset:
         _files_split(train_name, train_files, classes, c),
         _files_split(eval_name, eval_files, classes, c),
         classes,
+        ImageInputs(c),
     )
 
 

@@ -16,8 +16,10 @@ from array_record.python.array_record_module import ArrayRecordReader
 from ml_collections import ConfigDict
 from tensorflow_datasets.proto import tf_example_pb2
 
-from jax_resnet.data.dataset import EVAL_SPLITS, ArraySplit, Dataset, Records, Split, encoded, in_memory
+from jax_resnet.data.dataset import EVAL_SPLITS, Dataset, Split
 from jax_resnet.data.image import images as image_ops
+from jax_resnet.data.image.device import ImageInputs
+from jax_resnet.data.image.split import ArraySplit, Records, encoded, in_memory
 from jax_resnet.errors import NotPrepared, UserError, did_you_mean, first_line
 
 IN_MEMORY_BYTES = 2 << 30
@@ -54,7 +56,7 @@ def open_tfds(name: str, c: ConfigDict) -> Dataset:
             splits.append(_decode_all(split, len(source), records, shape[:2], label.num_classes, c, name))
         else:
             splits.append(encoded(split, len(source), records, label.num_classes, c))
-    return Dataset(name, splits[0], splits[1], tuple(label.names))
+    return Dataset(name, splits[0], splits[1], tuple(label.names), ImageInputs(c))
 
 
 def _records(

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,14 @@ from jax_resnet.runs.paths import AnyPath, is_remote, write
 from jax_resnet.runs.trace import Trace
 from jax_resnet.runs.workdir import write_json
 
-COLUMNS = ("step", "epoch", "split", "examples", "loss", "top-1", "top-5")
+HEADINGS = {"accuracy_top1": "top-1", "accuracy_top5": "top-5"}
 WIDTHS = {"split": len("validation_ema")}
 LINES = 20  # of broken images
+
+
+def shown(name: str, value: float) -> str:
+    """Write a metric of that name as the console has it: 0.1234, or 98.61 % for an accuracy."""
+    return f"{100 * value:.2f} %" if name.startswith("accuracy") else f"{value:.4f}"
 
 
 class _Console(Console):
@@ -149,22 +154,22 @@ class Telemetry:
         self,
         step: int,
         *,
-        loss: float | None,
-        accuracy: float | None,
+        metrics: Mapping[str, float],
         learning_rate: float,
         images_per_second: float | None = None,
         input_wait: float | None = None,
         skipped: int = 0,
     ) -> None:
-        """Means over the steps since the last call; no speed for the first, whose time is the compiler's.
+        """Report means over the steps since the last call; no speed for the first, whose time is the compiler's.
 
         `input_wait` is the share of that time that was spent waiting for batches. Of the updates `skipped` were
-        skipped, which the means leave out: if that is all of them, they are None.
+        skipped, which the means leave out: if that is all of them, `metrics` is empty.
         """
         timed = images_per_second is not None
         speed = f"{images_per_second:,.0f} images/s  input wait {input_wait:.1%}" if timed else "compiled"
-        means = "no update  " if loss is None else f"loss {loss:.4f}  accuracy {accuracy:.2%}  "
-        text = f"{means}{f'{skipped:,} skipped  ' if skipped else ''}{speed}".replace("%", " %")
+        means = [f"{name.removesuffix('_top1')} {shown(name, value)}" for name, value in metrics.items()]
+        counts = [f"{skipped:,} skipped"] if skipped else []
+        text = "  ".join([*(means or ["no update"]), *counts, speed.replace("%", " %")])
         if self._progress:
             self._progress.update(self._task, completed=step, description=text)
         else:
@@ -172,8 +177,7 @@ class Telemetry:
         self._record(
             "train",
             step,
-            loss=loss,
-            accuracy_top1=accuracy,
+            **metrics,
             learning_rate=learning_rate,
             images_per_second=images_per_second,
             input_wait=input_wait and round(input_wait, 5),
@@ -181,21 +185,16 @@ class Telemetry:
         )
 
     def evaluation(self, step: int, split: str, metrics: dict[str, Any]) -> None:
-        """One row of the table of evaluations."""
-        columns = [c for c in COLUMNS if c != "top-5" or "accuracy_top5" in metrics]
+        """Report one row of the table of evaluations: the means among the metrics, the loss first."""
+        row = {"step": f"{step:,}", "epoch": f"{self._epoch(step):.1f}", "split": split}
+        row |= {"examples": f"{metrics['examples']:,}", "loss": shown("loss", metrics["loss"])}
+        for name, value in metrics.items():
+            if isinstance(value, float):
+                row[HEADINGS.get(name, name)] = shown(name, value)
         if not self._table_begun:
-            self.say("  ".join(f"{c:>{WIDTHS.get(c, 10)}}" for c in columns))
+            self.say("  ".join(f"{name:>{WIDTHS.get(name, 10)}}" for name in row))
             self._table_begun = True
-        values = {
-            "step": f"{step:,}",
-            "epoch": f"{self._epoch(step):.1f}",
-            "split": split,
-            "examples": f"{metrics['examples']:,}",
-            "loss": f"{metrics['loss']:.4f}",
-            "top-1": f"{100 * metrics['accuracy_top1']:.2f} %",
-            "top-5": f"{100 * metrics.get('accuracy_top5', 0):.2f} %",
-        }
-        self.say("  ".join(f"{values[c]:>{WIDTHS.get(c, 10)}}" for c in columns))
+        self.say("  ".join(f"{text:>{WIDTHS.get(name, 10)}}" for name, text in row.items()))
         self._record("eval", step, split=split, **metrics)
 
     def saving(self, step: int, blocked: float, seconds: float) -> None:

@@ -25,7 +25,6 @@ from jax_resnet.runs.paths import AnyPath, open_path
 from jax_resnet.runs.workdir import has_checkpoints, read_config
 from jax_resnet.training.evaluate import evaluate, to_stderr
 from jax_resnet.training.experiment import Experiment, build
-from jax_resnet.training.metrics import accuracy_text
 from jax_resnet.training.pretrained import place
 from jax_resnet.training.state import TrainState
 
@@ -68,7 +67,7 @@ def average(
     folder = open_path(out) if out else workdir / "average"
     trees = jax.device_get((state.params, state.batch_stats))
     print(f"mean of steps {', '.join(f'{step:,}' for step in steps)}", end=": ")
-    print(f"{experiment.data.eval.name} accuracy {accuracy_text(metrics)}, loss {metrics['loss']:.4f}")
+    print(f"{experiment.data.eval.name} {experiment.task.text(metrics)}, loss {metrics['loss']:.4f}")
     return metrics, write_model(trees, config, workdir, folder, new=bool(out))
 
 

@@ -20,7 +20,7 @@ from jax_resnet.runs.checkpoint import Checkpoints
 from jax_resnet.runs.paths import make_folder, open_path
 from jax_resnet.runs.workdir import check_same_config, has_checkpoints, read_config, write_json
 from jax_resnet.training.experiment import Experiment, build
-from jax_resnet.training.metrics import Sums, accuracy_text, summary, total
+from jax_resnet.training.metrics import Sums, total
 from jax_resnet.training.network import initial_weights
 from jax_resnet.training.pretrained import placed
 from jax_resnet.training.state import TrainState
@@ -76,7 +76,7 @@ def evaluate(
         )
     if totals["examples"] + undecodable != len(split):
         raise RuntimeError(f"evaluated {totals['examples']} examples of the {split.name} split, which has {len(split)}")
-    return summary(totals) | ({"undecodable": undecodable} if undecodable else {})
+    return experiment.task.summary(totals) | ({"undecodable": undecodable} if undecodable else {})
 
 
 def evaluate_all(
@@ -144,7 +144,7 @@ def evaluate_checkpoint(
     }
     if jax.process_index() == 0:
         for name, metrics in splits.items():
-            print(f"step {step:,}: {name} accuracy {accuracy_text(metrics)}, loss {metrics['loss']:.4f}")
+            print(f"step {step:,}: {name} {experiment.task.text(metrics)}, loss {metrics['loss']:.4f}")
         try:
             write_json(workdir / "eval.json", result)
             print(f"in {workdir / 'eval.json'}")

@@ -24,6 +24,7 @@ from jax_resnet.training.network import Network, build_network, spec_of
 from jax_resnet.training.optimizers import make_optimizer
 from jax_resnet.training.plan import Plan
 from jax_resnet.training.schedules import make_schedule, over_phases, peak_learning_rate
+from jax_resnet.training.tasks import Task, task_of
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Experiment:
     def mesh(self) -> Mesh:
         """The devices."""
         return self.network.mesh
+
+    @property
+    def task(self) -> Task:
+        """What the network is trained to answer."""
+        return self.network.problem.task
 
     @property
     def sharding(self) -> NamedSharding:
@@ -59,21 +65,20 @@ class Experiment:
 
     def shapes(self, phase: Phase) -> tuple[Any, ...]:
         """Return the abstract arguments of `steps.train` in that phase."""
-        height, width, channels = self.data.train.image_shape
-        image = (phase.batch_size, phase.image_size or height, phase.image_size or width, channels)
-        batch = self._batch(image, *(["mirrored"] if self.config.data.image.flip_alternate else []))
-        return self.network.abstract_state, batch, *self.steps.teacher_weights
+        spec = self.data.train.element_spec(phase.image_size, training=True)
+        return self.network.abstract_state, self._batch(phase.batch_size, spec), *self.steps.teacher_weights
 
     def eval_shapes(self) -> tuple[Any, ...]:
         """Return the abstract arguments of `steps.evaluate`."""
         state = self.network.abstract_state
-        batch = self._batch((self.eval_batch_size, *self.data.eval.image_shape), "mask", "undecodable")
+        masks = dict.fromkeys(("mask", "undecodable"), jax.ShapeDtypeStruct((), jnp.bool_))
+        batch = self._batch(self.eval_batch_size, self.data.eval.element_spec() | masks)
         return state.params, state.batch_stats, batch
 
-    def _batch(self, image: tuple[int, ...], *masks: str) -> dict[str, jax.ShapeDtypeStruct]:
-        arrays = {"image": (image, jnp.uint8), "label": (image[:1], jnp.int32)}
-        arrays |= dict.fromkeys(masks, (image[:1], jnp.bool_))
-        return {name: jax.ShapeDtypeStruct(*of, sharding=self.sharding) for name, of in arrays.items()}
+    def _batch(self, size: int, spec: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+        return {
+            name: jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=self.sharding) for name, x in spec.items()
+        }
 
     def train_batches(self, start: int, stop: int, report: Report) -> Feed:
         """Read the batches of updates start … stop − 1, counted from 0, onto the devices; see loader.train_batches."""
@@ -112,12 +117,12 @@ def build(
     if training:
         check_batches_fit(config, data)
     plan = Plan.of(config, len(data.train))
-    optimizer = build_optimizer(config, plan)
-    network = build_network(config, mesh, data.num_classes, optimizer.transformation)
+    optimizer, task = build_optimizer(config, plan), task_of(config, data)
+    network = build_network(config, mesh, data.inputs, task, optimizer.transformation)
     teacher = None
     if training and config.distill.teacher:
         dtype = jnp.dtype(config.dtype)
-        teacher = Teacher.of(config.distill, config.data.image, data.num_classes, dtype, replicated(mesh))
+        teacher = Teacher.of(config.distill, config.data.image, task.outputs, dtype, replicated(mesh))
     steps = build_steps(config, plan, network, optimizer, teacher)
     return Experiment(config, data, plan, network, steps)
 
@@ -164,7 +169,7 @@ def check_accumulation(config: ConfigDict, spec: ResNetSpec) -> None:
 
 def check_data(config: ConfigDict, spec: ResNetSpec, data: Dataset) -> None:
     """Raise UserError where the images are too small for the network, or the classes are not those it is to have."""
-    sides = [("data.image.size", min(data.train.image_shape[:2]))]
+    sides = [("data.image.size", min(data.input_shape[:2]))]
     sides += [("progressive", size) for _, size, _ in phase_rows(config) if size is not None]
     for key, side in sides:
         if side < spec.total_stride:

@@ -33,16 +33,16 @@ def header(experiment: Experiment, workdir: AnyPath, start: int) -> dict[str, st
 
 def _model(experiment: Experiment) -> str:
     parameters = sum(p.size for p in jax.tree.leaves(experiment.network.abstract_state.params))
-    flops = experiment.network.flops(*experiment.data.train.image_shape)
+    flops = experiment.network.flops(*experiment.data.input_shape)
     return f"{experiment.config.model.name}, {short(parameters)} parameters, {short(flops)}FLOPs an image"
 
 
 def _data(experiment: Experiment) -> str:
     data = experiment.data
-    height, width, channels = data.train.image_shape
+    shape = "×".join(map(str, data.input_shape))
     return (
         f"{data.name}: {len(data.train):,} {data.train.name}, {len(data.eval):,} {data.eval.name}, "
-        f"{data.num_classes} classes, {height}×{width}×{channels}"
+        f"{data.num_classes} classes, {shape}"
     )
 
 

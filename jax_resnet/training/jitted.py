@@ -43,7 +43,7 @@ def build_steps(
     config: ConfigDict, plan: Plan, network: Network, optimizer: Optimizer, teacher: Teacher | None
 ) -> Steps:
     """Jit the functions of a training of `network`, distilled from `teacher` if there is one."""
-    mesh, graph = network.mesh, network.graph
+    mesh, problem = network.mesh, network.problem
     everywhere, sharding = replicated(mesh), batch_sharding(mesh)
     teacher_weights = (teacher.weights,) if teacher else ()
     options: dict[str, Any] = {
@@ -52,8 +52,8 @@ def build_steps(
         "parts": parts_sharding(mesh),
     }
     ema_start = plan.update_at(plan.ema_warmup_steps)
-    train_step = make_train_step(graph, optimizer.transformation, config, ema_start=ema_start, **options)
-    compute_gradients = make_gradients(graph, config, **options)
+    train_step = make_train_step(problem, optimizer.transformation, config, ema_start=ema_start, **options)
+    compute_gradients = make_gradients(problem, config, **options)
     of_state = jax.tree.map(lambda x: x.sharding, network.abstract_state)
     of_arguments = (of_state, sharding, *[everywhere] * len(teacher_weights))
     return Steps(
@@ -65,7 +65,7 @@ def build_steps(
             compiler_options=compiler_options(mesh.devices.flat[0]),
         ),
         evaluate=jax.jit(
-            make_eval_step(graph, config), in_shardings=(everywhere, everywhere, sharding), out_shardings=everywhere
+            make_eval_step(problem, config), in_shardings=(everywhere, everywhere, sharding), out_shardings=everywhere
         ),
         gradients=jax.jit(compute_gradients, in_shardings=of_arguments, out_shardings=everywhere),
         compute_gradients=compute_gradients,

@@ -25,7 +25,7 @@ from jax_resnet.runtime.host import COMPILING, WAITING, Host
 from jax_resnet.training.evaluate import IN_FLIGHT, evaluate_all
 from jax_resnet.training.experiment import Experiment, build
 from jax_resnet.training.header import header
-from jax_resnet.training.metrics import Sums, accuracy_text
+from jax_resnet.training.metrics import Sums
 from jax_resnet.training.network import initial_weights
 from jax_resnet.training.plan import Plan
 from jax_resnet.training.precompile import StepsAhead
@@ -97,7 +97,8 @@ def _keep(experiment: Experiment) -> Keep:
 def _describe_data(experiment: Experiment, workdir: AnyPath) -> None:
     if jax.process_index() == 0:
         data = experiment.data
-        write_json(workdir / "data.json", {"class_names": data.class_names, "image_shape": data.train.image_shape})
+        facts = {"class_names": data.class_names, f"{data.inputs.name}_shape": data.input_shape}
+        write_json(workdir / "data.json", facts)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Loop:
         self.experiment, self.supply, self.host = experiment, supply, host
         self.checkpoints, self.telemetry = checkpoints, telemetry
         self._agreement = Agreement(experiment.mesh, IN_FLIGHT)
-        self._window = Window(supply.batches)
+        self._window = Window(supply.batches, experiment.task)
         self._began = time.monotonic()
         self._splits: dict[str, Any] = {}  # the evaluation of the step that is done, where it has one
         self._stop = False
@@ -264,7 +265,7 @@ class Loop:
             telemetry.say(self._stopped(step, "without --config.stop_after_steps "))
             return {"step": step, "splits": {}}
         telemetry.result(step, self._splits, to_json(self.experiment.config))
-        texts = [f"{split} accuracy {accuracy_text(metrics)}" for split, metrics in self._splits.items()]
+        texts = [f"{split} {self.experiment.task.text(metrics)}" for split, metrics in self._splits.items()]
         telemetry.say(f"done: step {step:,}, {', '.join(texts)}, in {telemetry.workdir}")
         return {"step": step, "splits": self._splits}
 
@@ -282,9 +283,9 @@ def check_same_past(stored: ConfigDict | None, experiment: Experiment, start: in
     """
     if stored is None or stored.progressive == experiment.config.progressive:
         return
-    data, plan = experiment.data.train, experiment.plan
-    then = _phases_before(start, Plan.of(stored, len(data)), min(data.image_shape[:2]))
-    now = _phases_before(start, plan, min(data.image_shape[:2]))
+    data, side = experiment.data, min(experiment.data.input_shape[:2])
+    then = _phases_before(start, Plan.of(stored, len(data.train)), side)
+    now = _phases_before(start, experiment.plan, side)
     if then != now:
         raise UserError(
             f"config.progressive: the {start:,} steps that are done were not in these phases; only those to come may "

@@ -1,7 +1,7 @@
 """Metrics as sums with counts, divided once, at the end."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def total(sums: Iterable[Sums]) -> dict[str, float | int]:
     return totals
 
 
-def summary(totals: dict[str, float | int]) -> dict[str, float | int]:
+def summary(totals: Mapping[str, float | int]) -> dict[str, float | int]:
     """examples, correct_top1, accuracy_top1, loss and, where counted, accuracy_top5; means of the totals."""
     count = totals["examples"]
     result = {
@@ -55,6 +55,6 @@ def summary(totals: dict[str, float | int]) -> dict[str, float | int]:
     return result
 
 
-def accuracy_text(metrics: dict[str, float | int]) -> str:
+def accuracy_text(metrics: Mapping[str, float | int]) -> str:
     """`98.61 % (355 of 360)`."""
     return f"{metrics['accuracy_top1']:.2%} ({metrics['correct_top1']:,} of {metrics['examples']:,})".replace("%", " %")

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from jax_resnet.config import model_overrides
+from jax_resnet.data.inputs import Inputs
 from jax_resnet.errors import UserError, choose
 from jax_resnet.models.cost import cost
 from jax_resnet.models.cpu import for_cpu, sum_gradients_in_float32
@@ -23,6 +24,8 @@ from jax_resnet.models.zoo import create_model, model_spec
 from jax_resnet.runtime.mesh import replicated, spread
 from jax_resnet.training.pretrained import fitting
 from jax_resnet.training.state import TrainState, make_state
+from jax_resnet.training.step import Problem
+from jax_resnet.training.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,16 @@ class Network:
 
     mesh: Mesh
     spec: ResNetSpec
-    graph: nnx.GraphDef
+    problem: Problem
     abstract_state: TrainState
     fresh_state: Callable[[], TrainState]  # computes the state of step 0 on the devices
 
-    def flops(self, height: int, width: int, channels: int) -> int:
-        """Count the floating-point operations of one forward pass from its trace."""
-        state, image = self.abstract_state, jax.ShapeDtypeStruct((1, height, width, channels), jnp.float32)
+    def flops(self, *shape: int) -> int:
+        """Count the floating-point operations of one forward pass, of an input of that shape, from its trace."""
+        state, image = self.abstract_state, jax.ShapeDtypeStruct((1, *shape), jnp.float32)
 
         def forward(params: Any, stats: Any, image: Any) -> Any:
-            model: Any = nnx.merge(self.graph, params, stats)
+            model: Any = nnx.merge(self.problem.graph, params, stats)
             model.eval()
             return model(image)
 
@@ -52,13 +55,15 @@ def spec_of(config: ConfigDict) -> ResNetSpec:
     return model_spec(config.model.name, **model_overrides(config))
 
 
-def build_network(config: ConfigDict, mesh: Mesh, num_classes: int, optimizer: optax.GradientTransformation) -> Network:
-    """Build the network of `config.model` for the devices of `mesh`, with the state that `optimizer` needs.
+def build_network(
+    config: ConfigDict, mesh: Mesh, inputs: Inputs, task: Task, optimizer: optax.GradientTransformation
+) -> Network:
+    """Build the network of `config.model` for `task` and the devices of `mesh`, with the state that `optimizer` needs.
 
     Raises UserError where `config.freeze` names no part of it, or all of them.
     """
     graph, abstract_state, fresh_state = make_state(
-        _model_maker(config, mesh, num_classes),
+        _model_maker(config, mesh, task.outputs),
         optimizer,
         config.seed,
         replicated(mesh),
@@ -71,15 +76,15 @@ def build_network(config: ConfigDict, mesh: Mesh, num_classes: int, optimizer: o
         choose("config.freeze", part, abstract_state.params)
     if set(config.freeze) >= abstract_state.params.keys():
         raise UserError(f"config.freeze={config.freeze}: nothing is left to be trained")
-    return Network(mesh, spec_of(config), graph, abstract_state, fresh_state)
+    return Network(mesh, spec_of(config), Problem(graph, inputs, task), abstract_state, fresh_state)
 
 
-def _model_maker(config: ConfigDict, mesh: Mesh, num_classes: int) -> Callable[[Any], nnx.Module]:
+def _model_maker(config: ConfigDict, mesh: Mesh, outputs: int) -> Callable[[Any], nnx.Module]:
     """Return what makes the module from its rngs, with convolutions computed as suits the devices."""
     make_model = partial(
         create_model,
         config.model.name,
-        num_classes=num_classes,
+        num_classes=outputs,
         in_channels=config.data.image.channels,
         dtype=jnp.dtype(config.dtype),
         **model_overrides(config),

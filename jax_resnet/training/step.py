@@ -1,7 +1,7 @@
 """One update and one evaluation: pure functions of (state, batch)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,20 +12,30 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
-from jax_resnet.data.image import device
+from jax_resnet.data.inputs import Draws, Inputs
 from jax_resnet.training.distill import Teacher
-from jax_resnet.training.losses import distillation, make_loss
-from jax_resnet.training.metrics import Sums, classification_sums
+from jax_resnet.training.losses import distillation
+from jax_resnet.training.metrics import Sums
 from jax_resnet.training.optimizers import at_step
 from jax_resnet.training.state import TrainState, all_finite
+from jax_resnet.training.tasks import Task
 
 Batch = dict[str, jax.Array]
 MEAN_OF = 100  # losses in the running mean: as many are waited for before it tells spikes; then it decays by 0.99
 STEPS = 2**32 - 1  # folded into the seed's key: the parameters are drawn from the same key, with counts from 0
 
 
+@dataclass(frozen=True)
+class Problem:
+    """What is trained: a network, on a kind of input, for a task."""
+
+    graph: nnx.GraphDef
+    inputs: Inputs
+    task: Task
+
+
 def make_train_step(
-    graph: nnx.GraphDef,
+    problem: Problem,
     optimizer: optax.GradientTransformation,
     config: ConfigDict,
     *,
@@ -34,9 +44,9 @@ def make_train_step(
     teacher: Teacher | None = None,
     parts: NamedSharding | None = None,
 ) -> Callable[..., tuple[TrainState, Sums]]:
-    """The update: (state, {image uint8 [N, H, W, C], label int32 [N]}) → (new state, sums over the batch).
+    """Return the update: (state, batch) → (new state, sums over the batch).
 
-    With data.image.flip_alternate the batch also has mirrored, bool [N]; with a `teacher` its weights are a third
+    A batch holds the arrays of the dataset's element_spec, [N, …] each; with a `teacher` its weights are a third
     argument. `ema_start` is the step until which the average is a copy; the rest is as in `make_gradients`.
 
     Where the state has a guard, an update whose loss or gradients, before clipping, are not finite is skipped: of the
@@ -44,7 +54,7 @@ def make_train_step(
     mean of the losses before it, once there are MEAN_OF, and all after `config.guard.max_skipped` in a row. The sums
     then also have skipped, int32 0 or 1, and skipped_loss, float32, the mean loss of what was; all others are 0.
     """
-    c, gradients = config, make_gradients(graph, config, mix_stop=mix_stop, teacher=teacher, parts=parts)
+    c, gradients = config, make_gradients(problem, config, mix_stop=mix_stop, teacher=teacher, parts=parts)
 
     def train_step(state: TrainState, batch: Batch, *teacher_weights: Any) -> tuple[TrainState, Sums]:
         grads, batch_stats, sums = gradients(state, batch, *teacher_weights)
@@ -59,43 +69,39 @@ def make_train_step(
 
 
 def make_gradients(
-    graph: nnx.GraphDef,
+    problem: Problem,
     config: ConfigDict,
     *,
     mix_stop: int | None = None,
     teacher: Teacher | None = None,
     parts: NamedSharding | None = None,
 ) -> Callable[..., tuple[Any, Any, Sums]]:
-    """(state, batch) → what an update is made of: gradients, the new batch statistics, sums over the batch.
+    """Return what an update is made of: (state, batch) → gradients, the new batch statistics, sums over the batch.
 
-    With a `teacher` its weights are a third argument. `mix_stop` is the step from which images are not mixed (None:
+    With a `teacher` its weights are a third argument. `mix_stop` is the step from which examples are not mixed (None:
     they are to the end), `parts` the sharding of arrays [config.accumulate, N / config.accumulate, …].
 
-    Of a mixed image the label with more weight is the right one (of equals the lower), as torchvision counts too.
     The parts of the network in `config.freeze` normalise by their running statistics and leave them as they are.
     All randomness comes from (seed, state.step) and the row in the global batch; that of dropout, drop_path and
     drop_block from the part and the row in it.
     """
-    c, loss_of = config, make_loss(config.loss, training=True)
+    c, inputs, task = config, problem.inputs, problem.task
 
     def of_batch(state: TrainState, batch: Batch, *teacher_weights: Any) -> tuple[Any, Any, Sums]:
-        rows, whole, dropout_key = _drawn(batch, state.step, c, mix_stop)
+        rows, shared, dropout_key = _drawn(batch, state.step, inputs, c.seed, mix_stop)
 
         def loss(params: Any, rows: Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Sums]]:
-            images = device.augment(rows["image"], rows, whole, c.data.image)
+            augmented = inputs.augment(rows, shared)
             params = {name: jax.lax.stop_gradient(p) if name in c.freeze else p for name, p in params.items()}
-            model = _training(graph, params, state.batch_stats, c.freeze)
-            logits = model(images, rngs=nnx.Rngs(dropout=key))
-            labels = right = rows["label"]
-            if "kept" in whole:
-                labels = device.mix_labels(right, whole["kept"], logits.shape[-1])
-                right = labels.argmax(-1)
-            losses = loss_of(logits, labels)
+            model = _training(problem.graph, params, state.batch_stats, c.freeze)
+            logits = model(augmented, rngs=nnx.Rngs(dropout=key))
+            targets = task.targets(rows, shared.get("kept"))
+            losses = task.losses(logits, targets, training=True)
             if teacher:
-                taught = distillation(logits, teacher.logits(teacher_weights[0], images), c.distill.temperature)
-                losses = (1 - c.distill.alpha) * losses + c.distill.alpha * taught
+                distilled = distillation(logits, teacher.logits(teacher_weights[0], augmented), c.distill.temperature)
+                losses = (1 - c.distill.alpha) * losses + c.distill.alpha * distilled
             stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-            return losses.mean(), (stats, classification_sums(logits, right, losses))
+            return losses.mean(), (stats, task.sums(logits, targets, losses))
 
         def gradients(params: Any) -> tuple[Any, tuple[Any, Sums]]:
             grad = jax.grad(loss, has_aux=True)
@@ -114,14 +120,14 @@ def make_gradients(
 
 
 def _drawn(
-    batch: Batch, step: jax.Array, c: ConfigDict, mix_stop: int | None
-) -> tuple[Batch, dict[str, jax.Array], jax.Array]:
-    """The batch with what is random about each of its rows, what is random about all of them, and a key for dropout."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(c.seed), STEPS), step)
+    batch: Batch, step: jax.Array, inputs: Inputs, seed: int, mix_stop: int | None
+) -> tuple[Batch, Draws, jax.Array]:
+    """Return the batch with the draws about each of its rows, those about all of them, and a key for dropout."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STEPS), step)
     augment_key, dropout_key = jax.random.split(key)
     mixing = None if mix_stop is None else step < mix_stop
-    rows, whole = device.draw(augment_key, batch["image"].shape, c.data, mixing)
-    return rows | batch, whole, dropout_key
+    rows, shared = inputs.draw(augment_key, batch, mixing)
+    return rows | batch, shared, dropout_key
 
 
 def _training(graph: nnx.GraphDef, params: Any, batch_stats: Any, freeze: Sequence[str]) -> Any:
@@ -217,22 +223,23 @@ def _guarded(old: TrainState, new: TrainState, grads: Any, sums: Sums, c: Config
     return replace(state, guard=guard), sums | skipped
 
 
-def make_eval_step(graph: nnx.GraphDef, config: ConfigDict) -> Callable[[Any, Any, Batch], Sums]:
-    """The evaluation: (params, batch_stats, {image, label, mask, undecodable}) → sums over the rows where mask holds.
+def make_eval_step(problem: Problem, config: ConfigDict) -> Callable[[Any, Any, Batch], Sums]:
+    """Return the evaluation: (params, batch_stats, batch) → sums over the rows where the batch's mask holds.
 
-    mask and undecodable, bool [N], are those of batches.eval_batch; the latter's rows are counted too.
+    The batch is one of batches.eval_batch: with mask and undecodable, bool [N]; the latter's rows are counted too.
     """
-    loss_of, image = make_loss(config.loss, training=False), config.data.image
+    inputs, task = problem.inputs, problem.task
 
     def eval_step(params: Any, batch_stats: Any, batch: Batch) -> Sums:
-        model: Any = nnx.merge(graph, params, batch_stats)
+        model: Any = nnx.merge(problem.graph, params, batch_stats)
         model.eval()
-        images = device.normalise(batch["image"], image.mean, image.std)
-        logits = model(images)
+        normalised = inputs.normalise(batch)
+        logits = model(normalised)
         if config.eval.mirror:
-            logits = (logits + model(images[:, :, ::-1])) / 2
-        losses = loss_of(logits, batch["label"])
+            logits = (logits + model(inputs.mirror(normalised))) / 2
+        targets = task.targets(batch)
+        losses = task.losses(logits, targets, training=False)
         counts = {"undecodable": batch["undecodable"].sum()}
-        return classification_sums(logits, batch["label"], losses, batch["mask"]) | counts
+        return task.sums(logits, targets, losses, batch["mask"]) | counts
 
     return eval_step

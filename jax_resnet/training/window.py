@@ -10,6 +10,7 @@ from jax_resnet.data.loader import Feed
 from jax_resnet.errors import UserError
 from jax_resnet.training.evaluate import IN_FLIGHT
 from jax_resnet.training.metrics import Sums, total
+from jax_resnet.training.tasks import Task
 
 
 def check_finite(finite: bool, what: str, step: int) -> None:
@@ -24,8 +25,8 @@ def check_finite(finite: bool, what: str, step: int) -> None:
 class Window:
     """Sums of the steps since the last report, and the time they took."""
 
-    def __init__(self, batches: Feed) -> None:
-        self._batches, self._waited = batches, 0.0
+    def __init__(self, batches: Feed, task: Task) -> None:
+        self._batches, self._task, self._waited = batches, task, 0.0
         self._sums: list[Sums] = []
         self._began: float | None = None  # None until the first step is done: its time is the compiler's
 
@@ -35,25 +36,25 @@ class Window:
         jax.block_until_ready(self._sums[-IN_FLIGHT:][0])
 
     def close(self, step: int) -> dict[str, Any]:
-        """Return loss, accuracy, images_per_second and input_wait (a share of the time), and begin a new window.
+        """Return metrics, images_per_second and input_wait (a share of the time), and begin a new window.
 
-        With a guard also skipped; loss and accuracy are None if that is every update.
-        Raises UserError if the loss is not finite.
+        The metrics are the loss and the task's headline. With a guard also skipped; if that is every update there are
+        no metrics. Raises UserError if the loss is not finite.
         """
         totals = total(self._sums)
-        loss, accuracy = (totals[name] / (totals["examples"] or math.nan) for name in ("loss", "correct_top1"))
-        means: dict[str, Any] = {"loss": loss, "accuracy": accuracy}
+        report: dict[str, Any] = {"metrics": {}}
         if "skipped" in totals:
-            means["skipped"] = totals["skipped"]
-        if not totals["examples"]:
-            means.update(loss=None, accuracy=None)
-        check_finite(not totals["examples"] or math.isfinite(loss), "the loss", step)
+            report["skipped"] = totals["skipped"]
+        if totals["examples"]:
+            means = self._task.summary(totals)
+            check_finite(math.isfinite(means["loss"]), "the loss", step)
+            report["metrics"] = {name: means[name] for name in ("loss", self._task.headline)}
         if self._began is not None:
             seconds = time.monotonic() - self._began
-            means["images_per_second"] = totals["examples"] / seconds
-            means["input_wait"] = (self._batches.waited - self._waited) / seconds
+            report["images_per_second"] = totals["examples"] / seconds
+            report["input_wait"] = (self._batches.waited - self._waited) / seconds
         self.restart()
-        return means
+        return report
 
     def restart(self) -> None:
         """Begin a new window, without the time of what was done in between."""

@@ -10,10 +10,12 @@ import pytest
 from flax import nnx
 
 from jax_resnet.config import default
+from jax_resnet.data.image.device import ImageInputs
 from jax_resnet.models.zoo import create_model
 from jax_resnet.training.optimizers import parameter_kinds
 from jax_resnet.training.state import TrainState
-from jax_resnet.training.step import make_train_step
+from jax_resnet.training.step import Problem, make_train_step
+from jax_resnet.training.tasks import OneLabel
 
 SMALL = {"depths": (1, 1), "widths": (8, 16), "stem_width": 8}
 IN_GROUPS = SMALL | {"groups": 4}
@@ -98,7 +100,8 @@ def test_ten_steps_learn_ten_images(name, dtype):
     batch = {"image": blobs, "label": np.arange(10)}  # of each class one: its frequency tells nothing
     c = default()
     c.data.image.update(mean=(0.5,) * 3, std=(0.25,) * 3, flip=False)
-    step = make_train_step(graph, optimizer, c)
+    problem = Problem(graph, ImageInputs(c.data), OneLabel(c.loss, 10))
+    step = make_train_step(problem, optimizer, c)
     step = jax.jit(step, compiler_options=UNOPTIMISED)
     state, losses = TrainState(jnp.int32(0), params, statistics, jax.jit(optimizer.init)(params)), []
     for _ in range(10):

@@ -4,18 +4,43 @@ All chance is drawn for a whole batch first, as small arrays; its images can the
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-Draws = dict[str, jax.Array]
+from jax_resnet.data.inputs import Draws, mix
 
 ERASED_AREA, ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)  # shares of the image; heights over widths
 # Of the colours (red, green, blue) of ImageNet's pixels in [0, 1], as fb.resnet.torch has them: columns are components.
 COLOUR_DEVIATIONS = (0.2175, 0.0188, 0.0045)
 COLOUR_COMPONENTS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """The kind of input that is an image: see Inputs."""
+
+    data: ConfigDict  # config.data
+    name: str = "image"
+
+    def draw(self, key: jax.Array, batch: Mapping[str, jax.Array], mixing: jax.Array | None) -> tuple[Draws, Draws]:
+        """See Inputs."""
+        return draw(key, batch[self.name].shape, self.data, mixing)
+
+    def augment(self, rows: Mapping[str, jax.Array], shared: Draws) -> jax.Array:
+        """See Inputs."""
+        return augment(rows[self.name], rows, shared, self.data.image)
+
+    def normalise(self, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """See Inputs."""
+        return normalise(batch[self.name], self.data.image.mean, self.data.image.std)
+
+    def mirror(self, inputs: jax.Array) -> jax.Array:
+        """See Inputs."""
+        return inputs[:, :, ::-1]
 
 
 def draw(
@@ -52,7 +77,7 @@ def draw(
     return rows, batch
 
 
-def augment(images: jax.Array, rows: Draws, batch: Draws, image: ConfigDict) -> jax.Array:
+def augment(images: jax.Array, rows: Mapping[str, jax.Array], batch: Draws, image: ConfigDict) -> jax.Array:
     """Images as training sees them: uint8 [n, H, W, C] → normalised float32 [n, H', W', C], H' and W' less by ColOut.
 
     `rows` and `batch` are those of `draw`, of the former the n rows that these images are: all, or a part of the batch
@@ -145,26 +170,6 @@ def _draw_weights(key: jax.Array, h: int, w: int, mixup: float, cutmix: float) -
         cuts = jax.random.bernoulli(choice_key) if mixup else True
         weight, kept = jnp.where(cuts, outside, weight), jnp.where(cuts, outside.mean(), kept)
     return {"weight": weight, "kept": kept}
-
-
-def mix(images: jax.Array, weight: jax.Array) -> jax.Array:
-    """Each image mixed with its partner's, which has 1 − `weight`: float [N, H, W, C] → same. See `mix_labels`."""
-    return weight * images + (1 - weight) * _partners(images)
-
-
-def mix_labels(labels: jax.Array, kept: jax.Array, num_classes: int) -> jax.Array:
-    """int [N] → the targets of mixed images, float32 [N, num_classes]: `kept` for the label, the rest the partner's."""
-    targets = jax.nn.one_hot(labels, num_classes)
-    return kept * targets + (1 - kept) * _partners(targets)
-
-
-def _partners(rows: jax.Array) -> jax.Array:
-    """Rows 0 and 1 change places, 2 and 3, and so on: [N, …] → same, N even.
-
-    Batches are shuffled, so a neighbour is as good as any, and it is on the same device when that has an even number
-    of rows: nothing is sent. Which rows are mixed never depends on the devices.
-    """
-    return rows.reshape(-1, 2, *rows.shape[1:])[:, ::-1].reshape(rows.shape)
 
 
 def _rectangle(low: jax.Array, high: jax.Array, height: int, width: int) -> jax.Array:
