@@ -450,9 +450,7 @@ def test_a_library_of_another_version_or_kind_is_passed_over(monkeypatch):
 
 
 def test_an_unknown_decoder_is_a_mistake_with_a_hint():
-    with pytest.raises(
-        UserError, match=r"config\.data\.image\.decoder: unknown name 'turbo'; did you mean turbojpeg\?"
-    ):
+    with pytest.raises(UserError, match=r"data\.image\.decoder: unknown name 'turbo'; did you mean turbojpeg\?"):
         choose_decoder("turbo")
 
 
