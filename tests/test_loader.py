@@ -244,7 +244,7 @@ def test_evaluation_takes_each_example_once_whatever_the_batch(sharding, batch_s
 
 def test_evaluation_crops_the_centre(photos, sharding):
     found = evaluated(photos, sharding, 5, threads=2)
-    expected, _, _ = photos.read(np.arange(12), None)
+    expected = photos.read(np.arange(12), None).arrays["image"]
     np.testing.assert_array_equal(np.concatenate([b["image"][b["mask"]] for b in found]), expected)
 
 
