@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,9 @@ FORMAT = 1  # of the record
 # What tensorstore says where nothing is damaged, but the file system or the network does not give it.
 REFUSED = re.compile("PERMISSION_DENIED|UNAUTHENTICATED")
 UNAVAILABLE = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|CANCELLED")
+# Orbax numbers the saves of a process and, while it starts one, looks up the newest number time and again to tell whose
+# folders to wait for. A save that another thread starts meanwhile would be taken for it, so they start in turn.
+_STARTING = threading.Lock()
 
 
 class Damaged(UserError):
@@ -127,7 +131,11 @@ class Checkpoints:
                     "state": ocp.args.StandardSave(fields),
                     "record": ocp.args.JsonSave(_record(fields, config)),
                 }
-                self._manager().save(step, args=ocp.args.Composite(**items), force=True)
+                writer = self._manager()
+                # Orbax would do this itself, but then under the lock: one training would wait for another's disk.
+                writer.wait_until_finished()
+                with _STARTING:
+                    writer.save(step, args=ocp.args.Composite(**items), force=True)
             self.blocked += time.monotonic() - began
 
     def evaluated(self, step: int, splits: Mapping[str, Mapping[str, Any]]) -> None:
