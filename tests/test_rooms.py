@@ -13,7 +13,6 @@ ROOMS = (
 )
 # Arrows that still point up, each to be taken out with what it carries.
 POINT_UP = {
-    ("runs.checkpoint", "training.state"),  # the names of the fields of TrainState
     ("runs.log", "training.plan"),  # the epoch of a step
     ("training.average", "inference.safetensors"),  # an average is written as an export is
 }

@@ -13,9 +13,9 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,6 @@ from jax_resnet.runs import s3
 from jax_resnet.runs.metrics_log import evaluations
 from jax_resnet.runs.paths import COMMITTED, AnyPath, absolute, is_remote, make_folder, move, names
 from jax_resnet.runtime.distributed import all_agree, of_first_process
-from jax_resnet.training.state import TrainState
 
 BEST_BY = {"accuracy_top1": 1, "accuracy_top5": 1, "loss": -1}  # times what is largest for the best
 FORMAT = 1  # of the record
@@ -41,6 +40,8 @@ UNAVAILABLE = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|CANCE
 # Orbax numbers the saves of a process and, while it starts one, looks up the newest number time and again to tell whose
 # folders to wait for. A save that another thread starts meanwhile would be taken for it, so they start in turn.
 _STARTING = threading.Lock()
+
+Fields = dict[str, Any]  # what is saved, by name: "step", a replicated array, and trees of arrays
 
 
 class Damaged(UserError):
@@ -117,8 +118,8 @@ class Checkpoints:
 
     # -- saving
 
-    def save(self, step: int, state: TrainState, config: dict[str, Any]) -> None:
-        """Starts saving; returns when the state's values have been copied. A step that is saved already is left.
+    def save(self, step: int, fields: Fields, config: dict[str, Any]) -> None:
+        """Start saving; return when the arrays have been copied. A step that is saved already is left.
 
         Raises UserError if an earlier save has failed, or the folder has gone.
         """
@@ -126,7 +127,6 @@ class Checkpoints:
             began = time.monotonic()
             self._check_there()
             with jax.transfer_guard("allow"), self._one_line("written"):  # Orbax copies to the host as it sees fit
-                fields = _fields(state)
                 items = {
                     "state": ocp.args.StandardSave(fields),
                     "record": ocp.args.JsonSave(_record(fields, config)),
@@ -224,30 +224,38 @@ class Checkpoints:
                 raise ValueError("its record does not agree with its own digest")
             return found
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state at `step`, on the devices and in the shardings of the abstract state `like`.
+    def restore(self, step: int, like: Fields, *, as_saved: Collection[str] = ()) -> Fields:
+        """Restore what was saved at `step`, on the devices and in the shardings of the abstract arrays `like`.
 
-        What a guard keeps need not have been saved: a run may go on with another one.
+        Of the fields `as_saved`, flat dicts, all is restored that was saved, replicated, whatever `like` has of them.
         Raises UserError naming the parameters that differ when the network is another one, and Damaged when the files
         are not what was saved.
         """
         record = self.record(step)
         saved = {name: tuple(array["shape"]) for name, array in record["arrays"].items()}
-        fields = _fields(_guard_as_in(record["arrays"], like))
+        replicated = like["step"].sharding
+        fields = {name: value for name, value in like.items() if name not in as_saved}
+        for name, array in record["arrays"].items():
+            field, _, rest = name.partition("/")
+            if field in as_saved:
+                abstract = jax.ShapeDtypeStruct(array["shape"], array["dtype"], sharding=replicated)
+                fields.setdefault(field, {})[rest] = abstract
         _check_same_tree(saved, _shapes(fields), f"{self.directory}/{step}")
         with self._reading(step), jax.transfer_guard("allow"):
             # Not by Orbax's manager: there the processes wait for each other, also for one that has met an error.
             folder = epath.Path(self.directory) / str(step) / "state"
-            # Whole on every device, and spread when it is known to be sound: to gather parts for their digests, all
-            # processes would have to come as far.
+            # Restore replicated, verify the digests, then reshard: to gather parts for their digests, all processes
+            # would have to come as far.
             shardings = jax.tree.map(lambda x: x.sharding, fields)
-            whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.step.sharding), fields)
-            found = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(whole))
-            _check_digests(found, record["arrays"])
-            return _guard_like(TrainState(**jax.device_put(found, shardings)), like)
+            target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), fields)
+            restored = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(target))
+            _check_digests(restored, record["arrays"])
+            return jax.device_put(restored, shardings)
 
-    def restore_newest(self, like: TrainState, say: Callable[[str], None]) -> tuple[int, TrainState] | None:
-        """The newest sound checkpoint, as `restore`: its step and state. None if nothing has been saved.
+    def restore_newest(
+        self, like: Fields, say: Callable[[str], None], *, as_saved: Collection[str] = ()
+    ) -> tuple[int, Fields] | None:
+        """Restore the newest sound checkpoint, as `restore`: its step and fields. None if nothing has been saved.
 
         Damaged ones that are newer are moved to workdir/damaged, and `say` gets a line about each. Processes agree.
         Raises Damaged, with everything left where it is, when none is sound.
@@ -255,10 +263,10 @@ class Checkpoints:
         reasons: dict[int, str] = {}
         for step in reversed(of_first_process(self.steps())):
             try:
-                state = self.restore(step, like)
+                fields = self.restore(step, like, as_saved=as_saved)
             except Damaged as e:
-                state, reasons[step] = None, str(e)
-            if all_agree(state is not None):
+                fields, reasons[step] = {}, str(e)
+            if all_agree(bool(fields)):
                 break
             reasons.setdefault(step, f"{self.directory}/{step}: another process finds it damaged")
         else:
@@ -266,7 +274,6 @@ class Checkpoints:
                 first, count = next(iter(reasons.values())), len(reasons)
                 raise Damaged(f"{first}; none of the {count} saved is sound: choose another workdir to begin anew")
             return None
-        assert state is not None
         for damaged, reason in reasons.items():
             aside = self._workdir / "damaged" / f"{damaged}-{time.strftime('%Y%m%d-%H%M%S')}"
             if jax.process_index() == 0:
@@ -277,7 +284,7 @@ class Checkpoints:
         if reasons:
             say(f"damaged  going on from step {step:,}, the newest that is sound")
             all_agree(True)
-        return step, state
+        return step, fields
 
     def arrays(self, step: int) -> Any:
         """The state at `step` as numpy arrays in nested dicts, of whatever network. Raises Damaged."""
@@ -314,27 +321,6 @@ class Checkpoints:
             if isinstance(e, MemoryError | ConnectionError | TimeoutError) or UNAVAILABLE.search(str(e)):
                 raise TransientError(f"{where}: cannot be read now ({first_line(e)}); this may pass") from e
             raise Damaged(f"{where}: this checkpoint is damaged ({first_line(e)})") from None
-
-
-def _fields(state: TrainState) -> dict[str, Any]:
-    """The state by the names of its fields, without a running average or a guard where there is none."""
-    return {name: value for name, value in vars(state).items() if name not in ("ema", "guard") or value}
-
-
-def _guard_as_in(arrays: Mapping[str, Mapping[str, Any]], like: TrainState) -> TrainState:
-    """The abstract state `like`, with a guard like that which is among the saved `arrays`, if in any."""
-    there = {name.removeprefix("guard/"): of for name, of in arrays.items() if name.startswith("guard/")}
-    shapes = {
-        name: jax.ShapeDtypeStruct(of["shape"], of["dtype"], sharding=like.step.sharding) for name, of in there.items()
-    }
-    return replace(like, guard=shapes)
-
-
-def _guard_like(state: TrainState, like: TrainState) -> TrainState:
-    """`state` with a guard like that of the abstract state `like`; what was not saved of it begins at 0."""
-    zeros = {name: np.zeros(x.shape, x.dtype) for name, x in like.guard.items() if name not in state.guard}
-    new = jax.device_put(zeros, like.step.sharding)
-    return replace(state, guard={name: state.guard.get(name, new.get(name)) for name in like.guard})
 
 
 def _named(tree: Any) -> dict[str, Any]:

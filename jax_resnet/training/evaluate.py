@@ -22,7 +22,7 @@ from jax_resnet.runs.workdir import check_same_config, has_checkpoints, read_con
 from jax_resnet.training.experiment import Job
 from jax_resnet.training.metrics import Sums, accuracy_text, summary, total
 from jax_resnet.training.pretrained import placed
-from jax_resnet.training.state import TrainState
+from jax_resnet.training.state import AS_SAVED, TrainState, from_fields, to_fields
 
 IN_FLIGHT = 4  # steps the host may run ahead: enough to hide it, few enough that their batches fit on the device
 
@@ -131,7 +131,8 @@ def evaluate_checkpoint(
         job = Job(config, training=False)
         with Checkpoints(workdir) as checkpoints:
             step = checkpoints.find(which)
-            state = checkpoints.restore(step, job.abstract_state)
+            fields = checkpoints.restore(step, to_fields(job.abstract_state), as_saved=AS_SAVED)
+        state = from_fields(fields, job.abstract_state)
     splits = evaluate_all(job, state)
     assert splits
     result = {

@@ -32,7 +32,7 @@ from jax_resnet.training.plan import Plan
 from jax_resnet.training.precompile import StepsAhead
 from jax_resnet.training.pretrained import placed
 from jax_resnet.training.skipped import Skipped
-from jax_resnet.training.state import TrainState
+from jax_resnet.training.state import AS_SAVED, TrainState, from_fields, to_fields
 
 
 def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]:
@@ -56,8 +56,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, Any]
             _compiled_ahead(job, checkpoints.latest_step() or 0) as steps,
         ):
             notes: list[str] = []
-            found = checkpoints.restore_newest(job.abstract_state, notes.append)
-            start, state = found or (0, placed(job.fresh_state(), weights))
+            like = job.abstract_state
+            found = checkpoints.restore_newest(to_fields(like), notes.append, as_saved=AS_SAVED)
+            start, state = (found[0], from_fields(found[1], like)) if found else (0, placed(job.fresh_state(), weights))
             check_same_past(stored, job, start, workdir)
             with (
                 Watchdog(config.stuck_after) as watchdog,
@@ -192,7 +193,7 @@ class Run:
         check_finite(bool(jax.device_get(self.job.all_finite(state))), "the state", step)
         self.watchdog.beat(f"saving step {step:,}", COMPILING)
         self.telemetry.upload()  # before the checkpoint: no step is saved of which the lines could be lost
-        self.checkpoints.save(step, state, to_json(self.job.config))
+        self.checkpoints.save(step, to_fields(state), to_json(self.job.config))
 
     def _evaluate(self, step: int, state: TrainState, *, again: bool = True) -> tuple[dict[str, Any], bool]:
         """The metrics of every split, recorded; and whether the run is to stop, in which case there are none.
