@@ -19,9 +19,11 @@ from conftest import ROOT, main_env
 from ml_collections import ConfigDict
 from test_resume import final_state
 
+from jax_resnet.commands.checkpoints import inspect
 from jax_resnet.config import duration
 from jax_resnet.errors import UserError
-from jax_resnet.runs.checkpoint import Checkpoints, Damaged, Keep, inspect
+from jax_resnet.runs.checkpoint import Checkpoints, Damaged
+from jax_resnet.runs.retention import Keep
 from jax_resnet.training.experiment import Job
 from jax_resnet.training.loop import train
 from jax_resnet.training.state import to_fields

@@ -10,8 +10,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from jax_resnet import train
+from jax_resnet.commands.checkpoints import inspect
 from jax_resnet.config import duration
-from jax_resnet.runs.checkpoint import inspect
 from jax_resnet.runs.workdir import keeping_compiled
 
 TIMEOUT_SECONDS = 600  # for all of them

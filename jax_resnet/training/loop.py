@@ -16,10 +16,11 @@ from ml_collections import ConfigDict
 from jax_resnet.config import to_json
 from jax_resnet.data.loader import Feed
 from jax_resnet.errors import Interrupted, UserError
-from jax_resnet.runs.checkpoint import Checkpoints, Keep
+from jax_resnet.runs.checkpoint import Checkpoints
 from jax_resnet.runs.log import Telemetry, Trace
 from jax_resnet.runs.metrics_log import evaluations
 from jax_resnet.runs.paths import AnyPath, open_path
+from jax_resnet.runs.retention import Keep
 from jax_resnet.runs.workdir import claimed, has_checkpoints, keeping_compiled, write_json
 from jax_resnet.runtime import notice
 from jax_resnet.runtime.distributed import Agreement, all_agree
