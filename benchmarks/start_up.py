@@ -85,7 +85,7 @@ def child(file: Path, arguments: list[str]) -> None:
 
         loop = jax_resnet.training.loop
         loop.build = then(loop.build, "experiment")
-        loop.placed = then(loop.placed, "state")
+        loop.restore_or_begin = then(loop.restore_or_begin, "state")
         Telemetry.train = first_step  # type: ignore[method-assign]
         return main.main(argv)
 

@@ -19,11 +19,14 @@ from conftest import ROOT, main_env
 from ml_collections import ConfigDict
 from test_resume import final_state
 
+from jax_resnet.commands.checkpoints import inspect
 from jax_resnet.config import duration
 from jax_resnet.errors import UserError
-from jax_resnet.runs.checkpoint import Checkpoints, Damaged, Keep, inspect
+from jax_resnet.runs.checkpoint import Checkpoints, Damaged
+from jax_resnet.runs.retention import Keep
 from jax_resnet.training.experiment import build
 from jax_resnet.training.loop import train
+from jax_resnet.training.state import to_fields
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,7 @@ def damages(files: list[Path]) -> Iterator[tuple[str, Path, Callable[[bytes], by
 def test_flipped_bits_and_cut_files_are_found_or_harmless(begun: tuple[ConfigDict, Path]) -> None:
     """A step is Damaged, or what is restored of it is bit for bit what was saved."""
     config, workdir = begun
-    like = build(config).network.abstract_state
+    like = to_fields(build(config).network.abstract_state)
     found = {"damaged": 0, "harmless": 0}
     with Checkpoints(workdir) as checkpoints:
         sound = arrays_of(checkpoints.restore(16, like))
@@ -128,7 +131,7 @@ def test_another_network_is_no_damage(begun: tuple[ConfigDict, Path]) -> None:
     other = config.copy_and_resolve_references()
     other.model.widths = (16, 32)
     with Checkpoints(workdir) as checkpoints, pytest.raises(UserError, match="of another network") as e:
-        checkpoints.restore_newest(build(other).network.abstract_state, print)
+        checkpoints.restore_newest(to_fields(build(other).network.abstract_state), print)
     assert not isinstance(e.value, Damaged)
 
 

@@ -15,6 +15,7 @@ import optax
 import pytest
 from conftest import ROOT, run_main
 from ml_collections import ConfigDict
+from test_resume import restored
 
 from jax_resnet.config import validate
 from jax_resnet.data.image import device
@@ -287,7 +288,7 @@ def test_too_many_in_a_row_end_the_run_with_what_to_study(
         train(c, tmp_path)
         with Checkpoints(tmp_path) as saved:
             weights.append(saved.weights(c.stop_after_steps, averaged=False))
-            row = saved.restore(c.stop_after_steps, build(c).network.abstract_state).guard["row"]
+            row = restored(saved, c.stop_after_steps, build(c)).guard["row"]
         assert row == {9: 0, 11: 2}[c.stop_after_steps]
     assert_same(*weights)
     c.stop_after_steps = None
@@ -350,7 +351,7 @@ def test_the_running_mean_goes_on_where_it_was(config: ConfigDict, tmp_path: Pat
         train(c, tmp_path)
     losses = [row["loss"] for row in read_metrics(tmp_path) if row["kind"] == "train"]
     with Checkpoints(tmp_path) as saved:
-        guard = saved.restore(9, build(c).network.abstract_state).guard
+        guard = restored(saved, 9, build(c)).guard
     assert (int(guard["losses"]), len(losses)) == (9, 9)
     assert float(guard["loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
     c.guard.loss_spike = 2.0

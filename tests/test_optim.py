@@ -27,7 +27,7 @@ from optimizer_goldens import (
 
 from jax_resnet.config import OPTIMIZERS, default, validate
 from jax_resnet.errors import UserError
-from jax_resnet.models.layers import BatchNorm
+from jax_resnet.models.norms import BatchNorm
 from jax_resnet.models.zoo import create_model
 from jax_resnet.training import optimizers as optim
 from jax_resnet.training.experiment import build

@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 from tiny import data_config
 
 from jax_resnet.commands import prepare as command_prepare
-from jax_resnet.data import prepare
+from jax_resnet.data import prepare, raw
 from jax_resnet.data.image.images import decode
 from jax_resnet.data.sources import open_dataset
 from jax_resnet.errors import UserError
@@ -138,7 +138,7 @@ def areas(size: int, to: int) -> np.ndarray:
 
 def test_resizing_shrinks_the_short_side_and_enlarges_nothing(source, tmp_path, monkeypatch):
     here(monkeypatch, source, tmp_path / "to", "--resize=30", "--quality=100")
-    listed = prepare.list_folder(source)
+    listed = raw.list_folder(source)
     names = [listed.read("train", i)[2] for i in range(30)]
     shapes = []
     for name, (data, _) in zip(names, stored(tmp_path / "to"), strict=True):
@@ -560,7 +560,7 @@ def test_a_folder_that_is_not_prepared_is_refused(tmp_path):
 
 
 def test_an_image_that_cannot_be_read_stops(source, tmp_path, monkeypatch):
-    listed = prepare.list_folder(source)
+    listed = raw.list_folder(source)
 
     def vanishes(split, index):
         raise FileNotFoundError(2, "No such file or directory", "gone.jpg")

@@ -16,6 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from numpy.testing import assert_array_equal
 from safetensors.numpy import load_file, save_file
+from test_resume import restored
 
 from jax_resnet.config import default
 from jax_resnet.data.image.pixels import Pixels
@@ -110,7 +111,7 @@ def test_a_run_of_ours_and_one_of_its_steps(tiny_config: ConfigDict, experiment:
     train(tiny_config, tmp_path / "run")
     with Checkpoints(tmp_path / "run") as checkpoints:
         best, steps = checkpoints.best_step(), checkpoints.steps()
-        saved = {step: arrays_of(checkpoints.restore(step, experiment.network.abstract_state)) for step in steps}
+        saved = {step: arrays_of(restored(checkpoints, step, experiment)) for step in steps}
     assert best is not None
     for path, step in ((tmp_path / "run", best), (tmp_path / "run" / "checkpoints" / f"{steps[0]}", steps[0])):
         arrays, _, weights = fitting(str(path), experiment.network.abstract_state, experiment.network.spec)
@@ -321,7 +322,7 @@ def after_steps(config: ConfigDict, tmp_path: Path, steps: int = 3) -> tuple[dic
     config.stop_after_steps = steps
     train(config, tmp_path)
     with Checkpoints(tmp_path) as checkpoints:
-        return before, arrays_of(checkpoints.restore(steps, experiment.network.abstract_state))
+        return before, arrays_of(restored(checkpoints, steps, experiment))
 
 
 def test_frozen_parts_stay_bit_for_bit(tiny_config: ConfigDict, tmp_path: Path) -> None:
@@ -402,9 +403,7 @@ def test_export_of_a_run(tiny_config: ConfigDict, tmp_path: Path) -> None:
     assert files == [tmp_path / "run" / "export" / name for name in ("model.safetensors", "config.json")]
     experiment = build(tiny_config)
     with Checkpoints(tmp_path / "run") as checkpoints:
-        expected = to_torch(
-            arrays_of(checkpoints.restore(2, experiment.network.abstract_state)), experiment.network.spec
-        )
+        expected = to_torch(arrays_of(restored(checkpoints, 2, experiment)), experiment.network.spec)
     tensors = load_file(files[0])
     assert tensors.keys() == expected.keys()
     for name, tensor in tensors.items():

@@ -21,11 +21,18 @@ from jax_resnet.errors import Interrupted, UserError
 from jax_resnet.runs.checkpoint import Checkpoints
 from jax_resnet.runs.metrics_log import read_metrics
 from jax_resnet.runs.workdir import claimed, read_config
-from jax_resnet.training.experiment import build
+from jax_resnet.training.experiment import Experiment, build
 from jax_resnet.training.loop import train
 from jax_resnet.training.precompile import StepsAhead
+from jax_resnet.training.state import AS_SAVED, TrainState, from_fields, to_fields
 
 TINY = ROOT / "tests" / "tiny.py"
+
+
+def restored(checkpoints: Checkpoints, step: int, experiment: Experiment) -> TrainState:
+    """Restore the state at `step` as a training does."""
+    like = experiment.network.abstract_state
+    return from_fields(checkpoints.restore(step, to_fields(like), as_saved=AS_SAVED), like)
 
 
 def final_state(workdir: Path) -> dict[str, Any]:
@@ -34,7 +41,7 @@ def final_state(workdir: Path) -> dict[str, Any]:
     assert config is not None
     experiment = build(config)
     with Checkpoints(workdir) as checkpoints:
-        state = checkpoints.restore(checkpoints.latest_step() or 0, experiment.network.abstract_state)
+        state = restored(checkpoints, checkpoints.latest_step() or 0, experiment)
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
 
@@ -183,12 +190,12 @@ def test_a_checkpoint_of_another_network_names_the_parameter(tiny_config: Config
     tiny_config.stop_after_steps = 1
     train(tiny_config, tmp_path)
     tiny_config.model.widths = (16, 32)
-    other = build(tiny_config).network.abstract_state
+    other = build(tiny_config)
     with (
         Checkpoints(tmp_path) as checkpoints,
         pytest.raises(UserError, match=r"stage2/block0/.* is \(.*24.*\) there, \(.*32.*\) here"),
     ):
-        checkpoints.restore(1, other)
+        restored(checkpoints, 1, other)
 
 
 def test_a_lost_config_is_taken_from_the_checkpoint(tiny_config: ConfigDict, tmp_path: Path) -> None:

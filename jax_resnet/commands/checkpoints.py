@@ -5,14 +5,17 @@ import sys
 import time
 from typing import Any
 
+from etils import epath
+
 from jax_resnet.commands.cli import Parser
 from jax_resnet.errors import UserError
-from jax_resnet.runs.checkpoint import inspect
-from jax_resnet.runs.paths import open_path
+from jax_resnet.runs.checkpoint import Checkpoints, Damaged
+from jax_resnet.runs.metrics_log import evaluations
+from jax_resnet.runs.paths import AnyPath, open_path
 
 
 def main() -> None:
-    """Runs the command; exits with status 1 when something is damaged."""
+    """Run the command; exit with status 1 when something is damaged."""
     parser = Parser(
         prog="jax-resnet checkpoints",
         description="Lists the checkpoints of a run. A step's digest covers its config and the digest of every array.",
@@ -28,6 +31,31 @@ def main() -> None:
     print(json.dumps(rows, indent=2) if args.json else _table(rows))
     if any(row["sound"] is False for row in rows):
         sys.exit(1)
+
+
+def inspect(workdir: AnyPath, *, verify: bool) -> list[dict[str, Any]]:
+    """Make a row for each step saved in `workdir`: step, bytes, saved (its time), metrics, sha256, sound, fault.
+
+    `sound` is None where only the record was read, and agrees with itself. With `verify` the arrays are read too.
+    """
+    rows = []
+    with Checkpoints(workdir) as checkpoints:
+        metrics = evaluations(workdir)
+        for step in checkpoints.steps():
+            walk = epath.Path(checkpoints.directory / str(step)).walk()
+            files = [(folder / name).stat() for folder, _, inside in walk for name in inside]
+            row: dict[str, Any] = {"step": step, "bytes": sum(file.length for file in files)}
+            row["saved"] = max((file.mtime for file in files), default=None)
+            row |= {"metrics": metrics.get(step, {}), "sha256": None, "sound": None, "fault": None}
+            try:
+                row["sha256"] = checkpoints.record(step)["sha256"]
+                if verify:
+                    checkpoints.arrays(step)
+                    row["sound"] = True
+            except Damaged as e:
+                row |= {"sound": False, "fault": str(e)}
+            rows.append(row)
+    return rows
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

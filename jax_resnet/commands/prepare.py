@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from jax_resnet.commands.cli import Parser, whole
-from jax_resnet.data.prepare import UNFINISHED, claim, extract, list_folder, list_tfds, prepare
+from jax_resnet.data.prepare import UNFINISHED, claim, prepare
+from jax_resnet.data.raw import extract, list_folder, list_tfds
 from jax_resnet.errors import UserError
 
 

@@ -22,7 +22,7 @@ from rich.table import Table
 from jax_resnet.commands.cli import Parser, check_plot, save_plot, whole
 from jax_resnet.errors import UserError, choose
 from jax_resnet.models.cost import cost
-from jax_resnet.models.resnet import ResNetSpec
+from jax_resnet.models.spec import ResNetSpec
 from jax_resnet.models.zoo import ZOO, create_model, model_spec
 
 Counts = tuple[int, int, int]  # parameters, multiply-adds, activations

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from jax_resnet.config import from_json, model_overrides
 from jax_resnet.errors import UserError
-from jax_resnet.models.resnet import ResNetSpec
+from jax_resnet.models.spec import ResNetSpec
 from jax_resnet.models.torch_names import flatten, to_torch, torch_name
 from jax_resnet.models.zoo import ZOO, model_spec
 from jax_resnet.runs.checkpoint import Checkpoints

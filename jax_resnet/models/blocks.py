@@ -63,8 +63,6 @@ class Shortcut(nnx.Module):
 class BasicBlock(nnx.Module):
     """Two 3×3 convolutions (He et al. 2015, figure 5 left)."""
 
-    expansion = 1
-
     def __init__(self, in_features: int, widths: tuple[int, int], stride: int, parts: Parts):
         inner, out = widths
         self.antialias = parts.antialias if stride > 1 else None
@@ -89,8 +87,6 @@ class Bottleneck(nnx.Module):
     The stride sits on the 3×3 convolution ("v1.5", as in torchvision), or on the first 1×1 with `stride_in_1x1` (the
     paper's v1).
     """
-
-    expansion = 4
 
     def __init__(self, in_features: int, widths: tuple[int, int, int], stride: int, parts: Parts):
         first, inner, out = widths
@@ -117,8 +113,6 @@ class Bottleneck(nnx.Module):
 class PreActBasicBlock(nnx.Module):
     """Norm and activation before each convolution (He et al. 2016, "Identity mappings", figure 4e); WRN's block too."""
 
-    expansion = 1
-
     def __init__(self, in_features: int, widths: tuple[int, int], stride: int, parts: Parts):
         inner, out = widths
         self.norm1 = parts.norm(in_features, activation=True)
@@ -136,8 +130,6 @@ class PreActBasicBlock(nnx.Module):
 
 class PreActBottleneck(nnx.Module):
     """The bottleneck with norm and activation before each convolution, the stride on the 3×3."""
-
-    expansion = 4
 
     def __init__(self, in_features: int, widths: tuple[int, int, int], stride: int, parts: Parts):
         first, inner, out = widths

@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 
 from jax_resnet.errors import UserError
-from jax_resnet.models.resnet import ANTIALIAS, ResNet, ResNetSpec
+from jax_resnet.models.resnet import ANTIALIAS, ResNet
+from jax_resnet.models.spec import ResNetSpec
 
 Arrays = dict[str, np.ndarray]
 

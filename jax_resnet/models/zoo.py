@@ -9,7 +9,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jax_resnet.errors import UserError, did_you_mean
-from jax_resnet.models.resnet import ResNet, ResNetSpec
+from jax_resnet.models.resnet import ResNet
+from jax_resnet.models.spec import ResNetSpec
 
 Choices = dict[str, Any]  # fields of ResNetSpec
 

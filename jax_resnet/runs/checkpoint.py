@@ -1,66 +1,47 @@
-"""The one place that knows Orbax: checkpoints of (state, config) in a workdir, saved while training goes on.
+"""The one place that knows Orbax: checkpoints of arrays with a config in a workdir, saved while training goes on.
 
     jax-resnet checkpoints verify runs/mine      # or inspect, which does not read the arrays
 
-Orbax writes a step whole or not at all, but keeps no checksums: flipped bits load in silence. Here each step has a
-record with a digest of every array and of itself, and nothing is used that does not agree with it.
+Orbax writes a step completely or not at all, but keeps no checksums: flipped bits load silently. Here each step has a
+record with digests, and nothing is used that does not agree with it.
 """
 
 import contextlib
-import hashlib
-import json
-import os
 import re
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
 from jax_resnet.errors import TransientError, UserError, first_line
 from jax_resnet.runs import s3
 from jax_resnet.runs.metrics_log import evaluations
 from jax_resnet.runs.paths import COMMITTED, AnyPath, absolute, is_remote, make_folder, move, names
+from jax_resnet.runs.record import Record, check_digests, check_record, check_same_tree, make_record
+from jax_resnet.runs.retention import Keep, score
 from jax_resnet.runtime.distributed import all_agree, of_first_process
-from jax_resnet.training.state import TrainState
 
-BEST_BY = {"accuracy_top1": 1, "accuracy_top5": 1, "loss": -1}  # times what is largest for the best
-FORMAT = 1  # of the record
 # What tensorstore says where nothing is damaged, but the file system or the network does not give it.
 REFUSED = re.compile("PERMISSION_DENIED|UNAUTHENTICATED")
 UNAVAILABLE = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|CANCELLED")
+# Orbax numbers the saves of a process and, while it starts one, looks up the newest number time and again to tell whose
+# folders to wait for. A save that another thread starts meanwhile would be taken for it, so they start in turn.
+_STARTING = threading.Lock()
+
+Fields = dict[str, Any]  # what is saved, by name: "step", a replicated array, and trees of arrays
 
 
 class Damaged(UserError):
     """A checkpoint whose files are not what was saved."""
 
 
-@dataclass(frozen=True)
-class Keep:
-    """Which checkpoints stay: the `latest`, the `best` by `metric` of those evaluated, and those that `always` says."""
-
-    latest: int = 2
-    best: int = 1
-    metric: str = "accuracy_top1"
-    always: Callable[[int], bool] = lambda step: False
-
-    def of(self, steps: Sequence[int], scores: Mapping[int, float]) -> set[int]:
-        """Those of `steps` that stay, where the evaluated ones have those scores, the larger the better."""
-        evaluated = sorted((step for step in steps if step in scores), key=lambda step: (scores[step], step))
-        kept = {*sorted(steps)[-self.latest :], *(step for step in steps if self.always(step))}
-        return kept | (set(evaluated[-self.best :]) if self.best else set())
-
-
 class Checkpoints:
-    """The checkpoints under workdir/checkpoints. Without `keep` they are only read, also beside a process that saves.
+    """Saves and restores under workdir/checkpoints. Without `keep` it only reads, also beside a process that saves.
 
     A context manager: leaving it waits until what was saved is on disk.
     """
@@ -72,7 +53,7 @@ class Checkpoints:
         self._writer: Any = None
         if str(workdir).startswith("s3://"):
             s3.teach_orbax()
-        self.blocked = 0.0  # seconds for which saving has held up its caller
+        self.blocked = 0.0  # seconds that callers waited for saving
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -82,26 +63,27 @@ class Checkpoints:
             with self._one_line("written"):
                 self._writer.close()
 
-    # -- what there is
+    # -- listing
 
     def steps(self) -> list[int]:
-        """All steps saved whole, ascending."""
-        found = [name for name in names(self.directory) if name.isdigit()]
-        if is_remote(self.directory):  # where folders are not renamed when they are whole
-            found = [name for name in found if (self.directory / name / COMMITTED).exists()]
-        return sorted(map(int, found))
+        """List the steps that are saved completely, ascending."""
+        steps = [name for name in names(self.directory) if name.isdigit()]
+        # A local folder gets its name when it is complete; in an object store none is renamed.
+        if is_remote(self.directory):
+            steps = [name for name in steps if (self.directory / name / COMMITTED).exists()]
+        return sorted(map(int, steps))
 
     def latest_step(self) -> int | None:
-        """The newest step saved whole, None if there is none."""
+        """Return the newest step, None if there is none."""
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """The step with the best evaluation that metrics.jsonl knows of, None if it knows none."""
+        """Return the step with the best evaluation in metrics.jsonl, None if it has none."""
         scores, steps = self._scores(), self.steps()
         return max((step for step in steps if step in scores), key=lambda step: (scores[step], step), default=None)
 
     def find(self, which: str) -> int:
-        """The step meant by "best" (the latest if none was evaluated), "latest" or a number; UserError if not there."""
+        """Resolve "best" (the latest if none was evaluated), "latest" or a number. Raises UserError if not saved."""
         named = {"best": self.best_step() or self.latest_step(), "latest": self.latest_step()}
         if which not in named and not which.isdigit():
             raise UserError(f"checkpoint {which!r}: must be best, latest or a step")
@@ -113,35 +95,37 @@ class Checkpoints:
 
     # -- saving
 
-    def save(self, step: int, state: TrainState, config: dict[str, Any]) -> None:
-        """Starts saving; returns when the state's values have been copied. A step that is saved already is left.
+    def save(self, step: int, fields: Fields, config: dict[str, Any]) -> None:
+        """Start saving; return when the arrays have been copied. A step that is saved already is left.
 
         Raises UserError if an earlier save has failed, or the folder has gone.
         """
         if step not in self.steps():
             began = time.monotonic()
             self._check_there()
-            with jax.transfer_guard("allow"), self._one_line("written"):  # Orbax copies to the host as it sees fit
-                fields = _fields(state)
-                items = {
-                    "state": ocp.args.StandardSave(fields),
-                    "record": ocp.args.JsonSave(_record(fields, config)),
-                }
-                self._manager().save(step, args=ocp.args.Composite(**items), force=True)
+            # Orbax copies to the host as it sees fit.
+            with jax.transfer_guard("allow"), self._one_line("written"):
+                record = make_record(fields, config)
+                items = {"state": ocp.args.StandardSave(fields), "record": ocp.args.JsonSave(record)}
+                writer = self._manager()
+                # Orbax would do this itself, but then under the lock: one training would wait for another's disk.
+                writer.wait_until_finished()
+                with _STARTING:
+                    writer.save(step, args=ocp.args.Composite(**items), force=True)
             self.blocked += time.monotonic() - began
 
     def evaluated(self, step: int, splits: Mapping[str, Mapping[str, Any]]) -> None:
-        """Takes note of how good the state at `step` is: what is best stays."""
+        """Note the metrics of `step`, by split: the best checkpoints stay."""
         self._evaluations[step] = splits
 
     def check(self) -> None:
-        """Raises UserError if what is being saved could not be written. Takes no time."""
+        """Raise UserError if what is being saved could not be written. Does not wait."""
         if self._writer:
             with self._one_line("written"):
                 self._writer.check_for_errors()
 
     def wait(self) -> None:
-        """Returns when everything is on disk; raises UserError if it could not be written."""
+        """Wait until everything is on disk. Raises UserError if it could not be written."""
         if self._writer:
             began = time.monotonic()
             with self._one_line("written"):
@@ -150,15 +134,15 @@ class Checkpoints:
             self.blocked += time.monotonic() - began
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Orbax's question which of `checkpoints` to keep."""
+        """Answer Orbax which of `checkpoints` to keep."""
         del context
         assert self._keep
-        kept = self._keep.of([found.step for found in checkpoints], self._scores())
-        return [found.step in kept for found in checkpoints]
+        kept = self._keep.of([info.step for info in checkpoints], self._scores())
+        return [info.step in kept for info in checkpoints]
 
     def _manager(self) -> Any:
         if not self._writer:
-            # To rename a folder of an object store takes as long as to copy it, and may be cut short.
+            # Renaming a folder of an object store takes as long as copying it, and may be cut short.
             atomicity = AtomicityOptions(mode=AtomicityMode.COMMIT_FILE) if is_remote(self._workdir) else None
             options = ocp.CheckpointManagerOptions(
                 cleanup_tmp_directories=True, preservation_policy=self, atomicity_options=atomicity
@@ -168,16 +152,13 @@ class Checkpoints:
         return self._writer
 
     def _scores(self) -> dict[int, float]:
-        """Of each evaluated step, larger for better."""
         metric = Keep.metric
         if self._keep:
             metric = self._keep.metric
         else:
-            with contextlib.suppress(UserError, KeyError, ValueError):  # as the run says
-                metric = self.record(max(self.steps()))["config"]["checkpoint"]["best_by"]
-        # Of the weights and their running average the latter is what a run is good for: it comes last.
-        last = {step: list(splits.values())[-1] for step, splits in self._evaluations.items()}
-        return {step: BEST_BY[metric] * metrics[metric] for step, metrics in last.items() if metric in metrics}
+            with contextlib.suppress(UserError, KeyError, ValueError):
+                metric = self.config(max(self.steps()))["checkpoint"]["best_by"]
+        return score(self._evaluations, metric)
 
     def _check_there(self) -> None:
         if not self._workdir.is_dir():
@@ -189,57 +170,64 @@ class Checkpoints:
             yield
         except UserError:
             raise
-        except Exception as e:  # Orbax, tensorstore and the file system have no error in common
-            whole = ""
+        # Orbax, tensorstore and the file system have no error in common.
+        except Exception as e:
+            saved = ""
             if done == "written":
                 self._check_there()
                 newest = self.latest_step()
-                whole = "; no step is saved" if newest is None else f"; the newest whole one is of step {newest:,}"
+                saved = "; no step is saved" if newest is None else f"; the newest whole one is of step {newest:,}"
             kind = UserError if isinstance(e, PermissionError) else TransientError
-            raise kind(f"{self.directory}: a checkpoint could not be {done} ({first_line(e)}){whole}") from e
+            raise kind(f"{self.directory}: a checkpoint could not be {done} ({first_line(e)}){saved}") from e
 
     # -- reading
 
     def config(self, step: int) -> dict[str, Any]:
-        """The config that was saved with the state at `step`. Raises Damaged."""
+        """Read the config that was saved at `step`. Raises Damaged."""
         return self.record(step)["config"]
 
-    def record(self, step: int) -> dict[str, Any]:
-        """{"config", "arrays": {name: {"shape", "dtype", "sha256"}}, "sha256"}: what is known of `step`.
+    def record(self, step: int) -> Record:
+        """Read what is known of `step`: its config and the shape, dtype and digest of each array.
 
         Raises Damaged if the record does not agree with itself.
         """
         with self._reading(step):
             folder = epath.Path(self.directory) / str(step) / "record"
-            found = ocp.JsonCheckpointHandler().restore(folder, ocp.args.JsonRestore())
-            if found["format"] != FORMAT or found["sha256"] != _digest_of_record(found):
-                raise ValueError("its record does not agree with its own digest")
-            return found
+            record = ocp.JsonCheckpointHandler().restore(folder, ocp.args.JsonRestore())
+            check_record(record)
+            return record
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state at `step`, on the devices and in the shardings of the abstract state `like`.
+    def restore(self, step: int, like: Fields, *, as_saved: Collection[str] = ()) -> Fields:
+        """Restore what was saved at `step`, on the devices and in the shardings of the abstract arrays `like`.
 
-        What a guard keeps need not have been saved: a run may go on with another one.
+        Of the fields `as_saved`, flat dicts, all is restored that was saved, replicated, whatever `like` has of them.
         Raises UserError naming the parameters that differ when the network is another one, and Damaged when the files
         are not what was saved.
         """
         record = self.record(step)
-        saved = {name: tuple(array["shape"]) for name, array in record["arrays"].items()}
-        fields = _fields(_guard_as_in(record["arrays"], like))
-        _check_same_tree(saved, _shapes(fields), f"{self.directory}/{step}")
+        replicated = like["step"].sharding
+        fields = {name: value for name, value in like.items() if name not in as_saved}
+        for name, array in record["arrays"].items():
+            field, _, rest = name.partition("/")
+            if field in as_saved:
+                abstract = jax.ShapeDtypeStruct(array["shape"], array["dtype"], sharding=replicated)
+                fields.setdefault(field, {})[rest] = abstract
+        check_same_tree(record, fields, f"{self.directory}/{step}")
         with self._reading(step), jax.transfer_guard("allow"):
-            # Not by Orbax's manager: there the processes wait for each other, also for one that has met an error.
+            # Orbax's manager would have the processes wait for each other, also for one that has met an error.
             folder = epath.Path(self.directory) / str(step) / "state"
-            # Whole on every device, and spread when it is known to be sound: to gather parts for their digests, all
-            # processes would have to come as far.
+            # Restore replicated, verify the digests, then reshard: to gather parts for their digests, all processes
+            # would have to come as far.
             shardings = jax.tree.map(lambda x: x.sharding, fields)
-            whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=like.step.sharding), fields)
-            found = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(whole))
-            _check_digests(found, record["arrays"])
-            return _guard_like(TrainState(**jax.device_put(found, shardings)), like)
+            target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), fields)
+            restored = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(target))
+            check_digests(restored, record)
+            return jax.device_put(restored, shardings)
 
-    def restore_newest(self, like: TrainState, say: Callable[[str], None]) -> tuple[int, TrainState] | None:
-        """The newest sound checkpoint, as `restore`: its step and state. None if nothing has been saved.
+    def restore_newest(
+        self, like: Fields, say: Callable[[str], None], *, as_saved: Collection[str] = ()
+    ) -> tuple[int, Fields] | None:
+        """Restore the newest sound checkpoint, as `restore`: its step and fields. None if nothing has been saved.
 
         Damaged ones that are newer are moved to workdir/damaged, and `say` gets a line about each. Processes agree.
         Raises Damaged, with everything left where it is, when none is sound.
@@ -247,10 +235,10 @@ class Checkpoints:
         reasons: dict[int, str] = {}
         for step in reversed(of_first_process(self.steps())):
             try:
-                state = self.restore(step, like)
+                fields = self.restore(step, like, as_saved=as_saved)
             except Damaged as e:
-                state, reasons[step] = None, str(e)
-            if all_agree(state is not None):
+                fields, reasons[step] = {}, str(e)
+            if all_agree(bool(fields)):
                 break
             reasons.setdefault(step, f"{self.directory}/{step}: another process finds it damaged")
         else:
@@ -258,7 +246,6 @@ class Checkpoints:
                 first, count = next(iter(reasons.values())), len(reasons)
                 raise Damaged(f"{first}; none of the {count} saved is sound: choose another workdir to begin anew")
             return None
-        assert state is not None
         for damaged, reason in reasons.items():
             aside = self._workdir / "damaged" / f"{damaged}-{time.strftime('%Y%m%d-%H%M%S')}"
             if jax.process_index() == 0:
@@ -269,10 +256,10 @@ class Checkpoints:
         if reasons:
             say(f"damaged  going on from step {step:,}, the newest that is sound")
             all_agree(True)
-        return step, state
+        return step, fields
 
     def arrays(self, step: int) -> Any:
-        """The state at `step` as numpy arrays in nested dicts, of whatever network. Raises Damaged."""
+        """Read the fields at `step` as numpy arrays in nested dicts, of whatever network. Raises Damaged."""
         record = self.record(step)
         with self._reading(step), jax.transfer_guard("allow"):
             folder, handler = epath.Path(self.directory) / str(step) / "state", ocp.StandardCheckpointHandler()
@@ -280,18 +267,18 @@ class Checkpoints:
             tree = metadata.tree if hasattr(metadata, "tree") else metadata
             device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
-            found = jax.device_get(handler.restore(folder, args=ocp.args.StandardRestore(like)))
-            _check_digests(found, record["arrays"])
-            return found
+            arrays = jax.device_get(handler.restore(folder, args=ocp.args.StandardRestore(like)))
+            check_digests(arrays, record)
+            return arrays
 
     def weights(self, step: int, *, averaged: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The parameters and batch statistics at `step`, numpy arrays in nested dicts, of whatever network.
+        """Read the parameters and batch statistics at `step`, numpy arrays in nested dicts, of whatever network.
 
         Where a running average was kept, they are that, unless `averaged` is False. Raises Damaged.
         """
-        state = self.arrays(step)
-        found = (averaged and state.get("ema")) or state
-        return found["params"], found["batch_stats"]
+        fields = self.arrays(step)
+        weights = (averaged and fields.get("ema")) or fields
+        return weights["params"], weights["batch_stats"]
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
@@ -299,115 +286,11 @@ class Checkpoints:
             yield
         except UserError:
             raise
-        except Exception as e:  # whatever Orbax meets in damaged files
+        # In damaged files Orbax meets errors of any type.
+        except Exception as e:
             where = f"{self.directory}/{step}"
             if isinstance(e, PermissionError) or REFUSED.search(str(e)):
                 raise UserError(f"{where}: may not be read ({first_line(e)})") from None
             if isinstance(e, MemoryError | ConnectionError | TimeoutError) or UNAVAILABLE.search(str(e)):
                 raise TransientError(f"{where}: cannot be read now ({first_line(e)}); this may pass") from e
             raise Damaged(f"{where}: this checkpoint is damaged ({first_line(e)})") from None
-
-
-def _fields(state: TrainState) -> dict[str, Any]:
-    """The state by the names of its fields, without a running average or a guard where there is none."""
-    return {name: value for name, value in vars(state).items() if name not in ("ema", "guard") or value}
-
-
-def _guard_as_in(arrays: Mapping[str, Mapping[str, Any]], like: TrainState) -> TrainState:
-    """The abstract state `like`, with a guard like that which is among the saved `arrays`, if in any."""
-    there = {name.removeprefix("guard/"): of for name, of in arrays.items() if name.startswith("guard/")}
-    shapes = {
-        name: jax.ShapeDtypeStruct(of["shape"], of["dtype"], sharding=like.step.sharding) for name, of in there.items()
-    }
-    return replace(like, guard=shapes)
-
-
-def _guard_like(state: TrainState, like: TrainState) -> TrainState:
-    """`state` with a guard like that of the abstract state `like`; what was not saved of it begins at 0."""
-    zeros = {name: np.zeros(x.shape, x.dtype) for name, x in like.guard.items() if name not in state.guard}
-    new = jax.device_put(zeros, like.step.sharding)
-    return replace(state, guard={name: state.guard.get(name, new.get(name)) for name in like.guard})
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """The arrays of a tree by name: params/stage1/block0/conv1/kernel."""
-    name = partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if hasattr(leaf, "shape")}
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(leaf.shape) for name, leaf in _named(tree).items()}
-
-
-def _record(fields: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    record = {"format": FORMAT, "config": config, "arrays": _digests(fields)}
-    return record | {"sha256": _digest_of_record(record)}
-
-
-def _digest_of_record(record: Mapping[str, Any]) -> str:
-    rest = {name: value for name, value in record.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _digests(tree: Any) -> dict[str, dict[str, Any]]:
-    """Shape, dtype and SHA-256 of the bytes (in C order) of each array, whole, wherever its parts are."""
-
-    def digest(array: Any) -> dict[str, Any]:
-        sha256 = hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
-        return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": sha256}
-
-    named = _named(tree)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing lets go of Python's lock
-        return dict(zip(named, pool.map(digest, map(_whole, named.values())), strict=True))
-
-
-def _whole(array: Any) -> np.ndarray:
-    if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
-
-
-def _check_digests(tree: Any, saved: Mapping[str, Mapping[str, Any]]) -> None:
-    found = _digests(tree)
-    for name in found.keys() | saved.keys():
-        if found.get(name) != saved.get(name):
-            raise ValueError(f"the digest of {name} does not agree")
-
-
-def _check_same_tree(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], where: str) -> None:
-    for name in sorted(found.keys() | wanted.keys()):
-        if found.get(name) != wanted.get(name):
-            there, here = (tree.get(name, "absent") for tree in (found, wanted))
-            count = sum(found.get(n) != wanted.get(n) for n in found.keys() | wanted.keys())
-            raise UserError(
-                f"{where}: of another network: {name} is {there} there, {here} here "
-                f"({count} arrays differ); choose another workdir or the config it was made with"
-            )
-
-
-def inspect(workdir: AnyPath, *, verify: bool) -> list[dict[str, Any]]:
-    """A row for each step saved in `workdir`: step, bytes, saved (its time), metrics, sha256, sound, fault.
-
-    `sound` is None where only the record was looked at, and agrees with itself. With `verify` the arrays are read too.
-    """
-    with Checkpoints(workdir) as checkpoints:
-        found = evaluations(workdir)
-        rows = []
-        for step in checkpoints.steps():
-            walk = epath.Path(checkpoints.directory / str(step)).walk()
-            files = [(folder / name).stat() for folder, _, within in walk for name in within]
-            row: dict[str, Any] = {"step": step, "bytes": sum(file.length for file in files)}
-            row |= {
-                "saved": max((file.mtime for file in files), default=None),
-                "metrics": found.get(step, {}),
-            }
-            row |= {"sha256": None, "sound": None, "fault": None}
-            try:
-                row["sha256"] = checkpoints.record(step)["sha256"]
-                if verify:
-                    checkpoints.arrays(step)
-                    row["sound"] = True
-            except Damaged as e:
-                row |= {"sound": False, "fault": str(e)}
-            rows.append(row)
-    return rows

@@ -48,7 +48,7 @@ def _summary_writer(folder: Path, purge_step: int) -> Any:
         from tensorboardX import SummaryWriter
     finally:
         if hide:
-            del sys.modules["torch"]
+            sys.modules.pop("torch", None)  # another training's thread may have done so
     return SummaryWriter(str(folder), purge_step=purge_step)
 
 
@@ -222,16 +222,12 @@ class Telemetry:
     def result(self, step: int, splits: dict[str, Any], config: dict[str, Any]) -> None:
         """Writes result.json and curves.png; says how many images were broken."""
         if self.active:
-            write_json(
-                self.workdir / "result.json",
-                {"step": step, "splits": splits, "wall_seconds": round(self.seconds, 1), "config": config},
-            )
+            result = {"step": step, "splits": splits, "wall_seconds": round(self.seconds, 1), "config": config}
+            write_json(self.workdir / "result.json", result)
             draw_curves(read_metrics(self._scratch or self.workdir), self.workdir / "curves.png")
         if counts := Counter(split for split, _ in self._broken):
-            self.say(
-                "images that cannot be decoded: "
-                + ", ".join(f"{n:,} of {split}" for split, n in sorted(counts.items()))
-            )
+            listed = ", ".join(f"{n:,} of {split}" for split, n in sorted(counts.items()))
+            self.say(f"images that cannot be decoded: {listed}")
 
     def _record(self, kind: str, step: int, **values: Any) -> None:
         self._step = step

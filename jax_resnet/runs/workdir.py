@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,9 @@ from jax_resnet.runs.checkpoint import Checkpoints
 from jax_resnet.runs.paths import COMMITTED, AnyPath, absolute, is_remote, make_folder, names, read, write
 
 WORTH_KEEPING = 0.1  # seconds of compiling: of a run's programs about four take more
+_sharing = threading.Lock()  # held while the two below change
+_sharers: list[AnyPath] = []  # workdirs of the trainings under way
+_cache = contextlib.ExitStack()  # leaves JAX's cache as it was
 
 
 def write_json(file: AnyPath, content: dict[str, Any]) -> None:
@@ -86,11 +90,27 @@ def claimed(workdir: AnyPath, config: ConfigDict) -> Iterator[ConfigDict | None]
 
 @contextlib.contextmanager
 def keeping_compiled(workdir: AnyPath) -> Iterator[None]:
-    """Keeps in workdir/compiled what JAX compiles, unless it has a place already (JAX_COMPILATION_CACHE_DIR).
+    """Keep in workdir/compiled what JAX compiles, unless it has a place already (JAX_COMPILATION_CACHE_DIR).
 
     Of a job's processes the first alone writes it, and all read: it has to be where they all, and those that take the
     place of a preempted one, find it, and that the workdir is. JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+    JAX has one place a process. Trainings in threads share that of the first, until the last of them ends.
     """
+    with _sharing:
+        if not _sharers:
+            _cache.enter_context(_cache_in(workdir))
+        _sharers.append(workdir)
+    try:
+        yield
+    finally:
+        with _sharing:
+            _sharers.remove(workdir)
+            if not _sharers:
+                _cache.close()
+
+
+@contextlib.contextmanager
+def _cache_in(workdir: AnyPath) -> Iterator[None]:
     if jax.config.values["jax_compilation_cache_dir"]:
         yield
         return

@@ -23,7 +23,7 @@ from jax_resnet.training.experiment import Experiment, build
 from jax_resnet.training.metrics import Sums, total
 from jax_resnet.training.network import initial_weights
 from jax_resnet.training.pretrained import placed
-from jax_resnet.training.state import TrainState
+from jax_resnet.training.state import AS_SAVED, TrainState, from_fields, to_fields
 
 IN_FLIGHT = 4  # steps the host may run ahead: enough to hide it, few enough that their batches fit on the device
 
@@ -133,7 +133,9 @@ def evaluate_checkpoint(
         experiment = build(config, training=False)
         with Checkpoints(workdir) as checkpoints:
             step = checkpoints.find(which)
-            state = checkpoints.restore(step, experiment.network.abstract_state)
+            like = experiment.network.abstract_state
+            fields = checkpoints.restore(step, to_fields(like), as_saved=AS_SAVED)
+            state = from_fields(fields, like)
     splits = evaluate_all(experiment, state)
     assert splits
     result = {

@@ -15,10 +15,11 @@ from ml_collections import ConfigDict
 from jax_resnet.config import to_json
 from jax_resnet.data.loader import Feed
 from jax_resnet.errors import Interrupted, UserError
-from jax_resnet.runs.checkpoint import Checkpoints, Keep
+from jax_resnet.runs.checkpoint import Checkpoints
 from jax_resnet.runs.log import Telemetry
 from jax_resnet.runs.metrics_log import evaluations
 from jax_resnet.runs.paths import AnyPath, open_path
+from jax_resnet.runs.retention import Keep
 from jax_resnet.runs.workdir import claimed, has_checkpoints, keeping_compiled, write_json
 from jax_resnet.runtime.distributed import Agreement, all_agree
 from jax_resnet.runtime.host import COMPILING, WAITING, Host
@@ -27,11 +28,10 @@ from jax_resnet.training.experiment import Experiment, build
 from jax_resnet.training.header import header
 from jax_resnet.training.metrics import Sums
 from jax_resnet.training.network import initial_weights
-from jax_resnet.training.plan import Plan
 from jax_resnet.training.precompile import StepsAhead
-from jax_resnet.training.pretrained import placed
+from jax_resnet.training.resume import check_same_past, restore_or_begin
 from jax_resnet.training.skipped import Skipped
-from jax_resnet.training.state import TrainState
+from jax_resnet.training.state import TrainState, to_fields
 from jax_resnet.training.window import Window, check_finite
 
 
@@ -60,8 +60,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str], *, host: Host | N
         _compiled_ahead(experiment, checkpoints.latest_step() or 0, host) as steps,
     ):
         notes: list[str] = []
-        restored = checkpoints.restore_newest(experiment.network.abstract_state, notes.append)
-        start, state = restored or (0, placed(experiment.network.fresh_state(), weights))
+        start, state = restore_or_begin(experiment, checkpoints, weights, notes.append)
         check_same_past(stored, experiment, start, workdir)
         with (
             host.watching(config.stuck_after),
@@ -205,7 +204,7 @@ class Loop:
         check_finite(bool(jax.device_get(self.experiment.steps.all_finite(state))), "the state", step)
         self.host.beat(f"saving step {step:,}", COMPILING)
         self.telemetry.upload()  # before the checkpoint: no step is saved of which the lines could be lost
-        self.checkpoints.save(step, state, to_json(self.experiment.config))
+        self.checkpoints.save(step, to_fields(state), to_json(self.experiment.config))
         self._saved = step
 
     def _save_before_leaving(self, step: int, state: TrainState) -> None:
@@ -274,27 +273,3 @@ class Loop:
             return "stopped before the first step; the same command begins again"
         total, workdir = self.experiment.plan.steps, self.telemetry.workdir
         return f"stopped after step {step:,} of {total:,}, saved in {workdir}; the same command {how}goes on from there"
-
-
-def check_same_past(stored: ConfigDict | None, experiment: Experiment, start: int, workdir: AnyPath) -> None:
-    """Let what is still to come have other phases than when the run was begun: config.json then takes them.
-
-    Raises UserError if the phases of the `start` steps that are done are not those they were done in.
-    """
-    if stored is None or stored.progressive == experiment.config.progressive:
-        return
-    data, side = experiment.data, min(experiment.data.input_shape[:2])
-    then = _phases_before(start, Plan.of(stored, len(data.train)), side)
-    now = _phases_before(start, experiment.plan, side)
-    if then != now:
-        raise UserError(
-            f"config.progressive: the {start:,} steps that are done were not in these phases; only those to come may "
-            f"change: {', '.join(f'steps to {end:,} at {size} px × {batch:,}' for _, end, size, batch in then)}"
-        )
-    if jax.process_index() == 0:
-        write_json(workdir / "config.json", to_json(experiment.config))
-
-
-def _phases_before(step: int, plan: Plan, side: int) -> list[tuple[int, int, int, int]]:
-    """Return first step, end, image size and batch size of each phase of the first `step` updates."""
-    return [(p.first_step, min(p.end, step), p.image_size or side, p.batch_size) for p in plan.between(0, step)]

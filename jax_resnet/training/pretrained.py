@@ -18,7 +18,7 @@ from flax import nnx
 
 from jax_resnet.config import from_json, model_overrides
 from jax_resnet.errors import UserError, did_you_mean, first_line
-from jax_resnet.models.resnet import ResNetSpec
+from jax_resnet.models.spec import ResNetSpec
 from jax_resnet.models.torch_names import Arrays, Report, flatten, from_torch, to_torch
 from jax_resnet.models.zoo import model_spec
 from jax_resnet.runs.checkpoint import Checkpoints

@@ -1,14 +1,17 @@
 """What a step changes, made by shape first and then in place on the devices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Sharding
+
+AS_SAVED = ("guard",)  # the fields that `from_fields` makes fit, whatever was saved of them
 
 
 @jax.tree_util.register_dataclass
@@ -33,6 +36,22 @@ class TrainState:
     def averaged(self) -> "TrainState":
         """The same with the running average in the place of the weights."""
         return replace(self, **self.ema)
+
+
+def to_fields(state: TrainState) -> dict[str, Any]:
+    """Name the fields of a state as checkpoints hold them: no running average and no guard where there is none."""
+    return {name: value for name, value in vars(state).items() if name not in ("ema", "guard") or value}
+
+
+def from_fields(fields: Mapping[str, Any], like: TrainState) -> TrainState:
+    """Make the state of restored fields, with a guard like that of the abstract state `like`.
+
+    A run may go on with another guard: what was not saved of it begins at 0.
+    """
+    saved = fields.get("guard", {})
+    zeros = {name: np.zeros(x.shape, x.dtype) for name, x in like.guard.items() if name not in saved}
+    guard = saved | jax.device_put(zeros, like.step.sharding)
+    return TrainState(**{**fields, "guard": {name: guard[name] for name in like.guard}})
 
 
 class _Keys:

@@ -9,19 +9,16 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.testing import assert_allclose, assert_array_equal
 
 from jax_resnet.models.layers import (
-    BatchNorm,
     DropBlock,
     DropPath,
     EfficientChannelAttention,
-    EvoNorm,
-    FilterResponseNorm,
-    GroupNorm,
     SqueezeExcite,
     avg_pool,
     blur_pool,
     conv,
     max_pool,
 )
+from jax_resnet.models.norms import BatchNorm, EvoNorm, FilterResponseNorm, GroupNorm
 
 EPSILON = 0.1  # large enough to be seen
 

@@ -15,8 +15,8 @@ from test_families import Keys
 import jax_resnet
 from jax_resnet.errors import UserError
 from jax_resnet.models.cost import cost
-from jax_resnet.models.layers import BatchNorm
-from jax_resnet.models.resnet import ResNetSpec
+from jax_resnet.models.norms import BatchNorm
+from jax_resnet.models.spec import ResNetSpec
 from jax_resnet.models.zoo import ZOO, create_model, model_spec
 
 TIMM = json.loads((Path(__file__).parents[1] / "data" / "timm_golden.json").read_text())["models"]

@@ -7,7 +7,6 @@ Pillow keeps to 256 levels (hue) or truncates (bilinear) the rounding differs.
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import cv2
 import numpy as np
@@ -133,30 +132,14 @@ def timm_magnitude(name: str, level: float) -> float:
 def apply(
     image: np.ndarray, name: str, value: float, bilinear: bool = False, fill: tuple[int, ...] = (0, 0, 0)
 ) -> np.ndarray:
-    """One operation on uint8 [H, W, 1 or 3], by its name in OPERATIONS, TIMM_OPERATIONS or "Hue" (`value`: part of the
-    circle); `fill` is the colour of what lies beyond the image.
+    """Do one operation on uint8 [H, W, 1 or 3], by its name in OPERATIONS, TIMM_OPERATIONS or "Hue" (`value`: part of
+    the circle); `fill` is the colour of what lies beyond the image.
     """
     height, width, channels = image.shape
-    affine = partial(_affine, image, bilinear=bilinear, fill=fill)
+    if matrix := _matrix(name, value, height, width):
+        return _affine(image, matrix, bilinear, fill).reshape(image.shape)
     out = image
     match name:
-        case "ShearX":
-            out = affine((1, value, 0, 0, 1, 0))
-        case "ShearY":
-            out = affine((1, 0, 0, value, 1, 0))
-        case "TranslateX":
-            out = affine((1, 0, -int(value), 0, 1, 0))
-        case "TranslateY":
-            out = affine((1, 0, 0, 0, 1, -int(value)))
-        case "TranslateXRel":
-            out = affine((1, 0, value * width, 0, 1, 0))
-        case "TranslateYRel":
-            out = affine((1, 0, 0, 0, 1, value * height))
-        case "Rotate":
-            # Pillow rounds to 15 digits too: a quarter turn takes whole pixels.
-            cos, sin = round(math.cos(math.radians(value)), 15), round(math.sin(math.radians(value)), 15)
-            x, y = width / 2, height / 2
-            out = affine((cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y))
         case "Brightness":
             out = cv2.LUT(image, _blend_levels(0, 1 + value))
         case "Contrast":
@@ -188,6 +171,22 @@ def apply(
             counts = [cv2.calcHist([image], [i], None, [256], [0, 256]) for i in range(channels)]
             out = _channelwise(image, [_equalised(count.astype(int).ravel()) for count in counts])
     return out.reshape(image.shape)
+
+
+def _matrix(name: str, value: float, height: int, width: int) -> tuple[float, ...] | None:
+    """Choose the matrix, as `_affine` takes it, of an operation that moves pixels; None for the others."""
+    # Pillow rounds to 15 digits too: a quarter turn moves by integral pixels.
+    cos, sin = round(math.cos(math.radians(value)), 15), round(math.sin(math.radians(value)), 15)
+    x, y = width / 2, height / 2
+    return {
+        "ShearX": (1, value, 0, 0, 1, 0),
+        "ShearY": (1, 0, 0, value, 1, 0),
+        "TranslateX": (1, 0, -int(value), 0, 1, 0),
+        "TranslateY": (1, 0, 0, 0, 1, -int(value)),
+        "TranslateXRel": (1, 0, value * width, 0, 1, 0),
+        "TranslateYRel": (1, 0, 0, 0, 1, value * height),
+        "Rotate": (cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y),
+    }.get(name)
 
 
 def _affine(image: np.ndarray, matrix: tuple[float, ...], bilinear: bool, fill: tuple[int, ...]) -> np.ndarray:
