@@ -8,13 +8,12 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
+from programs import HANG_SECONDS
 
 from jax_resnet import train
 from jax_resnet.commands.checkpoints import inspect
 from jax_resnet.config import duration
 from jax_resnet.runs.workdir import keeping_compiled
-
-TIMEOUT_SECONDS = 600  # for all of them
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -24,7 +23,7 @@ def test_all_of_them_finish_and_what_they_saved_is_sound(count: int, tiny_config
     tiny_config.checkpoint.every = duration(steps=2)
     workdirs = [tmp_path / str(number) for number in range(count)]
     with ThreadPoolExecutor(count) as pool:
-        results = list(pool.map(lambda workdir: train(tiny_config, workdir), workdirs, timeout=TIMEOUT_SECONDS))
+        results = list(pool.map(lambda workdir: train(tiny_config, workdir), workdirs, timeout=HANG_SECONDS))
     assert [result["step"] for result in results] == [12] * count
     for workdir in workdirs:
         assert [(row["step"], row["sound"]) for row in inspect(workdir, verify=True)] == [(10, True), (12, True)]
