@@ -200,7 +200,7 @@ def trained_to(c: ConfigDict, _: int) -> tuple[TrainState, Any]:
 
 
 def advance(_: ConfigDict, __: int) -> tuple[TrainState, Any]:
-    _REACHED["state"], sums = _REACHED["job"].train_step(_REACHED["state"], next(_REACHED["feed"]))
+    _REACHED["state"], sums = _REACHED["experiment"].steps.train(_REACHED["state"], next(_REACHED["feed"]))
     return jax.device_get(_REACHED["state"]), sums
 
 
