@@ -11,10 +11,6 @@ ROOMS = (
     *("__main__", "main", "commands", "inference", "training", "data", "runs", "config", "models"),
     *("runtime", "errors"),
 )
-# Arrows that still point up, each to be taken out with what it carries.
-POINT_UP = {
-    ("training.average", "inference.safetensors"),  # an average is written as an export is
-}
 # In a function, because the module is heavy and a mistyped flag or another command shall not wait for it.
 LAZY = {
     ("__init__", "*"),
@@ -63,12 +59,7 @@ def floor(module: str) -> int:
 
 def test_imports_point_down() -> None:
     up = {(name, other) for name, others in arrows().items() for other in others if floor(other) < floor(name)}
-    assert up <= POINT_UP, up - POINT_UP
-
-
-def test_the_list_of_exceptions_is_no_longer_than_it_has_to_be() -> None:
-    there = {(name, other) for name, others in arrows().items() for other in others}
-    assert there >= POINT_UP
+    assert up == set()
 
 
 def test_no_circle() -> None:

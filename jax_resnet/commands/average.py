@@ -1,12 +1,39 @@
 """The command `jax-resnet average --workdir RUN`: the mean of a run's checkpoints."""
 
+import os
+from collections.abc import Sequence
+from typing import Any
+
 from jax_resnet.commands.cli import Parser, print_files
 from jax_resnet.errors import UserError
-from jax_resnet.training.average import BATCHES, average
+from jax_resnet.inference.safetensors import write_model
+from jax_resnet.runs.paths import AnyPath, open_path
+from jax_resnet.training.average import BATCHES, average_checkpoints
+from jax_resnet.training.metrics import accuracy_text
+
+
+def average(
+    workdir: str | os.PathLike[str],
+    *,
+    checkpoints: Sequence[str] = (),
+    batches: int = BATCHES,
+    out: str | None = None,
+) -> tuple[dict[str, Any], list[AnyPath]]:
+    """Average checkpoints as `average_checkpoints` does, and write the mean as `export` does.
+
+    The files go to `out`, by default WORKDIR/average. Returns the metrics over the evaluation split, and the files.
+    Raises UserError for a workdir without those checkpoints, or a folder that cannot be written.
+    """
+    workdir = open_path(workdir)
+    mean = average_checkpoints(workdir, checkpoints=checkpoints, batches=batches)
+    steps, metrics = ", ".join(f"{step:,}" for step in mean.steps), mean.metrics
+    print(f"mean of steps {steps}: {mean.split} accuracy {accuracy_text(metrics)}, loss {metrics['loss']:.4f}")
+    folder = open_path(out) if out else workdir / "average"
+    return metrics, write_model((mean.params, mean.batch_stats), mean.config, workdir, folder, new=bool(out))
 
 
 def main() -> None:
-    """Runs the command."""
+    """Run the command."""
     parser = Parser(
         prog="jax-resnet average",
         description="Averages the weights of a run's checkpoints, estimates batch statistics for them, evaluates and "

@@ -5,23 +5,22 @@ what their mean network has: the statistics are estimated anew, as means over tr
 section 3.1). Of one checkpoint, only they change.
 """
 
-import os
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from jax_resnet.config import from_json
 from jax_resnet.errors import UserError
-from jax_resnet.inference.safetensors import write_model
 from jax_resnet.models.torch_names import flatten
 from jax_resnet.runs.checkpoint import Checkpoints
-from jax_resnet.runs.paths import AnyPath, open_path
+from jax_resnet.runs.paths import AnyPath
 from jax_resnet.runs.workdir import has_checkpoints, read_config
 from jax_resnet.training.evaluate import evaluate, to_stderr
 from jax_resnet.training.experiment import Experiment, build
@@ -31,20 +30,24 @@ from jax_resnet.training.state import TrainState
 BATCHES = 100
 
 
-def average(
-    workdir: str | os.PathLike[str],
-    *,
-    checkpoints: Sequence[str] = (),
-    batches: int = BATCHES,
-    out: str | None = None,
-) -> tuple[dict[str, Any], list[AnyPath]]:
-    """Averages the weights of `checkpoints` ("best", "latest" or steps; none: all that are saved) of `workdir`.
+@dataclass(frozen=True)
+class Averaged:
+    """The mean of some checkpoints."""
 
-    Batch statistics are estimated over `batches` training batches that follow the run's. Returns the metrics over the
-    evaluation split, as `evaluate` gives them, and the files that are written, as `export` does, to `out`, by default
-    WORKDIR/average. Raises UserError for a workdir without those checkpoints, or a folder that cannot be written.
+    steps: tuple[int, ...]  # those that it is of
+    config: ConfigDict
+    params: Any  # numpy arrays in nested dicts
+    batch_stats: Any
+    split: str  # that it was evaluated on
+    metrics: dict[str, Any]  # as `evaluate` gives them
+
+
+def average_checkpoints(workdir: AnyPath, *, checkpoints: Sequence[str] = (), batches: int = BATCHES) -> Averaged:
+    """Average the weights of `checkpoints` ("best", "latest" or steps; none: all that are saved), and evaluate them.
+
+    Batch statistics are estimated over `batches` training batches that follow the run's; 0: the mean of the saved ones.
+    Raises UserError for a workdir without those checkpoints.
     """
-    workdir = open_path(workdir)
     if read_config(workdir) is None or not has_checkpoints(workdir):
         raise UserError(f"{workdir}: no checkpoint has been saved here")
     with Checkpoints(workdir) as saved:
@@ -55,8 +58,7 @@ def average(
     config.model.bn_momentum = 0.0  # statistics of one batch, nothing of those before
     config.distill.teacher = config.distill.model = None
     experiment = build(config)
-    arrays = flatten(*mean)
-    abstract = experiment.network.abstract_state
+    arrays, abstract = flatten(*mean), experiment.network.abstract_state
     state = TrainState(
         abstract.step, place(abstract.params, arrays), place(abstract.batch_stats, arrays), opt_state=None
     )
@@ -64,15 +66,12 @@ def average(
         state = replace(state, batch_stats=estimate_statistics(experiment, state, batches))
     metrics = evaluate(experiment, state)
     assert metrics
-    folder = open_path(out) if out else workdir / "average"
-    trees = jax.device_get((state.params, state.batch_stats))
-    print(f"mean of steps {', '.join(f'{step:,}' for step in steps)}", end=": ")
-    print(f"{experiment.data.eval.name} {experiment.task.text(metrics)}, loss {metrics['loss']:.4f}")
-    return metrics, write_model(trees, config, workdir, folder, new=bool(out))
+    params, batch_stats = jax.device_get((state.params, state.batch_stats))
+    return Averaged(tuple(steps), config, params, batch_stats, experiment.data.eval.name, metrics)
 
 
 def estimate_statistics(experiment: Experiment, state: TrainState, batches: int) -> Any:
-    """The batch statistics of `state.params`: means over the first `batches` training batches after the run's last.
+    """Estimate the batch statistics of `state.params` as means over the first `batches` batches after the run's last.
 
     `experiment` must be of a config with bn_momentum 0.
     """

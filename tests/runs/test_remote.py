@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, main_command, main_env, run_main
 from ml_collections import ConfigDict
 from orbax.checkpoint._src.serialization import tensorstore_utils
-from test_resume import final_state
+from workdirs import final_state
 
 from jax_resnet.commands.status import exit_status
 from jax_resnet.errors import UserError

@@ -20,6 +20,7 @@ import pytest
 import simplejpeg
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from conftest import ROOT
 from ml_collections import ConfigDict
 from PIL import Image, ImageOps
 from tiny import data_config
@@ -30,7 +31,6 @@ from jax_resnet.data.image.images import decode
 from jax_resnet.data.sources import open_dataset
 from jax_resnet.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"}
 
 

@@ -1,6 +1,6 @@
 """What a user or a machine can get wrong: for each the one line there is, status 2, and nothing saved.
 
-`python tests/test_bad_input.py` prints the table.
+`PYTHONPATH=tests python tests/commands/test_bad_input.py` prints the table.
 """
 
 import errno

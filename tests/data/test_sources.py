@@ -12,6 +12,7 @@ import numpy as np
 import programs
 import pytest
 import tiny
+from conftest import ROOT
 from ml_collections import ConfigDict
 
 from jax_resnet.data import tfds as tfds_source
@@ -21,8 +22,6 @@ from jax_resnet.data.image.split import EncodedSplit
 from jax_resnet.data.image.split import ImageSplit as Split
 from jax_resnet.data.sources import open_dataset
 from jax_resnet.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def data_config(name: str, **changes: Any) -> ConfigDict:

@@ -15,7 +15,7 @@ import optax
 import pytest
 from conftest import ROOT, run_main
 from ml_collections import ConfigDict
-from test_resume import restored
+from workdirs import restored
 
 from jax_resnet.config import validate
 from jax_resnet.data.image import device

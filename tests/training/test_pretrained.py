@@ -16,7 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from numpy.testing import assert_array_equal
 from safetensors.numpy import load_file, save_file
-from test_resume import restored
+from workdirs import restored
 
 from jax_resnet.config import default
 from jax_resnet.data.image.pixels import Pixels

@@ -9,51 +9,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 import programs
 import pytest
 from conftest import ROOT, main_command, main_env, run_main
 from ml_collections import ConfigDict
+from workdirs import assert_bit_identical, restored, wait_for_step
 
 from jax_resnet.commands.host import command_host
 from jax_resnet.errors import Interrupted, UserError
 from jax_resnet.runs.checkpoint import Checkpoints
 from jax_resnet.runs.metrics_log import read_metrics
-from jax_resnet.runs.workdir import claimed, read_config
-from jax_resnet.training.experiment import Experiment, build
+from jax_resnet.runs.workdir import claimed
+from jax_resnet.training.experiment import build
 from jax_resnet.training.loop import train
 from jax_resnet.training.precompile import StepsAhead
-from jax_resnet.training.state import AS_SAVED, TrainState, from_fields, to_fields
 
 TINY = ROOT / "tests" / "tiny.py"
-
-
-def restored(checkpoints: Checkpoints, step: int, experiment: Experiment) -> TrainState:
-    """Restore the state at `step` as a training does."""
-    like = experiment.network.abstract_state
-    return from_fields(checkpoints.restore(step, to_fields(like), as_saved=AS_SAVED), like)
-
-
-def final_state(workdir: Path) -> dict[str, Any]:
-    """Every array of the newest checkpoint, by name."""
-    config = read_config(workdir)
-    assert config is not None
-    experiment = build(config)
-    with Checkpoints(workdir) as checkpoints:
-        state = restored(checkpoints, checkpoints.latest_step() or 0, experiment)
-    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
-
-
-def assert_bit_identical(one: Path, other: Path) -> None:
-    a, b = final_state(one), final_state(other)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].tobytes() == b[name].tobytes(), name
-
-
-def wait_for_step(workdir: Path, step: int, process: programs.Program) -> None:
-    programs.until(lambda: any(row["step"] >= step for row in read_metrics(workdir)), process)
 
 
 def killed_and_restarted(npz: Path, folder: Path, kills: int, seed: int) -> None:

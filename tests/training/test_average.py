@@ -9,11 +9,10 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 from test_update import assert_close
 
-from jax_resnet.commands.average import main
+from jax_resnet.commands.average import average, main
 from jax_resnet.errors import UserError
 from jax_resnet.models.torch_names import flatten, to_torch
 from jax_resnet.runs.checkpoint import Checkpoints
-from jax_resnet.training.average import average
 from jax_resnet.training.evaluate import evaluate_checkpoint
 from jax_resnet.training.experiment import build
 from jax_resnet.training.loop import train

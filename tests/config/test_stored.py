@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import tiny
 from ml_collections import ConfigDict
-from test_resume import assert_bit_identical
+from workdirs import assert_bit_identical
 
+from jax_resnet.commands.average import average
 from jax_resnet.config import default, differences, from_json, stored, to_json, validate
 from jax_resnet.config.keys import RENAMED, leaves
 from jax_resnet.errors import UserError
@@ -17,12 +18,11 @@ from jax_resnet.inference.safetensors import export
 from jax_resnet.runs import checkpoint
 from jax_resnet.runs.checkpoint import Checkpoints
 from jax_resnet.runs.workdir import read_config
-from jax_resnet.training.average import average
 from jax_resnet.training.evaluate import evaluate_checkpoint
 from jax_resnet.training.loop import train
 from jax_resnet.training.pretrained import read_weights
 
-VERSION_1 = Path(__file__).parent / "data" / "config_version1.json"  # written by the last commit that wrote them
+VERSION_1 = Path(__file__).parents[1] / "data" / "config_version1.json"  # written by the last commit that wrote them
 
 
 def version_1(**data: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import programs
 import pytest
 from conftest import ROOT, main_env
 from ml_collections import ConfigDict
-from test_resume import final_state
+from workdirs import final_state
 
 from jax_resnet.commands.checkpoints import inspect
 from jax_resnet.config import duration

@@ -18,8 +18,8 @@ import pytest
 from conftest import ROOT, main_command, main_env, run_main
 from ml_collections import ConfigDict
 from programs import until
-from test_resume import assert_bit_identical, wait_for_step
 from tiny import data_config
+from workdirs import assert_bit_identical, wait_for_step
 
 from jax_resnet.config import default, differences, duration, from_json, to_json, validate
 from jax_resnet.data.sampling import Phase, train_indices
