@@ -60,13 +60,16 @@ CHILD = """
 def waits():
     import time
     time.sleep(3600)
-children = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])]
-sleeper = multiprocessing.get_context("fork").Process(target=waits, daemon=True)
-sleeper.start()
-jax_resnet.train(config(**{"data.workers": 1}), f"{sys.argv[2]}/run")
-print("alive:", json.dumps([children[0].poll() is None, sleeper.is_alive()]))
-children[0].kill()
-sleeper.kill()
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"], stdout=subprocess.DEVNULL,
+                         stderr=subprocess.DEVNULL)
+fork = multiprocessing.get_context("fork").Process(target=waits, daemon=True)
+fork.start()
+try:
+    jax_resnet.train(config(**{"data.workers": 1}), f"{sys.argv[2]}/run")
+    print("alive:", json.dumps([child.poll() is None, fork.is_alive()]))
+finally:
+    child.kill()
+    fork.kill()
 """
 LOOP = """
 print("begun", flush=True)
