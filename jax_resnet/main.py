@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from jax_resnet.commands.ending import hush, lacking, leave
+from jax_resnet.commands.ending import hush, lacking, leave, print_plainly
 from jax_resnet.commands.status import fail
 from jax_resnet.config import parse_flags, validate
 from jax_resnet.errors import Interrupted, UserError
@@ -59,6 +59,7 @@ def default_workdir() -> Path:
 def main(_: list[str]) -> int:
     """Run the command; a user's mistake is one line on stderr and status 2, a signal 128 + its number."""
     hush()
+    print_plainly()
     try:
         run()
     except (KeyboardInterrupt, Interrupted) as e:

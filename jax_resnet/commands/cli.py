@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from absl import logging
 
+from jax_resnet.commands.ending import print_plainly
 from jax_resnet.commands.status import fail
 from jax_resnet.errors import UserError, did_you_mean
 
@@ -64,6 +65,7 @@ def print_files(files: Sequence[os.PathLike[str]]) -> None:
 def run(main: Callable[[], None]) -> None:
     """Runs a command and leaves with its exit status: 2, after one line on stderr, for a user's mistake."""
     logging.set_verbosity(logging.ERROR)  # Orbax and JAX report at length
+    print_plainly()
     try:
         main()
     except UserError as e:

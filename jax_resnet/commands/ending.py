@@ -1,6 +1,8 @@
 """How a command ends: nothing said twice, nothing left running."""
 
+import codecs
 import errno
+import io
 import os
 import re
 import sys
@@ -19,6 +21,8 @@ REPORTED_BY_THE_RUN = (
     *(os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)),  # TensorBoard's thread that writes
     *("handle is closed", "Event loop is closed"),  # that thread's queue, and Orbax's loop, as the interpreter ends
 )
+
+PLAIN = {"×": "x", "…": "...", "–": "-", "→": "->", "±": "+-", "≤": "<=", "·": "*"}
 
 
 def lacking(error: Exception) -> UserError:
@@ -54,6 +58,20 @@ def hush() -> None:
 
     sys.unraisablehook = unless_reported(sys.__unraisablehook__)
     threading.excepthook = unless_reported(threading.__excepthook__)
+
+
+def print_plainly() -> None:
+    """Have what a terminal cannot print, × or an accent, replaced rather than raise UnicodeEncodeError."""
+
+    def replaced(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        text = error.object[error.start : error.end]
+        return "".join(PLAIN.get(character, "?") for character in text), error.end
+
+    codecs.register_error("plain", replaced)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="plain")
 
 
 def leave(status: int) -> int:

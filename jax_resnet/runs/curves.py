@@ -1,29 +1,65 @@
 """The picture of a run."""
 
 import io
+from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from jax_resnet.runs.paths import AnyPath, write
 
+WINDOWS = 100  # of the curve of the training at most
+PANELS = {"loss": "loss", "accuracy_top1": "accuracy", "learning_rate": "learning rate"}
+
 
 def draw_curves(rows: list[dict[str, Any]], file: AnyPath) -> None:
-    """Loss, accuracy and learning rate over the steps, as one PNG."""
+    """Draw loss, accuracy and learning rate over the steps, as one PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    panels = figure.subplots(1, 3)
-    for axes, title, name in zip(
-        panels, ("loss", "accuracy", "learning rate"), ("loss", "accuracy_top1", "learning_rate"), strict=True
-    ):
-        shown = [r for r in rows if r["kind"] in ("train", "eval") and name in r]
-        for split in dict.fromkeys(r.get("split", r["kind"]) for r in shown):
-            points = [(r["step"], r[name]) for r in shown if r.get("split", r["kind"]) == split]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=split, marker="." if len(points) < 50 else "")
+    for axes, (name, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+        tops = []
+        for split, points in curves(rows, name).items():
+            steps, values = points.T
+            axes.plot(steps, values, label=split, marker="." if len(points) < 50 else "")
+            tops.append(np.quantile(values, 0.95, method="lower"))
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
+        if name == "loss" and max(tops, default=0) > 0:
+            axes.set_ylim(0, 1.15 * max(tops))  # One early loss of 20 would flatten all that comes after it.
         if axes.lines and name != "learning_rate":
             axes.legend()
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
     write(file, picture.getvalue())
+
+
+def curves(rows: Sequence[dict[str, Any]], name: str) -> dict[str, np.ndarray]:
+    """Return the points of a metric, float64 [points, 2], for "train" and each split that has it.
+
+    Those of the training are means over windows of equally many steps; rates are as they were.
+    """
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row["kind"] in ("train", "eval") and name in row:
+            points.setdefault(row.get("split", row["kind"]), []).append((row["step"], row[name]))
+    found = {split: np.array(of, np.float64) for split, of in points.items()}
+    if name != "learning_rate" and "train" in found:
+        found["train"] = windowed(found["train"])
+    return found
+
+
+def windowed(points: np.ndarray) -> np.ndarray:
+    """Average means over unequal numbers of steps over equal ones: [n, 2] of (last step, mean) → [at most WINDOWS, 2].
+
+    A mean covers the steps since the one before it, and counts where most of them lie.
+    """
+    steps, values = points.T
+    covered = np.diff(steps, prepend=0)
+    count = min(WINDOWS, max(1, len(points) // 2))
+    window = np.minimum((steps - covered / 2) * count // steps[-1], count - 1).astype(int)
+    weight = np.bincount(window, covered, count)
+    filled = weight > 0
+    means = np.bincount(window, covered * values, count)[filled] / weight[filled]
+    ends = (np.arange(count) + 1) * steps[-1] / count
+    return np.stack([ends[filled], means], -1)

@@ -12,31 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from jax_resnet.errors import UserError, unwritable
+from jax_resnet.runs.console import Screen, percent, shown
 from jax_resnet.runs.curves import draw_curves
 from jax_resnet.runs.metrics_log import FILE, read_metrics
 from jax_resnet.runs.paths import AnyPath, is_remote, write
 from jax_resnet.runs.trace import Trace
 from jax_resnet.runs.workdir import write_json
 
-HEADINGS = {"accuracy_top1": "top-1", "accuracy_top5": "top-5"}
-WIDTHS = {"split": len("validation_ema")}
 LINES = 20  # of broken images
-
-
-def shown(name: str, value: float) -> str:
-    """Write a metric of that name as the console has it: 0.1234, or 98.61 % for an accuracy."""
-    return f"{100 * value:.2f} %" if name.startswith("accuracy") else f"{value:.4f}"
-
-
-class _Console(Console):
-    """Go on in silence when what it prints into is closed (`| head`): the run matters more than its lines."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
 
 
 def _summary_writer(folder: Path, purge_step: int) -> Any:
@@ -70,13 +55,12 @@ class Telemetry:
         profile: str | None = None,
     ):
         self.active = jax.process_index() == 0
-        self.console = _Console(highlight=False, soft_wrap=True, quiet=not self.active)
-        self.workdir, self._steps, self._epoch = workdir, steps, epoch
-        self._table_begun, self._step = False, start_step
+        self.workdir, self._epoch, self._step = workdir, epoch, start_step
         self._broken: set[tuple[str, str]] = set()
         self._began, self._before = time.monotonic(), 0.0
-        self._progress: Progress | None = None
+        self._writers: dict[str, Any] = {}
         self.trace = Trace(None, profile, steps)
+        self.screen = Screen(steps, start_step, quiet=not self.active)
         if not self.active:
             return
         rows = [r for r in read_metrics(workdir) if r["step"] <= start_step] if start_step else []
@@ -89,21 +73,17 @@ class Telemetry:
         self._uploaded: dict[Path, int] = {}
         write(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in rows).encode())
         self._lines = (folder / "metrics.jsonl").open("a", buffering=1)
-        try:
-            self._events = _summary_writer(folder / "tensorboard", start_step + 1)
-        except OSError as e:
-            raise unwritable(folder / "tensorboard", e) from None
-        if self.console.is_terminal:
-            self._progress = Progress(
-                TextColumn("step {task.completed:,} of {task.total:,}"),
-                BarColumn(),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
-                console=self.console,
-                transient=True,
-            )
-            self._task = self._progress.add_task("compiling …", total=steps, completed=start_step)
-            self._progress.start()
+        self._folder, self._purge_step = folder / "tensorboard", start_step + 1
+        self._writer("train")
+
+    def _writer(self, name: str) -> Any:
+        """Return the writer of a run of TensorBoard: training and each split are one, so that their curves overlay."""
+        if name not in self._writers:
+            try:
+                self._writers[name] = _summary_writer(self._folder / name, self._purge_step)
+            except OSError as e:
+                raise unwritable(self._folder, e) from None
+        return self._writers[name]
 
     @property
     def seconds(self) -> float:
@@ -115,21 +95,21 @@ class Telemetry:
 
     def __exit__(self, error: object, *_: object) -> None:
         self.trace.__exit__()
-        if self._progress:
-            self._progress.stop()
+        self.screen.close()
         if self.active:
-            for file in (self._lines, self._events):  # after an error that is the one to be told
+            for file in (self._lines, *self._writers.values()):  # after an error that is the one to be told
                 with contextlib.suppress(OSError) if error else contextlib.nullcontext():
                     file.close()
             if self._scratch and self.upload(at_end=True):
                 shutil.rmtree(self._scratch, ignore_errors=True)
 
     def upload(self, *, at_end: bool = False) -> bool:
-        """Copies to a remote workdir what has grown since the last time; says so and returns False if it cannot."""
+        """Copy to a remote workdir what has grown since the last time; say so and return False if that fails."""
         if not self.active or self._scratch is None:
             return True
         if not at_end:
-            self._events.flush()
+            for writer in self._writers.values():
+                writer.flush()
         try:
             for file in self._scratch.rglob("*"):
                 if file.is_file() and self._uploaded.get(file) != (size := file.stat().st_size):
@@ -141,14 +121,8 @@ class Telemetry:
         return True
 
     def say(self, text: str) -> None:
-        """Prints a line, above the bar if there is one."""
-        self.console.print(text, markup=False)
-
-    def header(self, rows: dict[str, str]) -> None:
-        """What is about to run."""
-        width = max(map(len, rows))
-        for name, text in rows.items():
-            self.say(f"{name:<{width}}  {text}")
+        """Print a line."""
+        self.screen.say(text)
 
     def train(
         self,
@@ -165,15 +139,16 @@ class Telemetry:
         `input_wait` is the share of that time that was spent waiting for batches. Of the updates `skipped` were
         skipped, which the means leave out: if that is all of them, `metrics` is empty.
         """
-        timed = images_per_second is not None
-        speed = f"{images_per_second:,.0f} images/s  input wait {input_wait:.1%}" if timed else "compiled"
-        means = [f"{name.removesuffix('_top1')} {shown(name, value)}" for name, value in metrics.items()]
-        counts = [f"{skipped:,} skipped"] if skipped else []
-        text = "  ".join([*(means or ["no update"]), *counts, speed.replace("%", " %")])
-        if self._progress:
-            self._progress.update(self._task, completed=step, description=text)
-        else:
-            self.say(f"step {step:>{len(f'{self._steps:,}')},} of {self._steps:,}  {text}")
+        speed = ""
+        if images_per_second is not None and input_wait is not None:
+            speed = f"{images_per_second:,.0f} images/s  input wait {percent(input_wait, 1)}"
+        facts = [f"epoch {self._epoch(step):.2f}"]
+        facts += [f"{name.removesuffix('_top1')} {shown(name, value)}" for name, value in metrics.items()]
+        if not metrics:
+            facts.append("no update")
+        if skipped:
+            facts.append(f"{skipped:,} skipped")
+        self.screen.train(step, [*facts, f"lr {learning_rate:.3g}"], speed)
         self._record(
             "train",
             step,
@@ -185,26 +160,18 @@ class Telemetry:
         )
 
     def evaluation(self, step: int, split: str, metrics: dict[str, Any]) -> None:
-        """Report one row of the table of evaluations: the means among the metrics, the loss first."""
-        row = {"step": f"{step:,}", "epoch": f"{self._epoch(step):.1f}", "split": split}
-        row |= {"examples": f"{metrics['examples']:,}", "loss": shown("loss", metrics["loss"])}
-        for name, value in metrics.items():
-            if isinstance(value, float):
-                row[HEADINGS.get(name, name)] = shown(name, value)
-        if not self._table_begun:
-            self.say("  ".join(f"{name:>{WIDTHS.get(name, 10)}}" for name in row))
-            self._table_begun = True
-        self.say("  ".join(f"{text:>{WIDTHS.get(name, 10)}}" for name, text in row.items()))
+        """Report the metrics of a split."""
+        self.screen.evaluation(step, self._epoch(step), split, metrics)
         self._record("eval", step, split=split, **metrics)
 
     def saving(self, step: int, blocked: float, seconds: float) -> None:
-        """How long saving has held up the loop, of the seconds that this process has trained."""
+        """Report how long saving has held up the loop, of the seconds that this process has trained."""
         if blocked > 0:
-            self.say(f"saving took {blocked:.2f} s, {blocked / seconds:.2%} of the time".replace("%", " %"))
+            self.say(f"saving took {blocked:.2f} s, {percent(blocked / seconds, 2)} of the time")
             self._record("save", step, blocked_seconds=round(blocked, 4), share=round(blocked / seconds, 6))
 
     def broken(self, split: str, name: str, reason: str) -> None:
-        """An image that cannot be decoded, named once. The first LINES are printed, by the process that read them."""
+        """Report an image that cannot be decoded, once. The first LINES are printed, by the process that read them."""
         if (split, name) in self._broken:
             return
         self._broken.add((split, name))
@@ -220,7 +187,7 @@ class Telemetry:
         self._record("broken", self._step, split=split, name=name, reason=reason)
 
     def result(self, step: int, splits: dict[str, Any], config: dict[str, Any]) -> None:
-        """Writes result.json and curves.png; says how many images were broken."""
+        """Write result.json and curves.png; say how many images were broken."""
         if self.active:
             result = {"step": step, "splits": splits, "wall_seconds": round(self.seconds, 1), "config": config}
             write_json(self.workdir / "result.json", result)
@@ -238,7 +205,8 @@ class Telemetry:
             self._lines.write(json.dumps({k: v for k, v in row.items() if v is not None}) + "\n")
         except OSError as e:
             raise unwritable(self.workdir / FILE, e) from None
-        group = f"{kind}_ema" if values.get("split", "").endswith("_ema") else kind
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._events.add_scalar(f"{group}/{name}", value, step)
+        if kind in ("train", "eval"):
+            writer = self._writer(values.get("split", kind))
+            for name, value in values.items():
+                if isinstance(value, float):  # counts say nothing as curves
+                    writer.add_scalar(name, value, step)

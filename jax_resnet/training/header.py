@@ -8,6 +8,9 @@ from jax_resnet.data.loader import Readers
 from jax_resnet.runs.paths import AnyPath
 from jax_resnet.training.experiment import Experiment
 from jax_resnet.training.plan import describe
+from jax_resnet.training.schedules import peak_learning_rate
+
+CLASSES = 5  # whose names are shown
 
 
 def header(experiment: Experiment, workdir: AnyPath, start: int) -> dict[str, str]:
@@ -32,17 +35,25 @@ def header(experiment: Experiment, workdir: AnyPath, start: int) -> dict[str, st
 
 
 def _model(experiment: Experiment) -> str:
-    parameters = sum(p.size for p in jax.tree.leaves(experiment.network.abstract_state.params))
+    params = experiment.network.abstract_state.params
+    counts = {part: sum(p.size for p in jax.tree.leaves(inside)) for part, inside in params.items()}
+    frozen = sum(counts[part] for part in experiment.config.freeze)
+    parameters = f"{short(sum(counts.values()))} parameters"
+    if frozen:
+        parameters += f", {short(frozen)} of them frozen"
     flops = experiment.network.flops(*experiment.data.input_shape)
-    return f"{experiment.config.model.name}, {short(parameters)} parameters, {short(flops)}FLOPs an image"
+    return f"{experiment.config.model.name}, {parameters}, {short(flops)}FLOPs an {experiment.data.inputs.name}"
 
 
 def _data(experiment: Experiment) -> str:
     data = experiment.data
     shape = "×".join(map(str, data.input_shape))
+    names = ", ".join(data.class_names[:CLASSES])
+    if data.num_classes > CLASSES:
+        names += ", …"
     return (
-        f"{data.name}: {len(data.train):,} {data.train.name}, {len(data.eval):,} {data.eval.name}, "
-        f"{data.num_classes} classes, {shape}"
+        f"{data.name}: {len(data.train):,} {data.train.name}, {len(data.eval):,} {data.eval.name}, {shape}, "
+        f"{data.num_classes} classes ({names})"
     )
 
 
@@ -73,10 +84,14 @@ def _steps(experiment: Experiment) -> str:
     config, plan = experiment.config, experiment.plan
     epochs, every = (steps / plan.steps_per_epoch for steps in (plan.position(plan.steps), plan.eval_every))
     evaluated = f"{every:.4g} epochs" if plan.changes_batch else f"{plan.eval_every:,.4g}"
-    return (
-        f"{plan.steps:,} ({epochs:.4g} epochs), evaluated every {evaluated}, "
-        f"{config.optimizer.name} with {config.schedule.name} schedule"
+    peak = peak_learning_rate(config.optimizer, config.batch_size)
+    text = (
+        f"{plan.steps:,} ({epochs:.4g} epochs), evaluated every {evaluated}, {config.optimizer.name} with "
+        f"{config.schedule.name} schedule from {peak:.4g}"
     )
+    if config.optimizer.layer_decay != 1:
+        text += f", layer decay {config.optimizer.layer_decay:g}"
+    return text
 
 
 def short(number: float) -> str:

@@ -67,7 +67,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str], *, host: Host | N
             _telemetry(experiment, workdir, start) as telemetry,
             closing(experiment.train_batches(start, experiment.last_step, telemetry.broken)) as batches,
         ):
-            telemetry.header(header(experiment, workdir, start) | about_weights)
+            telemetry.screen.header(header(experiment, workdir, start) | about_weights)
             for note in notes:
                 telemetry.say(note)
             _describe_data(experiment, workdir)
@@ -266,6 +266,8 @@ class Loop:
         telemetry.result(step, self._splits, to_json(self.experiment.config))
         texts = [f"{split} {self.experiment.task.text(metrics)}" for split, metrics in self._splits.items()]
         telemetry.say(f"done: step {step:,}, {', '.join(texts)}, in {telemetry.workdir}")
+        commands = (f"jax-resnet {name} --workdir={telemetry.workdir}" for name in ("eval", "export"))
+        telemetry.say(f"next: {' or '.join(commands)}")
         return {"step": step, "splits": self._splits}
 
     def _stopped(self, step: int, how: str = "") -> str:

@@ -15,7 +15,7 @@ from jax_resnet.config import default, differences, from_json, stored, to_json, 
 from jax_resnet.config.keys import RENAMED, leaves
 from jax_resnet.errors import UserError
 from jax_resnet.inference.safetensors import export
-from jax_resnet.runs import checkpoint
+from jax_resnet.runs import record as records
 from jax_resnet.runs.checkpoint import Checkpoints
 from jax_resnet.runs.workdir import read_config
 from jax_resnet.training.evaluate import evaluate_checkpoint
@@ -107,7 +107,7 @@ def age(workdir: Path, values: dict[str, Any]) -> None:
     with Checkpoints(workdir) as checkpoints:
         for step in checkpoints.steps():
             record = checkpoints.record(step) | {"config": values}
-            record["sha256"] = checkpoint._digest_of_record(record)
+            record["sha256"] = records._digest_of_record(record)
             file = workdir / "checkpoints" / str(step) / "record" / "metadata"
             assert file.exists()
             file.write_text(json.dumps(record))

@@ -84,7 +84,7 @@ def test_a_run_in_an_object_store_is_the_run_in_a_folder(
     assert [r["step"] for r in read_metrics(workdir) if r["kind"] == "train"] == [1, 5, 8, 9, 10, 15, 16, 20]
     assert json.loads(read(workdir / "result.json"))["splits"] == whole["splits"]
     assert set(names(workdir)) == {path.name for path in tmp_path.iterdir()} - {"lock"}
-    assert len(names(workdir / "tensorboard")) == 2  # one of each process
+    assert len(names(workdir / "tensorboard" / "train")) == 2  # one of each process
     assert sorted(names(workdir / "checkpoints")) == ["16", "20"]  # older ones are deleted, all of each
 
     assert evaluate_checkpoint(url)["splits"] == evaluate_checkpoint(tmp_path)["splits"]

@@ -45,7 +45,7 @@ def test_four_devices_in_one_two_and_four_processes(tiny_npz: Path, tmp_path: Pa
         assert not any("step" in end.stdout for end in others)
         assert column(workdir, "train", "step") == list(range(1, 51))  # written once, by one of them
         assert column(workdir, "eval", "examples") == [37, 37, 37]  # which batches of 8 do not divide
-        assert len(list((workdir / "tensorboard").iterdir())) == 1
+        assert len(list((workdir / "tensorboard" / "train").iterdir())) == 1
         found[processes] = {kind: np.array(column(workdir, kind, "loss")) for kind in ("train", "eval")}
         found[processes]["files"] = files(workdir)  # type: ignore[assignment]
         with Checkpoints(workdir) as checkpoints:

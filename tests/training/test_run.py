@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import struct
 import subprocess
 from pathlib import Path
@@ -44,8 +45,9 @@ def test_files_of_a_run(tiny_config: ConfigDict, tmp_path: Path) -> None:
     assert png.startswith(b"\x89PNG")
     width, height = struct.unpack(">II", png[16:24])
     assert width > 1000 > height > 300
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    assert b"eval/accuracy_top1" in events.read_bytes()
+    for run, tag in (("train", b"learning_rate"), ("test", b"loss"), ("train", b"loss")):  # one curve over the other
+        (events,) = (tmp_path / "tensorboard" / run).iterdir()
+        assert tag in events.read_bytes()
 
 
 def test_eval_mode_restores_best_latest_or_a_step(tiny_config: ConfigDict, tmp_path: Path) -> None:
@@ -85,13 +87,23 @@ def test_what_the_command_prints(tiny_npz: Path, tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     heads = ["model", "data", "input", "devices", "batch", "steps", "workdir"]
     assert [line.split()[0] for line in lines[:7]] == heads
-    assert "100 train, 37 test, 4 classes, 12×12×1" in lines[1]
+    assert "100 train, 37 test, 12×12×1, 4 classes (0, 1, 2, 3)" in lines[1]
     assert sum(line.split()[:2] == ["step", "epoch"] for line in lines) == 1  # one table head
-    assert lines[-1].startswith("done: step 20, test accuracy ")
-    assert str(tmp_path / "run") in lines[-1]
+    first, second = [line for line in lines if line.startswith("step ")][:2]
+    assert re.search(r"epoch 0\.16  loss .*  lr 0  compiled in \d+\.\d s$", first)
+    assert re.search(r"epoch 0\.80  loss .*  lr \S+  .* images/s  input wait .* %  \d+:\d\d left$", second)
+    assert lines[-2].startswith("done: step 20, test accuracy ")
+    assert lines[-1] == f"next: jax-resnet eval --workdir={tmp_path}/run or jax-resnet export --workdir={tmp_path}/run"
     done = run_main("--mode=eval", f"--workdir={tmp_path / 'run'}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "test accuracy" in done.stdout
+
+
+def test_a_terminal_that_prints_ascii_alone(tiny_npz: Path, tmp_path: Path) -> None:
+    command = main_command(f"--config={TINY}:{tiny_npz}", f"--workdir={tmp_path}", "--config.stop_after_steps=1")
+    done = programs.run(command, cwd=ROOT, env=main_env() | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert "12x12x1" in done.stdout
 
 
 def test_default_workdir_and_project_configs_from_any_folder(tmp_path: Path) -> None:

@@ -182,8 +182,8 @@ def test_running_average_of_a_training_is_evaluated_and_checkpointed(tiny_config
     assert_close(raw, (reached.params, reached.batch_stats), rtol=1e-5, atol=1e-6)
     rows = [row for row in read_metrics(tmp_path) if row.get("split") == "test_ema"]
     assert [row["step"] for row in rows] == [8, 16, 20]
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    assert b"eval_ema/accuracy_top1" in events.read_bytes()
+    (events,) = (tmp_path / "tensorboard" / "test_ema").iterdir()
+    assert b"accuracy_top1" in events.read_bytes()
     top = max(row["accuracy_top1"] for row in rows)
     assert best in [row["step"] for row in rows if row["accuracy_top1"] == top]
 
