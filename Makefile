@@ -1,6 +1,7 @@
 # make train    a virtual environment, the package, and the main job on the embedded digits
 # make test     the same for the tests;  SLOW=1 runs the slow ones too
 # make soak     the drills that take long or measure time, on a machine with nothing else to do
+# make docs     the documentation as a site, site/; a dead link is an error
 # CONFIG=configs/resnet_cifar.py:20  ARGS="--config.seed=1"  EXTRAS=dev,cuda  PYTHON=python3.12
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN = $(VENV)/bin
 comma := ,
 SELECT = $(if $(SLOW),-m "not soak",-m "not slow and not soak")
 
-.PHONY: train eval test soak lint clean
+.PHONY: train eval test soak lint docs clean
 train: $(VENV)/installed-$(EXTRAS)
 	$(BIN)/python -m jax_resnet.main --config $(CONFIG) $(ARGS)
 
@@ -30,8 +31,11 @@ lint: $(VENV)/installed-dev-$(EXTRAS)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) site
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -45,3 +49,7 @@ $(VENV)/installed-$(EXTRAS): pyproject.toml | $(VENV)/bin/python
 $(VENV)/installed-dev-$(EXTRAS): pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev$(if $(EXTRAS),$(comma)$(EXTRAS))]"
 	@touch $@ $(VENV)/installed-$(EXTRAS)
+
+$(VENV)/docs-installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	@touch $@
