@@ -39,7 +39,7 @@ def main() -> None:
         description="Averages the weights of a run's checkpoints, estimates batch statistics for them, evaluates and "
         "writes them for timm, torchvision and init_from.",
     )
-    parser.add_argument("--workdir", required=True, help="the run, as it was given to jax_resnet.main")
+    parser.add_argument("--workdir", required=True, help="the folder of the run")
     parser.add_argument(
         "--checkpoints", default="", help="best, latest or steps, by commas; default: all that are saved"
     )

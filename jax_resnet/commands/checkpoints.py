@@ -21,7 +21,7 @@ def main() -> None:
         description="Lists the checkpoints of a run. A step's digest covers its config and the digest of every array.",
     )
     parser.add_argument("what", choices=("inspect", "verify"), help="verify: read the arrays, compare their digests")
-    parser.add_argument("workdir", help="the run, as it was given to jax_resnet.main")
+    parser.add_argument("workdir", help="the folder of the run")
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of a table")
     args = parser.parse_args()
     workdir = open_path(args.workdir)

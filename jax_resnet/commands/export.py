@@ -7,7 +7,7 @@ from jax_resnet.inference.safetensors import export
 def main() -> None:
     """Runs the command."""
     parser = Parser(prog="jax-resnet export", description="Writes a run's weights for timm and torchvision.")
-    parser.add_argument("--workdir", required=True, help="the run, as it was given to jax_resnet.main")
+    parser.add_argument("--workdir", required=True, help="the folder of the run")
     parser.add_argument("--to", default="safetensors", choices=["safetensors"], help="the form of the file")
     parser.add_argument("--checkpoint", default="best", help="best, latest or a step")
     parser.add_argument("--weights", default="ema", choices=["ema", "raw"], help="ema: their running average, if any")

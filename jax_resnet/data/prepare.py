@@ -166,7 +166,7 @@ def prepare(source: Source, plan: dict[str, Any], destination: Path, workers: in
         split_infos=infos,
         version="1.0.0",
         check_data=False,  # that takes TensorFlow
-        description="Written by jax_resnet.data.prepare; prepare.json says from what, and how.",
+        description="Written by jax-resnet prepare; prepare.json says from what, and how.",
         supervised_keys=("image", "label"),
     )
     _save(state, journal)
