@@ -9,15 +9,19 @@ from typing import Any
 
 from jax_resnet.runtime.host import STOP_SIGNALS
 
-BLOCKED = 5.0  # seconds after which the main thread is taken to be inside the compiler, where Python's handlers wait
-IMPATIENT = 2.0  # seconds that a KeyboardInterrupt has, after the second signal, to end the process by itself
+# After so long the main thread is taken to be inside the compiler, where Python's handlers wait.
+BLOCKED_SECONDS = 5.0
+# So long a KeyboardInterrupt has, after Ctrl-C, to end the process by itself.
+IMPATIENT_SECONDS = 2.0
 
 
 class Signals:
-    """Notes the first SIGINT, SIGTERM or SIGHUP, so that the loop can save and leave; a second one acts at once.
+    """Notes the first SIGINT, SIGTERM or SIGHUP, so that the loop can save and leave.
 
-    `otherwise` is what leaves in place of a main thread that does not come back to Python: it is called with the
-    signal, on another thread, BLOCKED seconds after it. To be None while something would be lost.
+    After it Ctrl-C leaves at once. Launchers repeat SIGTERM: no further one, and no SIGHUP, cuts the save short.
+
+    `otherwise` leaves in place of a main thread that does not come back to Python: it is called with the signal, on
+    another thread, BLOCKED_SECONDS after it. None while there is unsaved state.
     """
 
     def __init__(self, otherwise: Callable[[int], Any] | None = None) -> None:
@@ -47,24 +51,29 @@ class Signals:
             os.close(self._write)  # which ends the thread
 
     def _note(self, signum: int, _: Any) -> None:
+        if self.received:
+            return
         self.received = signum
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        os.write(2, b"\nstopping: the step at hand ends, then its state is saved; once more to leave at once\n")
+        if signal.SIGINT in self._previous:
+            signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
+        os.write(2, b"\nstopping: the step at hand ends, then its state is saved; Ctrl-C to leave at once\n")
 
     def _watch(self, pipe: int) -> None:
         received: list[int] = []
         while got := os.read(pipe, 1):
-            received += [signum for signum in got if signum in self._previous]
+            signum = got[0]
+            if signum not in self._previous:
+                continue
+            received.append(signum)
             if len(received) == 1:
-                threading.Thread(target=self._leave, args=(received[0],), daemon=True).start()
-            elif len(received) > 1:
-                time.sleep(IMPATIENT)
+                threading.Thread(target=self._leave, args=(signum,), daemon=True).start()
+            elif signum == signal.SIGINT:
+                time.sleep(IMPATIENT_SECONDS)
                 if not self._left:
-                    os._exit(128 + received[-1])
+                    os._exit(128 + signum)
         os.close(pipe)
 
     def _leave(self, signum: int) -> None:
-        time.sleep(BLOCKED)
+        time.sleep(BLOCKED_SECONDS)
         if leave := self.otherwise:
             leave(signum)

@@ -95,6 +95,22 @@ def test_asked_to_stop_saves_says_so_and_goes_on(
     assert_bit_identical(tmp_path / "whole", stopped)
 
 
+def test_a_repeated_sigterm_does_not_cut_the_save_short(tiny_npz: Path, tmp_path: Path) -> None:
+    """Launchers repeat it: here as fast as can be, until the process has ended."""
+    args = [f"--config={TINY}:{tiny_npz}", "--config.train.steps=400", "--config.log_every=1"]
+    args += ["--config.eval.every.steps=1000", "--config.checkpoint.every.steps=1000"]  # only the stop saves
+    process = programs.start(main_command(*args, f"--workdir={tmp_path}"), env=main_env(), cwd=ROOT)
+    wait_for_step(tmp_path, 3, process)
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+    _, stderr = process.communicate()
+    assert process.returncode in (143, -signal.SIGTERM), stderr  # the latter of one that comes after the last line
+    assert stderr.strip().splitlines()[-1].startswith("stopped after step ")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [read_metrics(tmp_path)[-1]["step"]]
+
+
 def test_asked_to_stop_before_its_first_step_a_run_that_goes_on_says_so_too(
     tiny_config: ConfigDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
