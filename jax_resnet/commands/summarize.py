@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from jax_resnet.commands.cli import Parser, check_plot, save_plot, whole
+from jax_resnet.commands.cli import Parser, check_plot, save_plot, positive_integer
 from jax_resnet.errors import UserError, choose
 from jax_resnet.models.cost import cost
 from jax_resnet.models.spec import ResNetSpec
@@ -93,7 +93,7 @@ def count(name: str, *, image_size: int | None = None, num_classes: int | None =
     classes = (10 if cifar else 1000) if num_classes is None else num_classes
     if size < spec.total_stride:
         raise UserError(f"model {name!r}: images of {size} px are too small; the least is {spec.total_stride}")
-    # From the second on, the blocks of a stage are alike unless pruned. Tracing two in place of all, the whole zoo
+    # From the second on, the blocks of a stage are alike unless pruned. Tracing two in place of all, the positive_integer zoo
     # takes 20 seconds rather than a minute.
     depths = spec.depths if spec.block_widths else tuple(min(depth, 2) for depth in spec.depths)
 
@@ -224,7 +224,7 @@ def main() -> None:
     usual = {"image_size": "224, or 32 with a CIFAR stem", "num_classes": "1000, or 10", "in_channels": "3"}
     for name, default in usual.items():
         flag, other = f"--{name}", f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, other, type=partial(whole, flag), metavar="N", help=f"default: {default}")
+        parser.add_argument(flag, other, type=partial(positive_integer, flag), metavar="N", help=f"default: {default}")
     args = parser.parse_args()
     if args.all == (args.network is not None):
         raise UserError("give a network, for example resnet50, or --all")
