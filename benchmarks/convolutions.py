@@ -105,7 +105,7 @@ def steps(name: str, size: int, batch: int) -> float:
     c, runs = config(name, size, batch), []
     for computed in (lambda model, mesh: model, convolution.for_cpu):
         job.for_cpu = computed
-        ready = overview.prepare(c)[0]
+        ready = overview.prepare(c)
         step = ready.train_step.lower(*ready.shapes(ready.plan.phases[0])).compile()
         host = {"image": np.zeros((batch, size, size, 3), np.uint8), "label": np.zeros(batch, np.int32)}
         state, data = [ready.fresh_state()], jax.device_put(host, ready.sharding)

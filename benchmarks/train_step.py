@@ -55,7 +55,7 @@ def ours(name: str, size: int, batch: int, report: dict[str, Any]) -> Iterator[i
 
     began = time.perf_counter()
     c, mesh = config(name, size, batch), data_mesh()
-    experiment = prepare(c, mesh)[0]
+    experiment = prepare(c, mesh)
     phase: Phase = experiment.plan.phases[0]
     compiled = experiment.steps.train.lower(*experiment.shapes(phase)).compile()
     report["compile_s"] = time.perf_counter() - began

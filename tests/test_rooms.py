@@ -27,7 +27,6 @@ LAZY = {
 FILE_LINES, FUNCTION_LINES = 300, 50
 # What is longer, and why: a file, or a file and its function.
 LONGER = {
-    "commands/overview.py": "a function for each section of one page; to be divided when a section is added",
     "config/defaults.py default": "one line for each key of the config, with what it means",
 }
 

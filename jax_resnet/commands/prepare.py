@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jax_resnet.commands.cli import Parser, whole
+from jax_resnet.commands.cli import Parser, positive_integer
 from jax_resnet.data.prepare import UNFINISHED, claim, prepare
 from jax_resnet.data.raw import extract, list_folder, list_tfds
 from jax_resnet.errors import UserError
@@ -29,9 +29,9 @@ def main() -> None:
     args = parser.parse_args()
     kind, _, name = args.source.partition(":")
     path, destination = Path(args.source).expanduser(), args.destination.expanduser()
-    resize = whole("--resize", args.resize) if args.resize else None
-    plan = {"source": args.source, "resize": resize, "quality": whole("--quality", args.quality, most=100)}
-    workers = whole("--workers", args.workers, most=1024) if args.workers else os.cpu_count() or 1
+    resize = positive_integer("--resize", args.resize) if args.resize else None
+    plan = {"source": args.source, "resize": resize, "quality": positive_integer("--quality", args.quality, most=100)}
+    workers = positive_integer("--workers", args.workers, most=1024) if args.workers else os.cpu_count() or 1
     if kind != "tfds" and not path.exists():
         raise UserError(f"{path}: no such folder or .tar; a TFDS dataset is given as tfds:NAME")
     if destination.resolve().is_relative_to(path.resolve()):
