@@ -48,13 +48,12 @@ def _model(experiment: Experiment) -> str:
 def _data(experiment: Experiment) -> str:
     data = experiment.data
     shape = "×".join(map(str, data.input_shape))
-    names = ", ".join(data.class_names[:CLASSES])
-    if data.num_classes > CLASSES:
-        names += ", …"
-    return (
-        f"{data.name}: {len(data.train):,} {data.train.name}, {len(data.eval):,} {data.eval.name}, {shape}, "
-        f"{data.num_classes} classes ({names})"
-    )
+    text = f"{data.name}: {len(data.train):,} {data.train.name}, {len(data.eval):,} {data.eval.name}"
+    text += f", {data.num_classes} classes, {shape}"
+    if data.class_names[:1] == ("0",):  # The classes have numbers, no names.
+        return text
+    names = [*data.class_names[:CLASSES], *["…"] * (data.num_classes > CLASSES)]
+    return f"{text}: {', '.join(names)}"
 
 
 def _devices(experiment: Experiment) -> str:

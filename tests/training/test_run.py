@@ -87,7 +87,7 @@ def test_what_the_command_prints(tiny_npz: Path, tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     heads = ["model", "data", "input", "devices", "batch", "steps", "workdir"]
     assert [line.split()[0] for line in lines[:7]] == heads
-    assert "100 train, 37 test, 12×12×1, 4 classes (0, 1, 2, 3)" in lines[1]
+    assert "100 train, 37 test, 4 classes, 12×12×1" in lines[1]
     assert sum(line.split()[:2] == ["step", "epoch"] for line in lines) == 1  # one table head
     first, second = [line for line in lines if line.startswith("step ")][:2]
     assert re.search(r"epoch 0\.16  loss .*  lr 0  compiled in \d+\.\d s$", first)
@@ -127,7 +127,7 @@ def test_every_optimizer_learns_the_tiny_task(tiny_config: ConfigDict, tmp_path:
     assert train(tiny_config, tmp_path)["splits"]["test"]["accuracy_top1"] > 0.8
 
 
-def test_random_crops_of_a_folder_at_two_sizes(tmp_path: Path) -> None:
+def test_random_crops_of_a_folder_at_two_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder of JPEGs of many sizes, trained on and evaluated whole."""
     import cv2
 
@@ -147,6 +147,7 @@ def test_random_crops_of_a_folder_at_two_sizes(tmp_path: Path) -> None:
     test = train(c, tmp_path / "run")["splits"]["val"]
     assert test["examples"] == 10
     assert test["correct_top1"] >= 9
+    assert "24 train, 10 val, 2 classes, 16×16×3: blue, red" in capsys.readouterr().out
 
 
 def test_neither_tensorflow_nor_torch_is_imported(tiny_npz: Path, tmp_path: Path) -> None:
