@@ -26,8 +26,6 @@ def default() -> ConfigDict:
         1  # parts in which a batch is computed, one after another, to save memory: the update is the same, but
     )
     # for what dropout, drop_path and drop_block draw
-    c.spread_optimizer = False  # each device keeps a share of the optimizer's state and of the running average, to save
-    # memory, and all exchange the updates: the same numbers, but for rounding
     c.train = duration(epochs=90)  # the whole schedule
     c.stretch = 1.0  # the recipe made so many times as long: train, warmups and cooldown; all else is in shares of it
     c.progressive = ()  # of training images: ((0, 128), (0.5, 224)) begins with 128 pixels a side, halfway come 224;
@@ -36,7 +34,6 @@ def default() -> ConfigDict:
     c.init_from = placeholder(str)  # weights to begin with: a file of safetensors or torch, a workdir, hf://ORG/NAME
     c.freeze = ()  # parts that keep their weights and statistics: stem, stage1, …, norm, head
     c.dtype = "auto"  # of activations: bfloat16 on TPU and GPU, float32 on CPU. The rest is always float32
-    c.gradient_sums = "auto"  # over devices, of the convolutions' kernels: in the dtype of activations; or float32
     c.log_every = 50  # steps
     c.profile = placeholder(str)  # updates to trace, 100:105 both included, into WORKDIR/profile, for XProf
     c.stuck_after = (

@@ -74,7 +74,6 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
-    "gradient_sums": ("auto", "float32"),
     "loss.name": LOSSES,
     "optimizer.name": OPTIMIZERS,
     "optimizer.rest.name": ("adam", "sgd"),

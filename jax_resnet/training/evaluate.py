@@ -90,8 +90,7 @@ def evaluate_all(
     split = experiment.data.eval.name
     states = {split: state}
     if state.ema:
-        averages = experiment.steps.gather(state.ema) if experiment.config.spread_optimizer else state.ema
-        states[f"{split}_ema"] = replace(state, ema=averages).averaged()
+        states[f"{split}_ema"] = state.averaged()
     found = {}
     for name, weights in states.items():
         metrics = evaluate(experiment, weights, report, stop, eval_step)

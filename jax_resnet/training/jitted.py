@@ -32,7 +32,6 @@ class Steps:
     evaluate: Any  # (params, batch_stats, batch) → sums
     gradients: Any  # (state, batch, *teacher_weights) → (gradients, batch_stats, sums)
     compute_gradients: Any  # the same, not jitted, so that average.py can compile the statistics alone
-    gather: Any  # a tree → the same, replicated
     all_finite: Any  # a tree → bool []
     learning_rate: Any  # update, counted from 0 → float32 []
     teacher_weights: tuple[Any, ...]  # those of distillation, or none
@@ -54,14 +53,13 @@ def build_steps(
     ema_start = plan.update_at(plan.ema_warmup_steps)
     train_step = make_train_step(problem, optimizer.transformation, config, ema_start=ema_start, **options)
     compute_gradients = make_gradients(problem, config, **options)
-    of_state = jax.tree.map(lambda x: x.sharding, network.abstract_state)
-    of_arguments = (of_state, sharding, *[everywhere] * len(teacher_weights))
+    of_arguments = (everywhere, sharding, *[everywhere] * len(teacher_weights))
     return Steps(
         train=jax.jit(
             train_step,
             donate_argnums=0,
             in_shardings=of_arguments,
-            out_shardings=(of_state, everywhere),
+            out_shardings=everywhere,
             compiler_options=compiler_options(mesh.devices.flat[0]),
         ),
         evaluate=jax.jit(
@@ -69,7 +67,6 @@ def build_steps(
         ),
         gradients=jax.jit(compute_gradients, in_shardings=of_arguments, out_shardings=everywhere),
         compute_gradients=compute_gradients,
-        gather=jax.jit(lambda tree: tree, out_shardings=everywhere),
         all_finite=jax.jit(all_finite),
         learning_rate=jax.jit(optimizer.learning_rate),
         teacher_weights=teacher_weights,

@@ -67,10 +67,7 @@ def placed(state: TrainState, arrays: Arrays) -> TrainState:
     if not arrays:
         return state
     state = replace(state, params=place(state.params, arrays), batch_stats=place(state.batch_stats, arrays))
-    if not state.ema:
-        return state
-    copies = jax.tree.map(lambda x, old: jax.device_put(jnp.copy(x), old.sharding), state.weights, state.ema)
-    return replace(state, ema=copies)
+    return replace(state, ema=jax.tree.map(jnp.copy, state.weights)) if state.ema else state
 
 
 def place(tree: Any, arrays: Arrays) -> Any:

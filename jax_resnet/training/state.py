@@ -72,7 +72,6 @@ def make_state(
     seed: int,
     sharding: Sharding,
     *,
-    spread: Callable[[tuple[int, ...]], Sharding] | None = None,
     ema: bool = False,
     guard: bool = False,
     loss_spike: bool = False,
@@ -80,9 +79,8 @@ def make_state(
     """The model's graph, the abstract state (shapes with shardings), and what makes the state on the devices.
 
     With `ema` the state has a running average, at first a copy of the weights, with `guard` what that keeps, and with
-    `loss_spike` too what the rule for spikes does. `spread` gives other shardings, by shape, to what the update alone
-    needs: the optimizer's state and the average. Nothing is computed here: a restored run never makes the parameters it
-    would throw away.
+    `loss_spike` too what the rule for spikes does. Nothing is computed here: a restored run never makes the
+    parameters it would throw away.
     """
     graphs: list[nnx.GraphDef] = []
 
@@ -99,18 +97,14 @@ def make_state(
         return replace(state, ema=state.weights if ema else {}, guard=count | mean)
 
     shapes = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(seed)))
-    shardings: TrainState = jax.tree.map(lambda _: sharding, shapes)
-    if spread:
-        opt_state, averages = jax.tree.map(lambda x: spread(x.shape), (shapes.opt_state, shapes.ema))
-        shardings = replace(shardings, opt_state=opt_state, ema=averages)
 
     def fresh() -> TrainState:
         device: Any = next(iter(sharding.device_set))
         # It runs once: for a CPU it is compiled in half the time, to the same numbers.
         quickly = {"xla_backend_optimization_level": "1"} if device.platform == "cpu" else None
-        return jax.jit(lambda: init(jax.random.key(seed)), out_shardings=shardings, compiler_options=quickly)()
+        return jax.jit(lambda: init(jax.random.key(seed)), out_shardings=sharding, compiler_options=quickly)()
 
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
     return graphs[0], abstract, fresh
 
 
