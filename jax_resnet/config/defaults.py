@@ -175,8 +175,6 @@ def default() -> ConfigDict:
         ConfigDict()
     )  # an update whose loss or gradients are no numbers is skipped: all but the step stays as it is
     c.guard.max_skipped = 10  # so many skipped in a row end the run; 0: no guard, the run ends at the next report
-    c.guard.loss_spike = 0.0  # an update is also skipped whose loss is more than so many times the running mean of the
-    # losses before it, once that is of 100; 0: none is
 
     c.eval = ConfigDict()
     c.eval.every = duration(epochs=1)

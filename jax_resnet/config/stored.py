@@ -13,6 +13,7 @@ VERSION = 2  # of a config's keys; one stored without a version is of version 1
 # Keys that are no more, by their names in version 2, and the values that were their defaults.
 DROPPED: dict[str, Any] = {
     "gradient_sums": "auto",
+    "guard.loss_spike": 0.0,
     "spread_optimizer": False,
 }
 

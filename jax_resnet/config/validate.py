@@ -45,7 +45,6 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "optimizer.clip_value optimizer.clip_adaptive optimizer.sam_rho data.image.pad data.mixup data.image.cutmix "
         "data.image.pca_noise data.workers model.head_std guard.max_skipped checkpoint.keep_best stuck_after",
     ),
-    ("0, or more than 1", lambda v: v == 0 or 1 < v < math.inf, "guard.loss_spike"),
     (
         "at least 0 and less than 1",
         lambda v: 0 <= v < 1,
@@ -116,10 +115,6 @@ def validate(c: ConfigDict) -> None:
         )
     if c.distill.model and not c.distill.teacher:
         raise UserError(f"config.distill.model={c.distill.model}: whose weights? Give config.distill.teacher")
-    if c.guard.loss_spike and not c.guard.max_skipped:
-        raise UserError(
-            f"config.guard.loss_spike={c.guard.loss_spike}: needs config.guard.max_skipped, which is 0; give 1 or more"
-        )
     for what in DURATIONS:
         if not in_steps(get_key(c, what), what, batch_size=1, num_examples=1) and what not in MAY_BE_0:
             raise UserError(f"config.{what} is 0: must be more")

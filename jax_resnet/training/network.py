@@ -69,7 +69,6 @@ def build_network(
         replicated(mesh),
         ema=bool(config.ema.decay),
         guard=bool(config.guard.max_skipped),
-        loss_spike=bool(config.guard.loss_spike),
     )
     for part in config.freeze:
         choose("config.freeze", part, abstract_state.params)

@@ -21,7 +21,6 @@ from jax_resnet.training.state import TrainState, all_finite
 from jax_resnet.training.tasks import Task
 
 Batch = dict[str, jax.Array]
-MEAN_OF = 100  # losses in the running mean: as many are waited for before it tells spikes; then it decays by 0.99
 STEPS = 2**32 - 1  # folded into the seed's key: the parameters are drawn from the same key, with counts from 0
 
 
@@ -50,9 +49,8 @@ def make_train_step(
     argument. `ema_start` is the step until which the average is a copy; the rest is as in `make_gradients`.
 
     Where the state has a guard, an update whose loss or gradients, before clipping, are not finite is skipped: of the
-    state only step and guard change. So are those whose loss is more than `config.guard.loss_spike` times the running
-    mean of the losses before it, once there are MEAN_OF, and all after `config.guard.max_skipped` in a row. The sums
-    then also have skipped, int32 0 or 1, and skipped_loss, float32, the mean loss of what was; all others are 0.
+    state only step and guard change. So are all after `config.guard.max_skipped` in a row. The sums then also have
+    skipped, int32 0 or 1, and skipped_loss, float32, the mean loss of what was; all others are 0.
     """
     c, gradients = config, make_gradients(problem, config, mix_stop=mix_stop, teacher=teacher, parts=parts)
 
@@ -63,7 +61,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         new = replace(state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
         new = replace(new, ema=_averaged(new, c.ema, ema_start)) if c.ema.decay else new
-        return _guarded(state, new, grads, sums, c.guard) if state.guard else (new, sums)
+        return _guarded(state, new, grads, sums, c.guard.max_skipped) if state.guard else (new, sums)
 
     return train_step
 
@@ -206,17 +204,11 @@ def _averaged(new: TrainState, c: ConfigDict, start: int) -> Any:
     return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, new.ema, new.weights)
 
 
-def _guarded(old: TrainState, new: TrainState, grads: Any, sums: Sums, c: ConfigDict) -> tuple[TrainState, Sums]:
-    """`new` and `sums`, or where the update is to be skipped `old`, a step on, and sums that leave it out."""
+def _guarded(old: TrainState, new: TrainState, grads: Any, sums: Sums, max_skipped: int) -> tuple[TrainState, Sums]:
+    """Return `new` and `sums`, or where the update is to be skipped `old`, a step on, and sums that leave it out."""
     loss, row = sums["loss"] / sums["examples"], old.guard["row"]
-    taken = jnp.isfinite(loss) & (row < c.max_skipped) & all_finite(grads)
-    mean = {}
-    if c.loss_spike:
-        before, losses = old.guard["loss"], old.guard["losses"]
-        taken &= (losses < MEAN_OF) | (loss <= c.loss_spike * before)
-        after = before + (loss - before) / jnp.minimum(losses + 1, MEAN_OF)
-        mean = {"loss": jnp.where(taken, after, before), "losses": losses + taken}
-    guard = mean | {"row": jnp.where(taken, 0, row + 1)}
+    taken = jnp.isfinite(loss) & (row < max_skipped) & all_finite(grads)
+    guard = {"row": jnp.where(taken, 0, row + 1)}
     state = jax.tree.map(partial(jnp.where, taken), replace(new, guard={}), replace(old, step=new.step, guard={}))
     sums = {name: jnp.where(taken, value, 0) for name, value in sums.items()}
     skipped = {"skipped": 1 - taken.astype(jnp.int32), "skipped_loss": jnp.where(taken, 0.0, loss)}

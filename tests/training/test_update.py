@@ -251,9 +251,8 @@ def test_what_is_off_is_not_in_the_program(tiny_config: ConfigDict) -> None:
         assert program(tiny_config) != plain, key
         changed[key] = before
     assert program(tiny_config) == plain
-    guarded = [program(tiny_config) for tiny_config.guard.max_skipped, tiny_config.guard.loss_spike in
-               ((10, 0.0), (9, 0.0), (10, 3.0), (10, 2.0))]  # fmt: skip
-    assert len({plain, *guarded}) == 5
+    guarded = [program(tiny_config) for tiny_config.guard.max_skipped in (10, 9)]
+    assert len({plain, *guarded}) == 3
     leaves = jax.tree.leaves(build(tiny_config).network.abstract_state.params)
     for operation, more in (("is_finite", 2), ("abs", len(leaves))):  # of the loss and of sums; of each gradient
         checks = [text.count(f"stablehlo.{operation}") for text in (plain, guarded[0])]
