@@ -22,10 +22,8 @@ def default() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # seeds the parameters, the order of the data and every augmentation
     c.batch_size = 256  # examples in one update, over all devices
-    c.accumulate = (
-        1  # parts in which a batch is computed, one after another, to save memory: the update is the same, but
-    )
-    # for what dropout, drop_path and drop_block draw
+    c.accumulate = 1  # parts in which a batch is computed, one after another, to save memory: the same update, but for
+    # what dropout and drop_path draw
     c.train = duration(epochs=90)  # the whole schedule
     c.stretch = 1.0  # the recipe made so many times as long: train, warmups and cooldown; all else is in shares of it
     c.progressive = ()  # of training images: ((0, 128), (0.5, 224)) begins with 128 pixels a side, halfway come 224;
@@ -57,7 +55,6 @@ def default() -> ConfigDict:
     c.model.pool = placeholder(str)  # avg or max, over the last feature map
     c.model.dropout = 0.0  # before the head
     c.model.drop_path = 0.0  # share of the last block's residuals left out in training; earlier blocks' grows up to it
-    c.model.drop_block = 0.0  # share of the residuals of the last two stages left out in squares
     c.model.zero_init_last = placeholder(bool)  # start each block as the identity: scale 0 in its last norm
     c.model.init = placeholder(str)  # fan_out or fan_in, of the convolutions' kernels
     c.model.head_std = placeholder(float)  # of the head's kernel at the start; 0: zeros
@@ -171,9 +168,7 @@ def default() -> ConfigDict:
     c.ema.warmup = duration(epochs=0)  # until then each update makes it a copy
     c.ema.ramp = False  # decay at most (1 + n) / (10 + n) at the n-th update after that
 
-    c.guard = (
-        ConfigDict()
-    )  # an update whose loss or gradients are no numbers is skipped: all but the step stays as it is
+    c.guard = ConfigDict()  # an update whose loss or gradients are not finite is skipped: all but the step stays
     c.guard.max_skipped = 10  # so many skipped in a row end the run; 0: no guard, the run ends at the next report
 
     c.eval = ConfigDict()

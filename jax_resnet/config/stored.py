@@ -14,6 +14,7 @@ VERSION = 2  # of a config's keys; one stored without a version is of version 1
 DROPPED: dict[str, Any] = {
     "gradient_sums": "auto",
     "guard.loss_spike": 0.0,
+    "model.drop_block": 0.0,
     "spread_optimizer": False,
 }
 

@@ -48,7 +48,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "at least 0 and less than 1",
         lambda v: 0 <= v < 1,
-        "loss.label_smoothing loss.bce_threshold model.dropout model.drop_path model.drop_block model.bn_momentum "
+        "loss.label_smoothing loss.bce_threshold model.dropout model.drop_path model.bn_momentum "
         "optimizer.momentum optimizer.rest.momentum optimizer.beta1 optimizer.beta2 data.holdout data.image.colout "
         "ema.decay",
     ),

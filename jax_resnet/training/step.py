@@ -80,8 +80,8 @@ def make_gradients(
     they are to the end), `parts` the sharding of arrays [config.accumulate, N / config.accumulate, …].
 
     The parts of the network in `config.freeze` normalise by their running statistics and leave them as they are.
-    All randomness comes from (seed, state.step) and the row in the global batch; that of dropout, drop_path and
-    drop_block from the part and the row in it.
+    All randomness comes from (seed, state.step) and the row in the global batch; that of dropout and drop_path from the
+    part and the row in it.
     """
     c, inputs, task = config, problem.inputs, problem.task
 

@@ -221,7 +221,6 @@ WITH_EFFECT: list[tuple[str, str, Any]] = [
     ("data.image", "erase", 0.5),
     ("data.image", "flip", True),
     ("model", "drop_path", 0.2),
-    ("model", "drop_block", 0.2),
     ("model", "dropout", 0.2),
     ("loss", "label_smoothing", 0.1),
     ("loss", "name", "bce"),
