@@ -228,7 +228,7 @@ def picture(rates: np.ndarray, epochs: Sequence[str]) -> str:
 def _optimizer(experiment: Experiment) -> Iterator[Row]:
     c, ema, plan = experiment.config.optimizer, experiment.config.ema, experiment.plan
     yield "name", c.name
-    for key in ("clip_value", "clip_norm", "clip_adaptive", "l1", *USED[c.name]):
+    for key in ("clip_value", "clip_norm", "l1", *USED[c.name]):
         yield key, ("yes" if c[key] is True else f"{c[key]:.4g}") if c[key] else ""
     if c.name == "muon":
         sgd = c.rest.name == "sgd"
@@ -300,7 +300,7 @@ def _images(experiment: Experiment) -> Iterator[Row]:
 
 def _augmentation(experiment: Experiment) -> Iterator[Row]:
     """In the order in which it is done: by data/image/augment.py, then, from `shift` on, by data/image/device.py."""
-    data, c, plan = experiment.config.data, experiment.config.data.image, experiment.plan
+    data, c = experiment.config.data, experiment.config.data.image
     (low, high), (narrow, wide), (small, large) = c.crop_area, c.crop_ratio, c.crop_resize
     crops = {
         "random_resized": f"random_resized: area {low:.4g} … {high:.4g}, ratio {narrow:.4g} … {wide:.4g}",
@@ -311,7 +311,6 @@ def _augmentation(experiment: Experiment) -> Iterator[Row]:
     timms = "{} operations, magnitude {:g} ± {:g} of 10, each with probability {:g}".format(*timm)
     jitter = "brightness {:g}, contrast {:g}, saturation {:g}, hue {:g}".format(*c.color_jitter)
     mixing = " or ".join(f"{key} α {alpha:g}" for key, alpha in (("mixup", data.mixup), ("cutmix", c.cutmix)) if alpha)
-    until = f", to {_at(plan, plan.step_at(data.mix_until))}" if data.mix_until < 1 else ""
     yield "crop", crops.get(c.crop, "")
     yield "randaugment", "{} operations, magnitude {} of 30, {}".format(*c.randaugment, near) * bool(c.randaugment[0])
     yield "randaugment_timm", f"{timms}, {near}" if timm[0] else ""
@@ -322,7 +321,7 @@ def _augmentation(experiment: Experiment) -> Iterator[Row]:
     yield "pca_noise", f"deviation {c.pca_noise:g}" if c.pca_noise else ""
     yield "erase", f"a rectangle, with probability {c.erase:g}" if c.erase else ""
     yield "colout", f"{c.colout:g} of rows and columns" if c.colout else ""
-    yield "mixing", f"{mixing}{until}" if mixing else ""
+    yield "mixing", mixing
 
 
 def _loss(c: ConfigDict) -> Iterator[Row]:
@@ -330,7 +329,6 @@ def _loss(c: ConfigDict) -> Iterator[Row]:
     bce = loss.name == "bce"
     yield "name", loss.name + (f", {'sum' if loss.bce_sum else 'mean'} over classes" if bce else "")
     yield "label_smoothing", f"{loss.label_smoothing:g}" if loss.label_smoothing else ""
-    yield "targets", f"1 above {loss.bce_threshold:g}, else 0" if bce and loss.bce_threshold else ""
     of = f" ({distill.model})" if distill.model else ""
     share = f"{distill.alpha:g} of the loss, temperature {distill.temperature:g}"
     yield "teacher", f"{distill.teacher}{of}: {share}" if distill.teacher else ""

@@ -71,7 +71,6 @@ def default() -> ConfigDict:
     c.data.holdout = 0.0  # share of each class kept for evaluation, for a folder without splits
     c.data.repeats = 1  # times that a batch holds each of its records, augmented anew; an epoch then has fewer records
     c.data.mixup = 0.0  # α of the weights' Beta(α, α); 0: none
-    c.data.mix_until = 1.0  # share of the training after which neither mixup nor CutMix is done
     c.data.threads = placeholder(int)  # batches read at once, in each process that reads. None: as processors, ≤ 8
     c.data.workers = placeholder(int)  # processes that read encoded images; 0: this one. None: 0 below 16 processors
     c.data.max_broken = 0.1  # share of images that may be undecodable: others take their places. More end the run
@@ -108,7 +107,6 @@ def default() -> ConfigDict:
     c.loss = ConfigDict()
     c.loss.name = "cross_entropy"  # or bce: binary cross-entropy for each class
     c.loss.label_smoothing = 0.0
-    c.loss.bce_threshold = 0.0  # bce: targets above it become 1, the others 0; 0: targets as they are
     c.loss.bce_sum = False  # bce: the sum over classes rather than their mean
 
     c.distill = ConfigDict()
@@ -145,7 +143,6 @@ def default() -> ConfigDict:
     c.optimizer.layer_decay = 1.0  # rate of each block over that of the next; the head has all of it
     c.optimizer.clip_norm = 0.0  # most that the norm of all gradients together may be; 0: any
     c.optimizer.clip_value = 0.0  # most that each number of them may be
-    c.optimizer.clip_adaptive = 0.0  # most that a unit's norm may be of its weights' (AGC)
     c.optimizer.sam_rho = 0.0  # gradients from this far uphill (sharpness-aware minimisation); 0: from here
     c.optimizer.sam_every = 1  # steps
 

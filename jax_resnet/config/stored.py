@@ -12,9 +12,12 @@ from jax_resnet.errors import UserError
 VERSION = 2  # of a config's keys; one stored without a version is of version 1
 # Keys that are no more, by their names in version 2, and the values that were their defaults.
 DROPPED: dict[str, Any] = {
+    "data.mix_until": 1.0,
     "gradient_sums": "auto",
     "guard.loss_spike": 0.0,
+    "loss.bce_threshold": 0.0,
     "model.drop_block": 0.0,
+    "optimizer.clip_adaptive": 0.0,
     "spread_optimizer": False,
 }
 

@@ -42,13 +42,13 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "a number, not negative",
         lambda v: 0 <= v < math.inf,
         "optimizer.epsilon optimizer.weight_decay optimizer.l1 optimizer.reference_batch optimizer.clip_norm "
-        "optimizer.clip_value optimizer.clip_adaptive optimizer.sam_rho data.image.pad data.mixup data.image.cutmix "
+        "optimizer.clip_value optimizer.sam_rho data.image.pad data.mixup data.image.cutmix "
         "data.image.pca_noise data.workers model.head_std guard.max_skipped checkpoint.keep_best stuck_after",
     ),
     (
         "at least 0 and less than 1",
         lambda v: 0 <= v < 1,
-        "loss.label_smoothing loss.bce_threshold model.dropout model.drop_path model.bn_momentum "
+        "loss.label_smoothing model.dropout model.drop_path model.bn_momentum "
         "optimizer.momentum optimizer.rest.momentum optimizer.beta1 optimizer.beta2 data.holdout data.image.colout "
         "ema.decay",
     ),
@@ -60,7 +60,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "more than 0 and at most 1",
         lambda v: 0 < v <= 1,
-        "optimizer.layer_decay data.image.eval_crop data.mix_until distill.alpha",
+        "optimizer.layer_decay data.image.eval_crop distill.alpha",
     ),
     ("more than 0 and at most 1000", lambda v: 0 < v <= 1000, "stretch"),
     ("at least 0 and less than 2**32", lambda v: 0 <= v < 2**32, "seed"),
@@ -109,10 +109,8 @@ def validate(c: ConfigDict) -> None:
     _check_schedule(c.schedule)
     if c.profile is not None:
         traced_steps(c.profile)
-    if c.loss.name != "bce" and (c.loss.bce_threshold or c.loss.bce_sum):
-        raise UserError(
-            f"config.loss.bce_threshold and bce_sum: say how bce is done, but config.loss.name={c.loss.name}"
-        )
+    if c.loss.name != "bce" and c.loss.bce_sum:
+        raise UserError(f"config.loss.bce_sum: says how bce is done, but config.loss.name={c.loss.name}")
     if c.distill.model and not c.distill.teacher:
         raise UserError(f"config.distill.model={c.distill.model}: whose weights? Give config.distill.teacher")
     for what in DURATIONS:

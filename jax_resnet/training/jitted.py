@@ -45,11 +45,7 @@ def build_steps(
     mesh, problem = network.mesh, network.problem
     everywhere, sharding = replicated(mesh), batch_sharding(mesh)
     teacher_weights = (teacher.weights,) if teacher else ()
-    options: dict[str, Any] = {
-        "mix_stop": plan.step_at(config.data.mix_until) if config.data.mix_until < 1 else None,
-        "teacher": teacher,
-        "parts": parts_sharding(mesh),
-    }
+    options: dict[str, Any] = {"teacher": teacher, "parts": parts_sharding(mesh)}
     ema_start = plan.update_at(plan.ema_warmup_steps)
     train_step = make_train_step(problem, optimizer.transformation, config, ema_start=ema_start, **options)
     compute_gradients = make_gradients(problem, config, **options)

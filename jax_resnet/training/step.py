@@ -38,7 +38,6 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     config: ConfigDict,
     *,
-    mix_stop: int | None = None,
     ema_start: int = 0,
     teacher: Teacher | None = None,
     parts: NamedSharding | None = None,
@@ -52,7 +51,7 @@ def make_train_step(
     state only step and guard change. So are all after `config.guard.max_skipped` in a row. The sums then also have
     skipped, int32 0 or 1, and skipped_loss, float32, the mean loss of what was; all others are 0.
     """
-    c, gradients = config, make_gradients(problem, config, mix_stop=mix_stop, teacher=teacher, parts=parts)
+    c, gradients = config, make_gradients(problem, config, teacher=teacher, parts=parts)
 
     def train_step(state: TrainState, batch: Batch, *teacher_weights: Any) -> tuple[TrainState, Sums]:
         grads, batch_stats, sums = gradients(state, batch, *teacher_weights)
@@ -70,14 +69,13 @@ def make_gradients(
     problem: Problem,
     config: ConfigDict,
     *,
-    mix_stop: int | None = None,
     teacher: Teacher | None = None,
     parts: NamedSharding | None = None,
 ) -> Callable[..., tuple[Any, Any, Sums]]:
     """Return what an update is made of: (state, batch) → gradients, the new batch statistics, sums over the batch.
 
-    With a `teacher` its weights are a third argument. `mix_stop` is the step from which examples are not mixed (None:
-    they are to the end), `parts` the sharding of arrays [config.accumulate, N / config.accumulate, …].
+    With a `teacher` its weights are a third argument. `parts` is the sharding of arrays [config.accumulate,
+    N / config.accumulate, …].
 
     The parts of the network in `config.freeze` normalise by their running statistics and leave them as they are.
     All randomness comes from (seed, state.step) and the row in the global batch; that of dropout and drop_path from the
@@ -86,7 +84,7 @@ def make_gradients(
     c, inputs, task = config, problem.inputs, problem.task
 
     def of_batch(state: TrainState, batch: Batch, *teacher_weights: Any) -> tuple[Any, Any, Sums]:
-        rows, shared, dropout_key = _drawn(batch, state.step, inputs, c.seed, mix_stop)
+        rows, shared, dropout_key = _drawn(batch, state.step, inputs, c.seed)
 
         def loss(params: Any, rows: Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Sums]]:
             augmented = inputs.augment(rows, shared)
@@ -117,14 +115,11 @@ def make_gradients(
     return of_batch
 
 
-def _drawn(
-    batch: Batch, step: jax.Array, inputs: Inputs, seed: int, mix_stop: int | None
-) -> tuple[Batch, Draws, jax.Array]:
+def _drawn(batch: Batch, step: jax.Array, inputs: Inputs, seed: int) -> tuple[Batch, Draws, jax.Array]:
     """Return the batch with the draws about each of its rows, those about all of them, and a key for dropout."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STEPS), step)
     augment_key, dropout_key = jax.random.split(key)
-    mixing = None if mix_stop is None else step < mix_stop
-    rows, shared = inputs.draw(augment_key, batch, mixing)
+    rows, shared = inputs.draw(augment_key, batch)
     return rows | batch, shared, dropout_key
 
 
