@@ -1,5 +1,6 @@
 """The jitted functions of a training: each with its shardings, to be compiled when first called or before."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ class Optimizer(NamedTuple):
     """An optimizer and the learning rate that it follows."""
 
     learning_rate: Schedule  # by update, counted from 0
-    transformation: optax.GradientTransformation
+    at: Callable[[Any], optax.GradientTransformation]  # update, counted from 0 → the optimizer with its learning rate
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def build_steps(
     teacher_weights = (teacher.weights,) if teacher else ()
     options: dict[str, Any] = {"teacher": teacher, "parts": parts_sharding(mesh)}
     ema_start = plan.update_at(plan.ema_warmup_steps)
-    train_step = make_train_step(problem, optimizer.transformation, config, ema_start=ema_start, **options)
+    train_step = make_train_step(problem, optimizer.at, config, ema_start=ema_start, **options)
     compute_gradients = make_gradients(problem, config, **options)
     of_arguments = (everywhere, sharding, *[everywhere] * len(teacher_weights))
     return Steps(

@@ -180,18 +180,6 @@ def make_optimizer(c: ConfigDict, schedule: Schedule, freeze: Sequence[str] = ()
     return optax.GradientTransformation(init, optimizer.update)
 
 
-def at_step(opt_state: Any, step: jax.Array) -> Any:
-    """`opt_state` with the counts of its schedules at `step`: optax counts updates, and one that is skipped is none.
-
-    Other counts, such as adam's of its moments, stay: they are of what the moments have seen.
-    """
-
-    def schedules(state: Any) -> bool:
-        return getattr(state, "_fields", ()) == ("count",)
-
-    return jax.tree.map(lambda s: s._replace(count=step) if schedules(s) else s, opt_state, is_leaf=schedules)
-
-
 # The optimizers that scale each gradient by what they know of earlier ones.
 SCALES: dict[str, Callable[[ConfigDict], optax.GradientTransformation]] = {
     "rmsprop": lambda c: optax.scale_by_rms(c.beta2, c.epsilon, eps_in_sqrt=False),

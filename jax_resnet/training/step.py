@@ -16,7 +16,6 @@ from jax_resnet.data.inputs import Draws, Inputs
 from jax_resnet.training.distill import Teacher
 from jax_resnet.training.losses import distillation
 from jax_resnet.training.metrics import Sums
-from jax_resnet.training.optimizers import at_step
 from jax_resnet.training.state import TrainState, all_finite
 from jax_resnet.training.tasks import Task
 
@@ -35,7 +34,7 @@ class Problem:
 
 def make_train_step(
     problem: Problem,
-    optimizer: optax.GradientTransformation,
+    optimizer_at: Callable[[jax.Array], optax.GradientTransformation],
     config: ConfigDict,
     *,
     ema_start: int = 0,
@@ -45,7 +44,8 @@ def make_train_step(
     """Return the update: (state, batch) → (new state, sums over the batch).
 
     A batch holds the arrays of the dataset's element_spec, [N, …] each; with a `teacher` its weights are a third
-    argument. `ema_start` is the step until which the average is a copy; the rest is as in `make_gradients`.
+    argument. `optimizer_at` gives the optimizer with the learning rate of an update, counted from 0. `ema_start` is the
+    step until which the average is a copy; the rest is as in `make_gradients`.
 
     Where the state has a guard, an update whose loss or gradients, before clipping, are not finite is skipped: of the
     state only step and guard change. So are all after `config.guard.max_skipped` in a row. The sums then also have
@@ -55,8 +55,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch, *teacher_weights: Any) -> tuple[TrainState, Sums]:
         grads, batch_stats, sums = gradients(state, batch, *teacher_weights)
-        opt_state = at_step(state.opt_state, state.step) if state.guard else state.opt_state
-        updates, opt_state = optimizer.update(grads, opt_state, state.params)
+        updates, opt_state = optimizer_at(state.step).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         new = replace(state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
         new = replace(new, ema=_averaged(new, c.ema, ema_start)) if c.ema.decay else new

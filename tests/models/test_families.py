@@ -101,7 +101,7 @@ def test_ten_steps_learn_ten_images(name, dtype):
     c = default()
     c.data.image.update(mean=(0.5,) * 3, std=(0.25,) * 3, flip=False)
     problem = Problem(graph, ImageInputs(c.data), OneLabel(c.loss, 10))
-    step = make_train_step(problem, optimizer, c)
+    step = make_train_step(problem, lambda step: optimizer, c)
     step = jax.jit(step, compiler_options=UNOPTIMISED)
     state, losses = TrainState(jnp.int32(0), params, statistics, jax.jit(optimizer.init)(params)), []
     for _ in range(10):

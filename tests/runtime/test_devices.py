@@ -122,7 +122,7 @@ graph, state, _ = make_state(make, optimizer, 0, whole)
 config = default()
 config.data.image.crop, config.loss.label_smoothing = "pad", 0.1
 problem = Problem(graph, ImageInputs(config.data), OneLabel(config.loss, 1000))
-step = make_train_step(problem, optimizer, config)
+step = make_train_step(problem, lambda step: optimizer, config)
 batch = {"image": jax.ShapeDtypeStruct((16, 64, 64, 3), jnp.uint8, sharding=rows),
          "label": jax.ShapeDtypeStruct((16,), jnp.int32, sharding=rows)}
 step = jax.jit(step, in_shardings=(whole, rows), out_shardings=whole, donate_argnums=0)
