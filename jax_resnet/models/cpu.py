@@ -15,12 +15,12 @@ from jax_resnet.models.resnet import StemPool
 CACHE = 4 * 2**20  # bytes that a core finds close by
 
 
-def for_cpu(model: nnx.Module, mesh: Mesh | None = None) -> nnx.Module:
-    """The same model, of which is computed otherwise what XLA is slow at on CPUs: convolutions, gradients of maxima.
+def for_cpu(model: nnx.Module, mesh: Mesh) -> nnx.Module:
+    """Have `model` compute otherwise what XLA is slow at on CPUs, convolutions and gradients of maxima; return it.
 
-    With a mesh of several devices each has its share of the rows of a batch.
+    Of several devices in `mesh` each has its share of the rows of a batch.
     """
-    product = partial(as_product, mesh=mesh if mesh and mesh.size > 1 else None)
+    product = partial(as_product, mesh=mesh if mesh.size > 1 else None)
     for _, module in nnx.iter_graph(model):
         if isinstance(module, nnx.Conv):
             blurs = module.conv_general_dilated is blurred_conv

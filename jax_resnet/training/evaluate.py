@@ -86,7 +86,7 @@ def evaluate_all(
     stop: Callable[[], bool] = lambda: False,
     eval_step: Callable[..., Sums] | None = None,
 ) -> dict[str, dict[str, Any]] | None:
-    """{split: metrics} as `evaluate` gives them, and where there is a running average {split_ema: its metrics}."""
+    """Return {split: metrics} as `evaluate` does, and where there is a running average {split_ema: its metrics}."""
     split = experiment.data.eval.name
     states = {split: state}
     if state.ema:

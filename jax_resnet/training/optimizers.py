@@ -115,7 +115,7 @@ def hidden_convolutions(params: Any) -> Any:
 
 
 def make_optimizer(c: ConfigDict, schedule: Schedule, freeze: Sequence[str] = ()) -> optax.GradientTransformation:
-    """The optimizer that `config.optimizer` names, with what lies under `freeze` (stem, stage1, …) left alone.
+    """Make the optimizer that `config.optimizer` names, with what lies under `freeze` (stem, stage1, …) left alone.
 
     An update is made of these, in this order, each only where the config asks for it:
 

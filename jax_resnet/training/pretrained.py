@@ -60,7 +60,7 @@ def fitting(path: str, state: TrainState, spec: ResNetSpec) -> tuple[Arrays, Rep
 
 
 def placed(state: TrainState, arrays: Arrays) -> TrainState:
-    """`state` with `arrays`, by name, in the place of its parameters and batch statistics, sharded as they were.
+    """Put `arrays`, by name, in the place of the parameters and batch statistics of `state`, sharded as they were.
 
     A running average begins as a copy of them.
     """

@@ -75,7 +75,7 @@ def make_state(
     ema: bool = False,
     guard: bool = False,
 ) -> tuple[nnx.GraphDef, TrainState, Callable[[], TrainState]]:
-    """The model's graph, the abstract state (shapes with shardings), and what makes the state on the devices.
+    """Return the model's graph, the abstract state (shapes with shardings), and what makes the state on the devices.
 
     With `ema` the state has a running average, at first a copy of the weights, and with `guard` what that keeps.
     Nothing is computed here: a restored run never makes the parameters it would throw away.

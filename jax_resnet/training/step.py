@@ -37,9 +37,9 @@ def make_train_step(
     optimizer_at: Callable[[jax.Array], optax.GradientTransformation],
     config: ConfigDict,
     *,
+    parts: NamedSharding,
     ema_start: int = 0,
     teacher: Teacher | None = None,
-    parts: NamedSharding | None = None,
 ) -> Callable[..., tuple[TrainState, Sums]]:
     """Return the update: (state, batch) → (new state, sums over the batch).
 
@@ -68,8 +68,8 @@ def make_gradients(
     problem: Problem,
     config: ConfigDict,
     *,
+    parts: NamedSharding,
     teacher: Teacher | None = None,
-    parts: NamedSharding | None = None,
 ) -> Callable[..., tuple[Any, Any, Sums]]:
     """Return what an update is made of: (state, batch) → gradients, the new batch statistics, sums over the batch.
 
@@ -135,18 +135,17 @@ def _accumulated(
     rows: Batch,
     key: jax.Array,
     count: int,
-    sharding: NamedSharding | None,
+    sharding: NamedSharding,
 ) -> tuple[Any, tuple[Any, Sums]]:
-    """What `grad` gives of the whole batch, from `count` parts of consecutive rows, one after another.
+    """Compute what `grad` gives of all of a batch, from `count` parts of consecutive rows, one after another.
 
     Each part begins with the same batch statistics: the mean of what they become is what the whole batch, whose groups
     are as large or smaller, makes of them.
     """
 
     def split(x: jax.Array) -> jax.Array:
-        x = x.reshape(count, -1, *x.shape[1:])
-        # Each part over all devices; consecutive rows lie on one device, so they are sent, as uint8.
-        return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+        # Each part lies over all devices; consecutive rows lie on one device, so they are sent, as uint8.
+        return jax.lax.with_sharding_constraint(x.reshape(count, -1, *x.shape[1:]), sharding)
 
     def add(total: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
         number, some = part
@@ -161,9 +160,9 @@ def _accumulated(
     return grads, (stats, sums)
 
 
-def _on_cpu(sharding: NamedSharding | None) -> bool:
-    """Whether the step is for CPUs, whatever the machine is that it is compiled on."""
-    return (jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform) == "cpu"
+def _on_cpu(sharding: NamedSharding) -> bool:
+    """Tell whether the step is for CPUs, whatever the machine is that it is compiled on."""
+    return sharding.mesh.devices.flat[0].platform == "cpu"
 
 
 def _sharpness_aware(
