@@ -16,8 +16,8 @@ from jax_resnet.config import default, differences, from_json, stored, to_json, 
 from jax_resnet.config.keys import RENAMED, leaves
 from jax_resnet.errors import UserError
 from jax_resnet.inference.safetensors import export
-from jax_resnet.runs import checkpoint
 from jax_resnet.runs.checkpoint import Checkpoints
+from jax_resnet.runs.record import _digest_of_record
 from jax_resnet.runs.retention import Keep
 from jax_resnet.runs.workdir import read_config, write_json
 from jax_resnet.training.evaluate import evaluate_checkpoint
@@ -132,7 +132,7 @@ def age(workdir: Path, values: dict[str, Any]) -> None:
     with Checkpoints(workdir) as checkpoints:
         for step in checkpoints.steps():
             record = checkpoints.record(step) | {"config": values}
-            record["sha256"] = checkpoint._digest_of_record(record)
+            record["sha256"] = _digest_of_record(record)
             file = workdir / "checkpoints" / str(step) / "record" / "metadata"
             assert file.exists()
             file.write_text(json.dumps(record))

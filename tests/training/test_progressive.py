@@ -159,12 +159,12 @@ def test_images_in_memory_come_at_the_size_that_is_asked_for(tiny_npz: Path, own
     split, indices = open_dataset(c).train, np.array([5, 0, 99])
     pixels = np.load(tiny_npz)["x_train"]
     for size in (6, 12, 15, None):
-        images, labels, _ = split.read(indices, None, size)
+        arrays, _ = split.read(indices, None, size)
         side = size or own or 12
         area = cv2.INTER_AREA if side == 6 else cv2.INTER_LINEAR
         expected = [cv2.resize(pixels[i], (side, side), interpolation=area)[..., None] for i in indices]
-        np.testing.assert_array_equal(images, expected)
-        assert labels.tolist() == np.load(tiny_npz)["y_train"][indices].tolist()
+        np.testing.assert_array_equal(arrays["image"], expected)
+        assert arrays["label"].tolist() == np.load(tiny_npz)["y_train"][indices].tolist()
 
 
 @pytest.mark.parametrize("crop", ["random_resized", "pad"])
@@ -178,9 +178,9 @@ def test_images_in_files_come_at_the_size_that_is_asked_for(tmp_path: Path, crop
     c.image.size = 14
     own = open_dataset(c).train  # its images are of 14 pixels anyway
     for rngs in (lambda: None, lambda: [np.random.default_rng(3)]):
-        images, _, _ = split.read(np.array([0]), rngs(), 14)
+        images = split.read(np.array([0]), rngs(), 14).arrays["image"]
         assert images.shape == (1, 14, 14, 3)
-        np.testing.assert_array_equal(images, own.read(np.array([0]), rngs())[0])
+        np.testing.assert_array_equal(images, own.read(np.array([0]), rngs()).arrays["image"])
 
 
 # ---- compiled ahead of need ------------------------------------------------------------------------------------------
