@@ -355,7 +355,7 @@ TABLES["2.7"] = Table(
         ]),
         alike(
             "loss", ["**BCE** sigmoid, mixed targets (timm: bce_target_thresh 0.2 option)", "BCE", "BCE"],
-            {"loss.name": "bce", "loss.bce_threshold": 0.0, "loss.bce_sum": False},
+            {"loss.name": "bce", "loss.bce_sum": False},
         ),
         values("label smoothing", "loss.label_smoothing", [(".1", 0.1), ("0", 0.0), ("0", 0.0)]),
         values("stoch depth", "model.drop_path", [(".05", 0.05), (".05", 0.05), ("0", 0.0)]),

@@ -22,12 +22,8 @@ def default() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # seeds the parameters, the order of the data and every augmentation
     c.batch_size = 256  # examples in one update, over all devices
-    c.accumulate = (
-        1  # parts in which a batch is computed, one after another, to save memory: the update is the same, but
-    )
-    # for what dropout, drop_path and drop_block draw
-    c.spread_optimizer = False  # each device keeps a share of the optimizer's state and of the running average, to save
-    # memory, and all exchange the updates: the same numbers, but for rounding
+    c.accumulate = 1  # parts in which a batch is computed, one after another, to save memory: the same update, but for
+    # what dropout and drop_path draw
     c.train = duration(epochs=90)  # the whole schedule
     c.stretch = 1.0  # the recipe made so many times as long: train, warmups and cooldown; all else is in shares of it
     c.progressive = ()  # of training images: ((0, 128), (0.5, 224)) begins with 128 pixels a side, halfway come 224;
@@ -36,7 +32,6 @@ def default() -> ConfigDict:
     c.init_from = placeholder(str)  # weights to begin with: a file of safetensors or torch, a workdir, hf://ORG/NAME
     c.freeze = ()  # parts that keep their weights and statistics: stem, stage1, …, norm, head
     c.dtype = "auto"  # of activations: bfloat16 on TPU and GPU, float32 on CPU. The rest is always float32
-    c.gradient_sums = "auto"  # over devices, of the convolutions' kernels: in the dtype of activations; or float32
     c.log_every = 50  # steps
     c.profile = placeholder(str)  # updates to trace, 100:105 both included, into WORKDIR/profile, for XProf
     c.stuck_after = (
@@ -60,7 +55,6 @@ def default() -> ConfigDict:
     c.model.pool = placeholder(str)  # avg or max, over the last feature map
     c.model.dropout = 0.0  # before the head
     c.model.drop_path = 0.0  # share of the last block's residuals left out in training; earlier blocks' grows up to it
-    c.model.drop_block = 0.0  # share of the residuals of the last two stages left out in squares
     c.model.zero_init_last = placeholder(bool)  # start each block as the identity: scale 0 in its last norm
     c.model.init = placeholder(str)  # fan_out or fan_in, of the convolutions' kernels
     c.model.head_std = placeholder(float)  # of the head's kernel at the start; 0: zeros
@@ -77,7 +71,6 @@ def default() -> ConfigDict:
     c.data.holdout = 0.0  # share of each class kept for evaluation, for a folder without splits
     c.data.repeats = 1  # times that a batch holds each of its records, augmented anew; an epoch then has fewer records
     c.data.mixup = 0.0  # α of the weights' Beta(α, α); 0: none
-    c.data.mix_until = 1.0  # share of the training after which neither mixup nor CutMix is done
     c.data.threads = placeholder(int)  # batches read at once, in each process that reads. None: as processors, ≤ 8
     c.data.workers = placeholder(int)  # processes that read encoded images; 0: this one. None: 0 below 16 processors
     c.data.max_broken = 0.1  # share of images that may be undecodable: others take their places. More end the run
@@ -114,7 +107,6 @@ def default() -> ConfigDict:
     c.loss = ConfigDict()
     c.loss.name = "cross_entropy"  # or bce: binary cross-entropy for each class
     c.loss.label_smoothing = 0.0
-    c.loss.bce_threshold = 0.0  # bce: targets above it become 1, the others 0; 0: targets as they are
     c.loss.bce_sum = False  # bce: the sum over classes rather than their mean
 
     c.distill = ConfigDict()
@@ -151,7 +143,6 @@ def default() -> ConfigDict:
     c.optimizer.layer_decay = 1.0  # rate of each block over that of the next; the head has all of it
     c.optimizer.clip_norm = 0.0  # most that the norm of all gradients together may be; 0: any
     c.optimizer.clip_value = 0.0  # most that each number of them may be
-    c.optimizer.clip_adaptive = 0.0  # most that a unit's norm may be of its weights' (AGC)
     c.optimizer.sam_rho = 0.0  # gradients from this far uphill (sharpness-aware minimisation); 0: from here
     c.optimizer.sam_every = 1  # steps
 
@@ -174,12 +165,8 @@ def default() -> ConfigDict:
     c.ema.warmup = duration(epochs=0)  # until then each update makes it a copy
     c.ema.ramp = False  # decay at most (1 + n) / (10 + n) at the n-th update after that
 
-    c.guard = (
-        ConfigDict()
-    )  # an update whose loss or gradients are no numbers is skipped: all but the step stays as it is
+    c.guard = ConfigDict()  # an update whose loss or gradients are not finite is skipped: all but the step stays
     c.guard.max_skipped = 10  # so many skipped in a row end the run; 0: no guard, the run ends at the next report
-    c.guard.loss_spike = 0.0  # an update is also skipped whose loss is more than so many times the running mean of the
-    # losses before it, once that is of 100; 0: none is
 
     c.eval = ConfigDict()
     c.eval.every = duration(epochs=1)

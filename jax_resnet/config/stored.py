@@ -10,13 +10,22 @@ from jax_resnet.config.keys import RENAMED, as_tuples, leaves
 from jax_resnet.errors import UserError
 
 VERSION = 2  # of a config's keys; one stored without a version is of version 1
-DROPPED: dict[str, Any] = {}  # keys that are no more, and the values that were their defaults
+# Keys that are no more, by their names in version 2, and the values that were their defaults.
+DROPPED: dict[str, Any] = {
+    "data.mix_until": 1.0,
+    "gradient_sums": "auto",
+    "guard.loss_spike": 0.0,
+    "loss.bce_threshold": 0.0,
+    "model.drop_block": 0.0,
+    "optimizer.clip_adaptive": 0.0,
+    "spread_optimizer": False,
+}
 
 # What may differ when a run goes on in its workdir: nothing here changes what is computed from whole files.
 MAY_CHANGE = (
-    "stop_after_steps", "log_every", "stuck_after", "profile", "accumulate", "spread_optimizer", "eval.every",
-    "eval.batch_size", "checkpoint", "guard.max_skipped", "data.data_dir", "data.image.decoder", "data.threads",
-    "data.workers", "data.max_broken",
+    "stop_after_steps", "log_every", "stuck_after", "profile", "accumulate", "eval.every", "eval.batch_size",
+    "checkpoint", "guard.max_skipped", "data.data_dir", "data.image.decoder", "data.threads", "data.workers",
+    "data.max_broken",
 )  # fmt: skip
 
 

@@ -42,14 +42,13 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "a number, not negative",
         lambda v: 0 <= v < math.inf,
         "optimizer.epsilon optimizer.weight_decay optimizer.l1 optimizer.reference_batch optimizer.clip_norm "
-        "optimizer.clip_value optimizer.clip_adaptive optimizer.sam_rho data.image.pad data.mixup data.image.cutmix "
+        "optimizer.clip_value optimizer.sam_rho data.image.pad data.mixup data.image.cutmix "
         "data.image.pca_noise data.workers model.head_std guard.max_skipped checkpoint.keep_best stuck_after",
     ),
-    ("0, or more than 1", lambda v: v == 0 or 1 < v < math.inf, "guard.loss_spike"),
     (
         "at least 0 and less than 1",
         lambda v: 0 <= v < 1,
-        "loss.label_smoothing loss.bce_threshold model.dropout model.drop_path model.drop_block model.bn_momentum "
+        "loss.label_smoothing model.dropout model.drop_path model.bn_momentum "
         "optimizer.momentum optimizer.rest.momentum optimizer.beta1 optimizer.beta2 data.holdout data.image.colout "
         "ema.decay",
     ),
@@ -61,7 +60,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "more than 0 and at most 1",
         lambda v: 0 < v <= 1,
-        "optimizer.layer_decay data.image.eval_crop data.mix_until distill.alpha",
+        "optimizer.layer_decay data.image.eval_crop distill.alpha",
     ),
     ("more than 0 and at most 1000", lambda v: 0 < v <= 1000, "stretch"),
     ("at least 0 and less than 2**32", lambda v: 0 <= v < 2**32, "seed"),
@@ -74,7 +73,6 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 )
 CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
-    "gradient_sums": ("auto", "float32"),
     "loss.name": LOSSES,
     "optimizer.name": OPTIMIZERS,
     "optimizer.rest.name": ("adam", "sgd"),
@@ -111,16 +109,10 @@ def validate(c: ConfigDict) -> None:
     _check_schedule(c.schedule)
     if c.profile is not None:
         traced_steps(c.profile)
-    if c.loss.name != "bce" and (c.loss.bce_threshold or c.loss.bce_sum):
-        raise UserError(
-            f"config.loss.bce_threshold and bce_sum: say how bce is done, but config.loss.name={c.loss.name}"
-        )
+    if c.loss.name != "bce" and c.loss.bce_sum:
+        raise UserError(f"config.loss.bce_sum: says how bce is done, but config.loss.name={c.loss.name}")
     if c.distill.model and not c.distill.teacher:
         raise UserError(f"config.distill.model={c.distill.model}: whose weights? Give config.distill.teacher")
-    if c.guard.loss_spike and not c.guard.max_skipped:
-        raise UserError(
-            f"config.guard.loss_spike={c.guard.loss_spike}: needs config.guard.max_skipped, which is 0; give 1 or more"
-        )
     for what in DURATIONS:
         if not in_steps(get_key(c, what), what, batch_size=1, num_examples=1) and what not in MAY_BE_0:
             raise UserError(f"config.{what} is 0: must be more")

@@ -15,11 +15,11 @@ class Inputs(Protocol):
     def name(self) -> str:
         """Name of the array in a batch that becomes the network's input."""
 
-    def draw(self, key: jax.Array, batch: Mapping[str, jax.Array], mixing: jax.Array | None) -> tuple[Draws, Draws]:
+    def draw(self, key: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Draws, Draws]:
         """Draw all chance about a batch: arrays with a row for each example, and those about all of them.
 
         The latter have "kept", float32 [], where examples are mixed in pairs: the share of its own label that each
-        keeps. Where `mixing`, a bool, is False, they keep all; None: they are mixed.
+        keeps.
         """
 
     def augment(self, rows: Mapping[str, jax.Array], shared: Draws) -> jax.Array:

@@ -86,6 +86,8 @@ def _unpack(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None
 
 def list_tfds(name: str, data_dir: str | None) -> Source:
     """List the splits of a TFDS dataset that have labels, in its order. Raises UserError as training on it would."""
+    if name == "digits":
+        raise UserError("tfds:digits: no TFDS dataset; nothing need be prepared to train on config.data.name=digits")
     try:
         builder = tfds_builder(name, data_dir)
         image, label = image_and_label(builder, name)

@@ -1,4 +1,4 @@
-"""Datasets by name: arrays in one file, folders of class folders, and (tfds_source.py) those of TFDS."""
+"""Datasets by name: the digits, arrays in one file, folders of class folders, and (tfds.py) those of TFDS."""
 
 import zipfile
 import zlib
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from jax_resnet.data import digits
 from jax_resnet.data.dataset import EVAL_SPLITS, Dataset
 from jax_resnet.data.image.device import ImageInputs
 from jax_resnet.data.image.split import EncodedSplit, encoded, in_memory
@@ -27,9 +28,11 @@ def open_dataset(c: ConfigDict) -> Dataset:
         raise UserError(f"config.data.name={c.name}: give a TFDS name, folder:PATH, npz:PATH, prepared:PATH or digits")
     if c.holdout and not (colon and kind == "folder"):
         raise UserError(f"config.data.holdout={c.holdout}: only a folder is split by it, not {c.name}")
-    if (c.train_split or c.eval_split) and colon and kind == "npz":
+    if (c.train_split or c.eval_split) and (c.name == "digits" or (colon and kind == "npz")):
         raise UserError(f"config.data.train_split and eval_split: {c.name} has train and test, and no others")
-    if colon and kind == "npz":
+    if c.name == "digits":
+        dataset = _open_digits(c)
+    elif colon and kind == "npz":
         dataset = _open_npz(path, c)
     elif colon and kind == "folder":
         dataset = _open_folder(path, c)
@@ -48,6 +51,14 @@ def open_dataset(c: ConfigDict) -> Dataset:
             f"{evaluation}; set config.data.{kind}.size"
         )
     return dataset
+
+
+def _open_digits(c: ConfigDict) -> Dataset:
+    train, test = (
+        in_memory(split, images, labels, len(digits.CLASSES), c.image, c.name)
+        for split, (images, labels) in digits.load_digits().items()
+    )
+    return Dataset(c.name, train, test, digits.CLASSES, ImageInputs(c))
 
 
 # ---- arrays in one file ----------------------------------------------------------------------------------------------

@@ -1,8 +1,5 @@
 """Datasets of TensorFlow Datasets, read from ArrayRecord at random access, without TensorFlow."""
 
-import contextlib
-import importlib
-import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -84,11 +81,9 @@ def _unreadable(files: Sequence[str]) -> str:
 
 
 def tfds_builder(name: str, data_dir: str | None) -> Any:
-    """The TFDS builder, its records at random access, of a dataset by name or of a folder as prepared:PATH."""
+    """Return the TFDS builder, its records at random access, of a dataset by name or of a folder as prepared:PATH."""
     kind, _, path = name.partition(":")
-    if kind == "prepared":
-        return _prepared_builder(path)
-    return _digits_builder(data_dir) if name == "digits" else _tfds_builder(name, data_dir)
+    return _prepared_builder(path) if kind == "prepared" else _tfds_builder(name, data_dir)
 
 
 def image_and_label(builder: Any, name: str) -> tuple[str, str]:
@@ -126,30 +121,6 @@ def _decode_all(
     with ThreadPoolExecutor(c.threads) as pool:
         list(pool.map(fill, range(0, size, 512)))
     return in_memory(name, images, labels, num_classes, c.image, source)
-
-
-def _digits_builder(data_dir: str | None) -> Any:
-    digits = importlib.import_module("jax_resnet.data.digits")  # importing it registers the builder with TFDS
-    try:
-        builder = digits.Digits(data_dir=data_dir, file_format="array_record")
-        if not builder.info.splits:
-            _prepare_quietly(builder)
-    except (OSError, ValueError) as e:
-        raise UserError(
-            f"digits: cannot be prepared in {data_dir or 'the default folder of TFDS'} ({e}); "
-            "choose another: --config.data.data_dir=FOLDER"
-        ) from None
-    return builder
-
-
-def _prepare_quietly(builder: Any) -> None:
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare()
-    except Exception:  # another process may have prepared it in the meantime
-        if not type(builder)(data_dir=builder._data_dir_root, file_format="array_record").info.splits:
-            raise
 
 
 def _prepared_builder(path: str) -> Any:

@@ -24,7 +24,7 @@ from jax_resnet.runs.workdir import has_checkpoints, read_config, write_json
 
 NOT_IN_TIMM = re.compile(r"cifar_|wrn_|.*_v1$|resnetv2_200$")
 WITHOUT_EFFECT = (  # on trained weights
-    *("dropout", "drop_path", "drop_block", "init", "head_std", "head_prior", "zero_init_last"),
+    *("dropout", "drop_path", "init", "head_std", "head_prior", "zero_init_last"),
     *("bn_group_size", "bn_momentum"),
 )
 

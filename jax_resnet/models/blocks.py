@@ -1,8 +1,7 @@
 """Residual blocks (He et al. 2015, 2016) and their shortcuts.
 
 A block maps [N, H, W, in_features] to [N, ⌈H/stride⌉, ⌈W/stride⌉, widths[-1]], where `widths` are the channels that its
-convolutions give. `scale` multiplies the residual, if not None: stochastic depth, [N, 1, 1, 1], and DropBlock, of its
-shape.
+convolutions give. `scale`, [N, 1, 1, 1], multiplies the residual, if not None: stochastic depth.
 """
 
 from collections.abc import Callable

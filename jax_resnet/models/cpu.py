@@ -15,54 +15,19 @@ from jax_resnet.models.resnet import StemPool
 CACHE = 4 * 2**20  # bytes that a core finds close by
 
 
-def sum_gradients_in_float32(model: nnx.Module) -> nnx.Module:
-    """The same model, of which the gradients of kernels are float32 already where devices add theirs up.
+def for_cpu(model: nnx.Module, mesh: Mesh) -> nnx.Module:
+    """Have `model` compute otherwise what XLA is slow at on CPUs, convolutions and gradients of maxima; return it.
 
-    A convolution in bfloat16 gives its kernel's gradient in bfloat16, and that is what is then sent and summed.
+    Of several devices in `mesh` each has its share of the rows of a batch.
     """
-    for module in _convolutions(model):
-        module.promote_dtype = _all_but_kernel
-        blurs = module.conv_general_dilated is blurred_conv
-        module.conv_general_dilated = _blurred_rounding_no_gradient if blurs else _rounding_no_gradient
-    return model
-
-
-def for_cpu(model: nnx.Module, mesh: Mesh | None = None) -> nnx.Module:
-    """The same model, of which is computed otherwise what XLA is slow at on CPUs: convolutions, gradients of maxima.
-
-    With a mesh of several devices each has its share of the rows of a batch.
-    """
-    product = partial(as_product, mesh=mesh if mesh and mesh.size > 1 else None)
-    for module in _convolutions(model):
-        blurs = module.conv_general_dilated is blurred_conv
-        module.conv_general_dilated = partial(blurred_conv, conv=product) if blurs else product
+    product = partial(as_product, mesh=mesh if mesh.size > 1 else None)
     for _, module in nnx.iter_graph(model):
+        if isinstance(module, nnx.Conv):
+            blurs = module.conv_general_dilated is blurred_conv
+            module.conv_general_dilated = partial(blurred_conv, conv=product) if blurs else product
         if isinstance(module, StemPool):
             module.max_pool = max_pool_by_comparing
     return model
-
-
-def _convolutions(model: nnx.Module) -> list[nnx.Conv]:
-    return [module for _, module in nnx.iter_graph(model) if isinstance(module, nnx.Conv)]
-
-
-def _all_but_kernel(arrays: Any, /, *, dtype: Any = None, inexact: bool = True) -> Any:
-    del inexact
-    x, kernel, *bias = arrays
-    return x.astype(dtype), kernel, *bias
-
-
-def _rounding_no_gradient(x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax.Array:
-    """`jax.lax.conv_general_dilated` in the dtype of x; the gradient for the float32 kernel is not rounded to that."""
-
-    def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), *args, **options)
-
-    def for_kernel(x: jax.Array, kernel: jax.Array, grad: jax.Array) -> jax.Array:
-        (found,) = jax.vjp(partial(forward, x.astype(kernel.dtype)), kernel)[1](grad.astype(kernel.dtype))
-        return found
-
-    return _with_gradient(forward, for_kernel)(x, kernel)
 
 
 def _with_gradient(forward: Callable[..., jax.Array], for_kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -199,6 +164,3 @@ def _for_kernel(
     if not moves:
         return found.reshape(kernel.shape)
     return found.reshape(rows, channels, columns, features).transpose(0, 2, 1, 3)
-
-
-_blurred_rounding_no_gradient = partial(blurred_conv, conv=_rounding_no_gradient)

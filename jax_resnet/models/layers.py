@@ -130,31 +130,6 @@ class DropPath(nnx.Module):
         return (kept / keep)[:, :, None, None, None]
 
 
-class DropBlock(nnx.Module):
-    """Which squares of its channels a residual goes without in training (Ghiasi et al. 2018, algorithm 1).
-
-    The squares have `SIDE` pixels a side, or as many as the map's shorter side has, and lie within it. A share of
-    `rate` would be dropped if they did not overlap. What an example keeps is divided by the share that it keeps.
-    """
-
-    SIDE = 7  # section 4.1
-
-    def __init__(self, rate: float):
-        self.rate = rate
-        self.deterministic = False  # model.eval() sets it
-
-    def __call__(self, shape: tuple[int, int, int, int], key: jax.Array) -> jax.Array:
-        """float32 [N, H, W, C], by which a residual of that shape is multiplied: 0 or 1 / the share kept."""
-        n, h, w, c = shape
-        side = min(self.SIDE, h, w)
-        corners = (h - side + 1, w - side + 1)  # where a square may begin
-        gamma = self.rate / side**2 * (h * w) / math.prod(corners)
-        begins = jax.random.bernoulli(key, gamma, (n, *corners, c)).astype(jnp.float32)
-        kept = 1 - nnx.max_pool(begins, (side, side), padding=((side - 1, side - 1),) * 2)
-        # Of an example, not of the batch as in the paper: a batch may lie on many devices.
-        return kept / jnp.maximum(kept.mean((1, 2, 3), keepdims=True), 1 / (h * w * c))
-
-
 def max_pool(x: jax.Array, *, stride: int = 2, zero_padded: bool = False) -> jax.Array:
     """3×3 maximum, padded by one pixel of −∞ (or of zeros) on every side. [N, H, W, C] → [N, ⌈H/stride⌉, …, C]."""
     pad = ((1, 1), (1, 1))

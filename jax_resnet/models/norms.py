@@ -67,10 +67,10 @@ class BatchNorm(_Norm):
         return (x - mean) * (jax.lax.rsqrt(var + self.epsilon) * self.scale[...]) + self.bias[...]
 
 
-def _grouped(x: jax.Array, groups: int = 32) -> jax.Array:
-    """[N, H, W, C] → float32 [N, H, W, groups, C / groups]; of 32 groups, as many as divide C."""
+def _grouped(x: jax.Array) -> jax.Array:
+    """Cut [N, H, W, C] into float32 [N, H, W, groups, C / groups]; of 32 groups, as many as divide C."""
     *shape, c = x.shape
-    groups = math.gcd(groups, c)
+    groups = math.gcd(32, c)
     return x.astype(jnp.float32).reshape(*shape, groups, c // groups)
 
 

@@ -91,25 +91,15 @@ class Stage(nnx.Module):
 
     def __init__(self, in_features: int, spec: ResNetSpec, stage: int, parts: blocks.Parts):
         make_block = BLOCKS[spec.stage_blocks[stage], spec.preactivation]
-        self.depth, self.channels, self.stride = spec.depths[stage], spec.channels[stage], 2 if stage > 0 else 1
+        self.depth = spec.depths[stage]
         for i in range(self.depth):
-            widths, stride = spec.conv_widths(stage, i), self.stride if i == 0 else 1
+            widths, stride = spec.conv_widths(stage, i), 2 if stage > 0 and i == 0 else 1
             setattr(self, f"block{i}", make_block(in_features, widths, stride, parts))
             in_features = widths[-1]
-        dropping = spec.drop_block and stage >= len(spec.depths) - 2
-        self.drop_block = layers.DropBlock(spec.drop_block) if dropping else None
 
-    def __call__(self, x: jax.Array, scales: jax.Array | None = None, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        n, h, w, _ = x.shape
-        shape = (n, -(-h // self.stride), -(-w // self.stride), self.channels)
+    def __call__(self, x: jax.Array, scales: jax.Array | None = None) -> jax.Array:
         for i in range(self.depth):
-            scale = None if scales is None else scales[i]
-            if self.drop_block and not self.drop_block.deterministic:
-                if rngs is None:
-                    raise ValueError("drop_block in training needs keys: model(images, rngs=nnx.Rngs(dropout=0))")
-                kept = self.drop_block(shape, rngs.dropout())
-                scale = kept if scale is None else scale * kept
-            x = getattr(self, f"block{i}")(x, scale)
+            x = getattr(self, f"block{i}")(x, None if scales is None else scales[i])
         return x
 
 
@@ -184,7 +174,7 @@ class ResNet(nnx.Module):
             scales = self.drop_path(len(images), rngs.dropout())
         maps, done = [], 0
         for i, depth in enumerate(self.spec.depths, 1):
-            x = getattr(self, f"stage{i}")(x, None if scales is None else scales[done : done + depth], rngs=rngs)
+            x = getattr(self, f"stage{i}")(x, None if scales is None else scales[done : done + depth])
             maps.append(x)
             done += depth
         return maps

@@ -35,7 +35,6 @@ class ResNetSpec:
     pool: Literal["avg", "max"] = "avg"
     dropout: float = 0.0
     drop_path: float = 0.0  # share of residuals that an example goes without in the last block; grows linearly from 0
-    drop_block: float = 0.0  # share of every residual of the last two stages left out, in squares of 7 pixels a side
     init: Literal["fan_out", "fan_in"] = "fan_out"  # of convolutions: 2 over it is their kernels' variance
     head_std: float = 0.01  # deviation of the head's kernel at the start
     head_prior: bool = False  # the head's biases start at −log(classes), where sigmoids give near 1 / classes
@@ -60,7 +59,7 @@ class ResNetSpec:
             value = getattr(self, name)
             if not (type(value) is int and value > 0) and not (name == "bn_group_size" and value is None):
                 raise ValueError(f"{name}={value}: must be a whole number, at least 1")
-        for name in ("dropout", "drop_path", "drop_block", "bn_momentum"):
+        for name in ("dropout", "drop_path", "bn_momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 0 and less than 1")
         for name in ("inner_factor", "first_factor", "se_ratio", "bn_epsilon"):

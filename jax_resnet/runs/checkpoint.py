@@ -198,9 +198,9 @@ class Checkpoints:
             return record
 
     def restore(self, step: int, like: Fields, *, as_saved: Collection[str] = ()) -> Fields:
-        """Restore what was saved at `step`, on the devices and in the shardings of the abstract arrays `like`.
+        """Restore what was saved at `step`, like the abstract arrays `like`, which are replicated.
 
-        Of the fields `as_saved`, flat dicts, all is restored that was saved, replicated, whatever `like` has of them.
+        Of the fields `as_saved`, flat dicts, all is restored that was saved, whatever `like` has of them.
         Raises UserError naming the parameters that differ when the network is another one, and Damaged when the files
         are not what was saved.
         """
@@ -216,13 +216,9 @@ class Checkpoints:
         with self._reading(step), jax.transfer_guard("allow"):
             # Orbax's manager would have the processes wait for each other, also for one that has met an error.
             folder = epath.Path(self.directory) / str(step) / "state"
-            # Restore replicated, verify the digests, then reshard: to gather parts for their digests, all processes
-            # would have to come as far.
-            shardings = jax.tree.map(lambda x: x.sharding, fields)
-            target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), fields)
-            restored = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(target))
+            restored = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(fields))
             check_digests(restored, record)
-            return jax.device_put(restored, shardings)
+            return restored
 
     def restore_newest(
         self, like: Fields, say: Callable[[str], None], *, as_saved: Collection[str] = ()

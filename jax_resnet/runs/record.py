@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jax_resnet.errors import UserError
 
@@ -65,7 +64,7 @@ def _digest_of_record(record: Record) -> str:
 
 
 def _digests(tree: Any) -> dict[str, dict[str, Any]]:
-    """Take shape, dtype and SHA-256 of each array's bytes in C order, wherever its shards are."""
+    """Take shape, dtype and SHA-256 of each array's bytes in C order."""
 
     def digest(array: np.ndarray) -> dict[str, Any]:
         sha256 = hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
@@ -74,10 +73,4 @@ def _digests(tree: Any) -> dict[str, dict[str, Any]]:
     named = _named(tree)
     # Threads, because hashing releases Python's lock.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return dict(zip(named, pool.map(digest, map(_gathered, named.values())), strict=True))
-
-
-def _gathered(array: Any) -> np.ndarray:
-    if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
+        return dict(zip(named, pool.map(digest, map(np.asarray, named.values())), strict=True))

@@ -65,15 +65,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def spread(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Of an array cut along the longest dimension that the devices divide; whole where they divide none."""
-    lengths = [length if length and length % mesh.size == 0 else 0 for length in shape]
-    if not any(lengths):
-        return replicated(mesh)
-    axis = lengths.index(max(lengths))
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
-
-
 def check_divides(batch_size: int, mesh: Mesh, what: str, accumulate: int = 1) -> None:
     """Raises UserError unless every device gets the same number of the batch's examples, of each part of it."""
     if batch_size % (share := mesh.size * accumulate):

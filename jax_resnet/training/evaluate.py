@@ -86,12 +86,11 @@ def evaluate_all(
     stop: Callable[[], bool] = lambda: False,
     eval_step: Callable[..., Sums] | None = None,
 ) -> dict[str, dict[str, Any]] | None:
-    """{split: metrics} as `evaluate` gives them, and where there is a running average {split_ema: its metrics}."""
+    """Return {split: metrics} as `evaluate` does, and where there is a running average {split_ema: its metrics}."""
     split = experiment.data.eval.name
     states = {split: state}
     if state.ema:
-        averages = experiment.steps.gather(state.ema) if experiment.config.spread_optimizer else state.ema
-        states[f"{split}_ema"] = replace(state, ema=averages).averaged()
+        states[f"{split}_ema"] = state.averaged()
     found = {}
     for name, weights in states.items():
         metrics = evaluate(experiment, weights, report, stop, eval_step)

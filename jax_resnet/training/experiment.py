@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
@@ -118,7 +119,7 @@ def build(
         check_batches_fit(config, data)
     plan = Plan.of(config, len(data.train))
     optimizer, task = build_optimizer(config, plan), task_of(config, data)
-    network = build_network(config, mesh, data.inputs, task, optimizer.transformation)
+    network = build_network(config, mesh, data.inputs, task, optimizer.at(0))
     teacher = None
     if training and config.distill.teacher:
         dtype = jnp.dtype(config.dtype)
@@ -144,7 +145,12 @@ def build_optimizer(config: ConfigDict, plan: Plan) -> Optimizer:
         cooldown_steps=plan.cooldown_steps,
     )
     schedule = over_phases(schedule, plan.phases, config.optimizer, batch_size=config.batch_size)
-    return Optimizer(schedule, make_optimizer(config.optimizer, schedule, config.freeze))
+
+    def at(step: Any) -> optax.GradientTransformation:
+        # optax would give the schedule its own count, of the updates that were made: a skipped one is none of them.
+        return make_optimizer(config.optimizer, lambda _: schedule(step), config.freeze)
+
+    return Optimizer(schedule, at)
 
 
 def _batch_key(config: ConfigDict) -> str:

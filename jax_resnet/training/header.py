@@ -57,13 +57,7 @@ def _data(experiment: Experiment) -> str:
 
 
 def _devices(experiment: Experiment) -> str:
-    config = experiment.config
-    text = f"{jax.device_count()} × {jax.devices()[0].device_kind}, activations {config.dtype}"
-    if config.gradient_sums == "float32":
-        text += ", gradients summed in float32"
-    if config.spread_optimizer:
-        text += ", the optimizer's state spread over them"
-    return text
+    return f"{jax.device_count()} × {jax.devices()[0].device_kind}, activations {experiment.config.dtype}"
 
 
 def _batch(experiment: Experiment) -> str:

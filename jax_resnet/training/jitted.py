@@ -1,5 +1,6 @@
 """The jitted functions of a training: each with its shardings, to be compiled when first called or before."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ class Optimizer(NamedTuple):
     """An optimizer and the learning rate that it follows."""
 
     learning_rate: Schedule  # by update, counted from 0
-    transformation: optax.GradientTransformation
+    at: Callable[[Any], optax.GradientTransformation]  # update, counted from 0 → the optimizer with its learning rate
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,6 @@ class Steps:
     evaluate: Any  # (params, batch_stats, batch) → sums
     gradients: Any  # (state, batch, *teacher_weights) → (gradients, batch_stats, sums)
     compute_gradients: Any  # the same, not jitted, so that average.py can compile the statistics alone
-    gather: Any  # a tree → the same, replicated
     all_finite: Any  # a tree → bool []
     learning_rate: Any  # update, counted from 0 → float32 []
     teacher_weights: tuple[Any, ...]  # those of distillation, or none
@@ -46,22 +46,17 @@ def build_steps(
     mesh, problem = network.mesh, network.problem
     everywhere, sharding = replicated(mesh), batch_sharding(mesh)
     teacher_weights = (teacher.weights,) if teacher else ()
-    options: dict[str, Any] = {
-        "mix_stop": plan.step_at(config.data.mix_until) if config.data.mix_until < 1 else None,
-        "teacher": teacher,
-        "parts": parts_sharding(mesh),
-    }
+    options: dict[str, Any] = {"teacher": teacher, "parts": parts_sharding(mesh)}
     ema_start = plan.update_at(plan.ema_warmup_steps)
-    train_step = make_train_step(problem, optimizer.transformation, config, ema_start=ema_start, **options)
+    train_step = make_train_step(problem, optimizer.at, config, ema_start=ema_start, **options)
     compute_gradients = make_gradients(problem, config, **options)
-    of_state = jax.tree.map(lambda x: x.sharding, network.abstract_state)
-    of_arguments = (of_state, sharding, *[everywhere] * len(teacher_weights))
+    of_arguments = (everywhere, sharding, *[everywhere] * len(teacher_weights))
     return Steps(
         train=jax.jit(
             train_step,
             donate_argnums=0,
             in_shardings=of_arguments,
-            out_shardings=(of_state, everywhere),
+            out_shardings=everywhere,
             compiler_options=compiler_options(mesh.devices.flat[0]),
         ),
         evaluate=jax.jit(
@@ -69,7 +64,6 @@ def build_steps(
         ),
         gradients=jax.jit(compute_gradients, in_shardings=of_arguments, out_shardings=everywhere),
         compute_gradients=compute_gradients,
-        gather=jax.jit(lambda tree: tree, out_shardings=everywhere),
         all_finite=jax.jit(all_finite),
         learning_rate=jax.jit(optimizer.learning_rate),
         teacher_weights=teacher_weights,

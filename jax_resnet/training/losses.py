@@ -3,17 +3,16 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
 
 def make_loss(c: ConfigDict, *, training: bool) -> partial[jax.Array]:
-    """The loss that `config.loss` names: (logits, labels) → [N]. Evaluation takes labels as they are."""
+    """Return the loss that `config.loss` names: (logits, labels) → [N]. Evaluation takes labels as they are."""
+    smoothing = c.label_smoothing if training else 0.0
     if c.name == "cross_entropy":
-        return partial(cross_entropy, smoothing=c.label_smoothing if training else 0.0)
-    targets = {"smoothing": c.label_smoothing, "threshold": c.bce_threshold} if training else {}
-    return partial(binary_cross_entropy, sum_classes=c.bce_sum, **targets)
+        return partial(cross_entropy, smoothing=smoothing)
+    return partial(binary_cross_entropy, smoothing=smoothing, sum_classes=c.bce_sum)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
@@ -35,19 +34,16 @@ def binary_cross_entropy(
     logits: jax.Array,
     labels: jax.Array,
     smoothing: float = 0.0,
-    threshold: float = 0.0,
     sum_classes: bool = False,
 ) -> jax.Array:
-    """Every class by itself present or absent: float32 logits [N, classes], labels → [N] (Wightman et al. 2021, 2.1).
+    """Take every class by itself as present or absent: float32 logits [N, classes], labels → [N].
 
-    Targets are smoothed as in `cross_entropy`; with a `threshold` those above it then become 1 and the others 0. The
-    mean over classes, or with `sum_classes` their sum.
+    Targets are smoothed as in `cross_entropy`. The mean over classes, or with `sum_classes` their sum (Wightman et al.
+    2021, section 2.1).
     """
     targets = labels if labels.ndim == 2 else jax.nn.one_hot(labels, logits.shape[-1])
     if smoothing:
         targets = (1 - smoothing) * targets + smoothing / logits.shape[-1]
-    if threshold:
-        targets = (targets > threshold).astype(jnp.float32)
     losses = optax.sigmoid_binary_cross_entropy(logits, targets)
     return losses.sum(-1) if sum_classes else losses.mean(-1)
 

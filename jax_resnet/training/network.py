@@ -17,11 +17,11 @@ from jax_resnet.config import model_overrides
 from jax_resnet.data.inputs import Inputs
 from jax_resnet.errors import UserError, choose
 from jax_resnet.models.cost import cost
-from jax_resnet.models.cpu import for_cpu, sum_gradients_in_float32
+from jax_resnet.models.cpu import for_cpu
 from jax_resnet.models.resnet import ResNetSpec
 from jax_resnet.models.torch_names import Arrays
 from jax_resnet.models.zoo import create_model, model_spec
-from jax_resnet.runtime.mesh import replicated, spread
+from jax_resnet.runtime.mesh import replicated
 from jax_resnet.training.pretrained import fitting
 from jax_resnet.training.state import TrainState, make_state
 from jax_resnet.training.step import Problem
@@ -67,10 +67,8 @@ def build_network(
         optimizer,
         config.seed,
         replicated(mesh),
-        spread=partial(spread, mesh) if config.spread_optimizer else None,
         ema=bool(config.ema.decay),
         guard=bool(config.guard.max_skipped),
-        loss_spike=bool(config.guard.loss_spike),
     )
     for part in config.freeze:
         choose("config.freeze", part, abstract_state.params)
@@ -89,8 +87,6 @@ def _model_maker(config: ConfigDict, mesh: Mesh, outputs: int) -> Callable[[Any]
         dtype=jnp.dtype(config.dtype),
         **model_overrides(config),
     )
-    if config.gradient_sums == "float32" and config.dtype != "float32":
-        return lambda rngs: sum_gradients_in_float32(make_model(rngs=rngs))
     if mesh.devices.flat[0].platform == "cpu":
         return lambda rngs: for_cpu(make_model(rngs=rngs), mesh=mesh)
     return lambda rngs: make_model(rngs=rngs)

@@ -115,12 +115,11 @@ def hidden_convolutions(params: Any) -> Any:
 
 
 def make_optimizer(c: ConfigDict, schedule: Schedule, freeze: Sequence[str] = ()) -> optax.GradientTransformation:
-    """The optimizer that `config.optimizer` names, with what lies under `freeze` (stem, stage1, …) left alone.
+    """Make the optimizer that `config.optimizer` names, with what lies under `freeze` (stem, stage1, …) left alone.
 
     An update is made of these, in this order, each only where the config asks for it:
 
-    1. Clipping of the gradient: clip_value, clip_norm over all that is trained, clip_adaptive over the units (output
-       channels of a kernel, whole vectors) of all but the head (Brock et al. 2021, section 4).
+    1. Clipping of the gradient: clip_value, clip_norm over all that is trained.
     2. l1 · sign(w) and coupled decay, weight_decay · w, added to the gradient of what no_decay does not cover.
     3. The rule of the optimizer, with its momentum, and decoupled decay: weight_decay · w is added to the update and
        takes the rate with it (Loshchilov and Hutter 2017), as adamw, lamb, lion, adafactor and muon are published.
@@ -153,7 +152,6 @@ def make_optimizer(c: ConfigDict, schedule: Schedule, freeze: Sequence[str] = ()
     clips = [
         *([optax.clip(c.clip_value)] if c.clip_value else []),
         *([optax.clip_by_global_norm(c.clip_norm)] if c.clip_norm else []),
-        *([optax.masked(optax.adaptive_grad_clip(c.clip_adaptive), _all_but_head)] if c.clip_adaptive else []),
     ]
     if c.name == "muon":
         of_rest = c.rest.learning_rate / c.learning_rate
@@ -180,22 +178,6 @@ def make_optimizer(c: ConfigDict, schedule: Schedule, freeze: Sequence[str] = ()
         return optimizer.init(params)
 
     return optax.GradientTransformation(init, optimizer.update)
-
-
-def at_step(opt_state: Any, step: jax.Array) -> Any:
-    """`opt_state` with the counts of its schedules at `step`: optax counts updates, and one that is skipped is none.
-
-    Other counts, such as adam's of its moments, stay: they are of what the moments have seen.
-    """
-
-    def schedules(state: Any) -> bool:
-        return getattr(state, "_fields", ()) == ("count",)
-
-    return jax.tree.map(lambda s: s._replace(count=step) if schedules(s) else s, opt_state, is_leaf=schedules)
-
-
-def _all_but_head(params: Any) -> Any:
-    return {part: part != "head" for part in params}
 
 
 # The optimizers that scale each gradient by what they know of earlier ones.

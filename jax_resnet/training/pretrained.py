@@ -60,17 +60,14 @@ def fitting(path: str, state: TrainState, spec: ResNetSpec) -> tuple[Arrays, Rep
 
 
 def placed(state: TrainState, arrays: Arrays) -> TrainState:
-    """`state` with `arrays`, by name, in the place of its parameters and batch statistics, sharded as they were.
+    """Put `arrays`, by name, in the place of the parameters and batch statistics of `state`, sharded as they were.
 
     A running average begins as a copy of them.
     """
     if not arrays:
         return state
     state = replace(state, params=place(state.params, arrays), batch_stats=place(state.batch_stats, arrays))
-    if not state.ema:
-        return state
-    copies = jax.tree.map(lambda x, old: jax.device_put(jnp.copy(x), old.sharding), state.weights, state.ema)
-    return replace(state, ema=copies)
+    return replace(state, ema=jax.tree.map(jnp.copy, state.weights)) if state.ema else state
 
 
 def place(tree: Any, arrays: Arrays) -> Any:

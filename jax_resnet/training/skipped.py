@@ -48,14 +48,8 @@ class Skipped:
                 self.row = 0
                 continue
             self.row += 1
-            loss, spikes = float(jax.device_get(sums["skipped_loss"])), self._experiment.config.guard.loss_spike
-            why = (
-                ""
-                if not math.isfinite(loss)
-                else ", a spike or gradients not finite"
-                if spikes
-                else ", gradients not finite"
-            )
+            loss = float(jax.device_get(sums["skipped_loss"]))
+            why = ", gradients not finite" if math.isfinite(loss) else ""
             self._telemetry.say(f"step {self._last:,}: update skipped: loss {loss:.4g}{why}")
 
     def study(self, state: TrainState, workdir: AnyPath) -> UserError:

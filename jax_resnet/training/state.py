@@ -24,8 +24,7 @@ class TrainState:
     batch_stats: Any  # running mean and var, in the same places
     opt_state: Any
     ema: Any = field(default_factory=dict)  # running average of `weights`, {} where none is kept
-    # row: int32, updates skipped since the last that was not; with a rule for spikes also loss, float32, the running
-    # mean, and losses, int32, of how many. {} where there is no guard
+    # row: int32, updates skipped since the last that was not. {} where there is no guard
     guard: Any = field(default_factory=dict)
 
     @property
@@ -46,7 +45,8 @@ def to_fields(state: TrainState) -> dict[str, Any]:
 def from_fields(fields: Mapping[str, Any], like: TrainState) -> TrainState:
     """Make the state of restored fields, with a guard like that of the abstract state `like`.
 
-    A run may go on with another guard: what was not saved of it begins at 0.
+    A run may go on with or without a guard: what was not saved of it begins at 0, and what earlier versions saved of it
+    besides is left out.
     """
     saved = fields.get("guard", {})
     zeros = {name: np.zeros(x.shape, x.dtype) for name, x in like.guard.items() if name not in saved}
@@ -72,17 +72,13 @@ def make_state(
     seed: int,
     sharding: Sharding,
     *,
-    spread: Callable[[tuple[int, ...]], Sharding] | None = None,
     ema: bool = False,
     guard: bool = False,
-    loss_spike: bool = False,
 ) -> tuple[nnx.GraphDef, TrainState, Callable[[], TrainState]]:
-    """The model's graph, the abstract state (shapes with shardings), and what makes the state on the devices.
+    """Return the model's graph, the abstract state (shapes with shardings), and what makes the state on the devices.
 
-    With `ema` the state has a running average, at first a copy of the weights, with `guard` what that keeps, and with
-    `loss_spike` too what the rule for spikes does. `spread` gives other shardings, by shape, to what the update alone
-    needs: the optimizer's state and the average. Nothing is computed here: a restored run never makes the parameters it
-    would throw away.
+    With `ema` the state has a running average, at first a copy of the weights, and with `guard` what that keeps.
+    Nothing is computed here: a restored run never makes the parameters it would throw away.
     """
     graphs: list[nnx.GraphDef] = []
 
@@ -95,22 +91,17 @@ def make_state(
         pure = nnx.to_pure_dict(params)
         state = TrainState(jnp.zeros((), jnp.int32), pure, nnx.to_pure_dict(stats), optimizer.init(pure))
         count = {"row": jnp.zeros((), jnp.int32)} if guard else {}
-        mean = {"loss": jnp.zeros(()), "losses": jnp.zeros((), jnp.int32)} if guard and loss_spike else {}
-        return replace(state, ema=state.weights if ema else {}, guard=count | mean)
+        return replace(state, ema=state.weights if ema else {}, guard=count)
 
     shapes = jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(seed)))
-    shardings: TrainState = jax.tree.map(lambda _: sharding, shapes)
-    if spread:
-        opt_state, averages = jax.tree.map(lambda x: spread(x.shape), (shapes.opt_state, shapes.ema))
-        shardings = replace(shardings, opt_state=opt_state, ema=averages)
 
     def fresh() -> TrainState:
         device: Any = next(iter(sharding.device_set))
         # It runs once: for a CPU it is compiled in half the time, to the same numbers.
         quickly = {"xla_backend_optimization_level": "1"} if device.platform == "cpu" else None
-        return jax.jit(lambda: init(jax.random.key(seed)), out_shardings=shardings, compiler_options=quickly)()
+        return jax.jit(lambda: init(jax.random.key(seed)), out_shardings=sharding, compiler_options=quickly)()
 
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
     return graphs[0], abstract, fresh
 
 

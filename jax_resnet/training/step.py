@@ -16,12 +16,10 @@ from jax_resnet.data.inputs import Draws, Inputs
 from jax_resnet.training.distill import Teacher
 from jax_resnet.training.losses import distillation
 from jax_resnet.training.metrics import Sums
-from jax_resnet.training.optimizers import at_step
 from jax_resnet.training.state import TrainState, all_finite
 from jax_resnet.training.tasks import Task
 
 Batch = dict[str, jax.Array]
-MEAN_OF = 100  # losses in the running mean: as many are waited for before it tells spikes; then it decays by 0.99
 STEPS = 2**32 - 1  # folded into the seed's key: the parameters are drawn from the same key, with counts from 0
 
 
@@ -36,34 +34,32 @@ class Problem:
 
 def make_train_step(
     problem: Problem,
-    optimizer: optax.GradientTransformation,
+    optimizer_at: Callable[[jax.Array], optax.GradientTransformation],
     config: ConfigDict,
     *,
-    mix_stop: int | None = None,
+    parts: NamedSharding,
     ema_start: int = 0,
     teacher: Teacher | None = None,
-    parts: NamedSharding | None = None,
 ) -> Callable[..., tuple[TrainState, Sums]]:
     """Return the update: (state, batch) → (new state, sums over the batch).
 
     A batch holds the arrays of the dataset's element_spec, [N, …] each; with a `teacher` its weights are a third
-    argument. `ema_start` is the step until which the average is a copy; the rest is as in `make_gradients`.
+    argument. `optimizer_at` gives the optimizer with the learning rate of an update, counted from 0. `ema_start` is the
+    step until which the average is a copy; the rest is as in `make_gradients`.
 
     Where the state has a guard, an update whose loss or gradients, before clipping, are not finite is skipped: of the
-    state only step and guard change. So are those whose loss is more than `config.guard.loss_spike` times the running
-    mean of the losses before it, once there are MEAN_OF, and all after `config.guard.max_skipped` in a row. The sums
-    then also have skipped, int32 0 or 1, and skipped_loss, float32, the mean loss of what was; all others are 0.
+    state only step and guard change. So are all after `config.guard.max_skipped` in a row. The sums then also have
+    skipped, int32 0 or 1, and skipped_loss, float32, the mean loss of what was; all others are 0.
     """
-    c, gradients = config, make_gradients(problem, config, mix_stop=mix_stop, teacher=teacher, parts=parts)
+    c, gradients = config, make_gradients(problem, config, teacher=teacher, parts=parts)
 
     def train_step(state: TrainState, batch: Batch, *teacher_weights: Any) -> tuple[TrainState, Sums]:
         grads, batch_stats, sums = gradients(state, batch, *teacher_weights)
-        opt_state = at_step(state.opt_state, state.step) if state.guard else state.opt_state
-        updates, opt_state = optimizer.update(grads, opt_state, state.params)
+        updates, opt_state = optimizer_at(state.step).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         new = replace(state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
         new = replace(new, ema=_averaged(new, c.ema, ema_start)) if c.ema.decay else new
-        return _guarded(state, new, grads, sums, c.guard) if state.guard else (new, sums)
+        return _guarded(state, new, grads, sums, c.guard.max_skipped) if state.guard else (new, sums)
 
     return train_step
 
@@ -72,23 +68,22 @@ def make_gradients(
     problem: Problem,
     config: ConfigDict,
     *,
-    mix_stop: int | None = None,
+    parts: NamedSharding,
     teacher: Teacher | None = None,
-    parts: NamedSharding | None = None,
 ) -> Callable[..., tuple[Any, Any, Sums]]:
     """Return what an update is made of: (state, batch) → gradients, the new batch statistics, sums over the batch.
 
-    With a `teacher` its weights are a third argument. `mix_stop` is the step from which examples are not mixed (None:
-    they are to the end), `parts` the sharding of arrays [config.accumulate, N / config.accumulate, …].
+    With a `teacher` its weights are a third argument. `parts` is the sharding of arrays [config.accumulate,
+    N / config.accumulate, …].
 
     The parts of the network in `config.freeze` normalise by their running statistics and leave them as they are.
-    All randomness comes from (seed, state.step) and the row in the global batch; that of dropout, drop_path and
-    drop_block from the part and the row in it.
+    All randomness comes from (seed, state.step) and the row in the global batch; that of dropout and drop_path from the
+    part and the row in it.
     """
     c, inputs, task = config, problem.inputs, problem.task
 
     def of_batch(state: TrainState, batch: Batch, *teacher_weights: Any) -> tuple[Any, Any, Sums]:
-        rows, shared, dropout_key = _drawn(batch, state.step, inputs, c.seed, mix_stop)
+        rows, shared, dropout_key = _drawn(batch, state.step, inputs, c.seed)
 
         def loss(params: Any, rows: Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Sums]]:
             augmented = inputs.augment(rows, shared)
@@ -119,14 +114,11 @@ def make_gradients(
     return of_batch
 
 
-def _drawn(
-    batch: Batch, step: jax.Array, inputs: Inputs, seed: int, mix_stop: int | None
-) -> tuple[Batch, Draws, jax.Array]:
+def _drawn(batch: Batch, step: jax.Array, inputs: Inputs, seed: int) -> tuple[Batch, Draws, jax.Array]:
     """Return the batch with the draws about each of its rows, those about all of them, and a key for dropout."""
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STEPS), step)
     augment_key, dropout_key = jax.random.split(key)
-    mixing = None if mix_stop is None else step < mix_stop
-    rows, shared = inputs.draw(augment_key, batch, mixing)
+    rows, shared = inputs.draw(augment_key, batch)
     return rows | batch, shared, dropout_key
 
 
@@ -143,18 +135,17 @@ def _accumulated(
     rows: Batch,
     key: jax.Array,
     count: int,
-    sharding: NamedSharding | None,
+    sharding: NamedSharding,
 ) -> tuple[Any, tuple[Any, Sums]]:
-    """What `grad` gives of the whole batch, from `count` parts of consecutive rows, one after another.
+    """Compute what `grad` gives of all of a batch, from `count` parts of consecutive rows, one after another.
 
     Each part begins with the same batch statistics: the mean of what they become is what the whole batch, whose groups
     are as large or smaller, makes of them.
     """
 
     def split(x: jax.Array) -> jax.Array:
-        x = x.reshape(count, -1, *x.shape[1:])
-        # Each part over all devices; consecutive rows lie on one device, so they are sent, as uint8.
-        return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+        # Each part lies over all devices; consecutive rows lie on one device, so they are sent, as uint8.
+        return jax.lax.with_sharding_constraint(x.reshape(count, -1, *x.shape[1:]), sharding)
 
     def add(total: Any, part: tuple[jax.Array, Batch]) -> tuple[Any, None]:
         number, some = part
@@ -169,9 +160,9 @@ def _accumulated(
     return grads, (stats, sums)
 
 
-def _on_cpu(sharding: NamedSharding | None) -> bool:
-    """Whether the step is for CPUs, whatever the machine is that it is compiled on."""
-    return (jax.default_backend() if sharding is None else sharding.mesh.devices.flat[0].platform) == "cpu"
+def _on_cpu(sharding: NamedSharding) -> bool:
+    """Tell whether the step is for CPUs, whatever the machine is that it is compiled on."""
+    return sharding.mesh.devices.flat[0].platform == "cpu"
 
 
 def _sharpness_aware(
@@ -206,17 +197,11 @@ def _averaged(new: TrainState, c: ConfigDict, start: int) -> Any:
     return jax.tree.map(lambda a, b: decay * a + (1 - decay) * b, new.ema, new.weights)
 
 
-def _guarded(old: TrainState, new: TrainState, grads: Any, sums: Sums, c: ConfigDict) -> tuple[TrainState, Sums]:
-    """`new` and `sums`, or where the update is to be skipped `old`, a step on, and sums that leave it out."""
+def _guarded(old: TrainState, new: TrainState, grads: Any, sums: Sums, max_skipped: int) -> tuple[TrainState, Sums]:
+    """Return `new` and `sums`, or where the update is to be skipped `old`, a step on, and sums that leave it out."""
     loss, row = sums["loss"] / sums["examples"], old.guard["row"]
-    taken = jnp.isfinite(loss) & (row < c.max_skipped) & all_finite(grads)
-    mean = {}
-    if c.loss_spike:
-        before, losses = old.guard["loss"], old.guard["losses"]
-        taken &= (losses < MEAN_OF) | (loss <= c.loss_spike * before)
-        after = before + (loss - before) / jnp.minimum(losses + 1, MEAN_OF)
-        mean = {"loss": jnp.where(taken, after, before), "losses": losses + taken}
-    guard = mean | {"row": jnp.where(taken, 0, row + 1)}
+    taken = jnp.isfinite(loss) & (row < max_skipped) & all_finite(grads)
+    guard = {"row": jnp.where(taken, 0, row + 1)}
     state = jax.tree.map(partial(jnp.where, taken), replace(new, guard={}), replace(old, step=new.step, guard={}))
     sums = {name: jnp.where(taken, value, 0) for name, value in sums.items()}
     skipped = {"skipped": 1 - taken.astype(jnp.int32), "skipped_loss": jnp.where(taken, 0.0, loss)}

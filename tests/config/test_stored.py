@@ -4,23 +4,27 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from ml_collections import ConfigDict
-from workdirs import assert_bit_identical
+from workdirs import assert_bit_identical, restored
 
 from jax_resnet.commands.average import average
 from jax_resnet.config import default, differences, from_json, stored, to_json, validate
 from jax_resnet.config.keys import RENAMED, leaves
 from jax_resnet.errors import UserError
 from jax_resnet.inference.safetensors import export
-from jax_resnet.runs import record as records
 from jax_resnet.runs.checkpoint import Checkpoints
-from jax_resnet.runs.workdir import read_config
+from jax_resnet.runs.record import _digest_of_record
+from jax_resnet.runs.retention import Keep
+from jax_resnet.runs.workdir import read_config, write_json
 from jax_resnet.training.evaluate import evaluate_checkpoint
+from jax_resnet.training.experiment import build
 from jax_resnet.training.loop import train
 from jax_resnet.training.pretrained import read_weights
+from jax_resnet.training.state import to_fields
 
 VERSION_1 = Path(__file__).parents[1] / "data" / "config_version1.json"  # written by the last commit that wrote them
 
@@ -98,6 +102,27 @@ def test_dropped_keys_may_have_their_defaults_alone(monkeypatch: pytest.MonkeyPa
     assert "old" not in str(e.value).partition(":")[0]
 
 
+def with_dropped(config: ConfigDict, **changed: Any) -> dict[str, Any]:
+    """Return `config` as version 2 stored it when it had the dropped keys, at their defaults but for those changed."""
+    values = to_json(config)
+    for key, value in (stored.DROPPED | changed).items():
+        group, _, name = key.rpartition(".")
+        (values[group] if group else values)[name] = value
+    return values
+
+
+@pytest.mark.parametrize("key", stored.DROPPED)
+def test_each_dropped_key_is_read_at_its_default_and_named_at_another_value(key: str) -> None:
+    assert key not in dict(leaves(default()))
+    before = dict(leaves(ConfigDict(version_1())))  # which has all of them
+    assert before[key] == stored.DROPPED[key]
+    assert from_json(with_dropped(default())) == default()
+    changed = {"auto": "float32", False: True}.get(before[key], 0.5)
+    with pytest.raises(UserError, match=rf"^config\.{key}={changed}: this version of jax_resnet no longer has") as e:
+        from_json(with_dropped(default(), **{key: changed}))
+    assert "\n" not in str(e.value)
+
+
 # ---- a workdir -------------------------------------------------------------------------------------------------------
 
 
@@ -107,10 +132,30 @@ def age(workdir: Path, values: dict[str, Any]) -> None:
     with Checkpoints(workdir) as checkpoints:
         for step in checkpoints.steps():
             record = checkpoints.record(step) | {"config": values}
-            record["sha256"] = records._digest_of_record(record)
+            record["sha256"] = _digest_of_record(record)
             file = workdir / "checkpoints" / str(step) / "record" / "metadata"
             assert file.exists()
             file.write_text(json.dumps(record))
+
+
+def test_a_guard_that_kept_the_mean_of_losses_is_restored(tmp_path: Path, tiny_config: ConfigDict) -> None:
+    """Earlier versions saved that too, where guard.loss_spike was on: a run goes on, and is evaluated, without it."""
+    tiny_config.stop_after_steps = 8
+    train(tiny_config, tmp_path / "new")
+    mean = {"loss": jnp.float32(1.5), "losses": jnp.int32(8)}
+    experiment = build(tiny_config)
+    with Checkpoints(tmp_path / "new") as new:
+        fields = to_fields(restored(new, 8, experiment))
+    (tmp_path / "old").mkdir()
+    with Checkpoints(tmp_path / "old", Keep()) as old:
+        old.save(8, fields | {"guard": fields["guard"] | mean}, with_dropped(experiment.config))
+    write_json(tmp_path / "old" / "config.json", with_dropped(experiment.config))
+    evaluated = [evaluate_checkpoint(tmp_path / name, which="8")["splits"] for name in ("new", "old")]
+    assert evaluated[0] == evaluated[1]
+    tiny_config.stop_after_steps = None
+    for name in ("new", "old"):
+        train(tiny_config, tmp_path / name)
+    assert_bit_identical(tmp_path / "old", tmp_path / "new")
 
 
 @pytest.mark.slow

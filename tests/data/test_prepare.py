@@ -18,6 +18,7 @@ import numpy as np
 import programs
 import pytest
 import simplejpeg
+import squares
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from conftest import ROOT
@@ -183,15 +184,16 @@ def test_class_folders_alone_become_one_split_that_can_be_cut(tmp_path, monkeypa
 
 
 def test_a_tfds_dataset_is_written_as_it_is(tmp_path, monkeypatch):
-    open_dataset(config(tmp_path, name="digits", channels=1, data_dir=str(tmp_path / "tfds")))
-    here(monkeypatch, "tfds:digits", tmp_path / "to", f"--data_dir={tmp_path / 'tfds'}")
+    squares.prepare(tmp_path / "tfds")
+    here(monkeypatch, "tfds:squares", tmp_path / "to", f"--data_dir={tmp_path / 'tfds'}")
     ours = open_dataset(config(tmp_path / "to", channels=1, size=None))
-    theirs = open_dataset(config(tmp_path, name="digits", channels=1, size=None, data_dir=str(tmp_path / "tfds")))
+    theirs = open_dataset(config(tmp_path, name="squares", channels=1, size=None, data_dir=str(tmp_path / "tfds")))
     for a, b in ((ours.train, theirs.train), (ours.eval, theirs.eval)):
         for x, y in zip(*(split.read(np.arange(len(split)), None).arrays.values() for split in (a, b)), strict=True):
             np.testing.assert_array_equal(x, y)
     assert "not prepared in" in refusal(monkeypatch, "tfds:cifar10", tmp_path / "no", f"--data_dir={tmp_path}")
-    assert refusal(monkeypatch, "tfds:digitz", tmp_path / "no").startswith("tfds:digitz: unknown dataset")
+    assert refusal(monkeypatch, "tfds:squarez", tmp_path / "no").startswith("tfds:squarez: unknown dataset")
+    assert "nothing need be prepared" in refusal(monkeypatch, "tfds:digits", tmp_path / "no")
 
 
 class HalfLabelled(tfds.core.GeneratorBasedBuilder):

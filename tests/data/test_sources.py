@@ -1,5 +1,6 @@
 """Datasets by name: what is read, and the one line that says what is wrong."""
 
+import hashlib
 import io
 import json
 import os
@@ -11,11 +12,11 @@ import cv2
 import numpy as np
 import programs
 import pytest
+import squares
 import tiny
 from conftest import ROOT
 from ml_collections import ConfigDict
 
-from jax_resnet.data import tfds as tfds_source
 from jax_resnet.data.dataset import Dataset, Rows
 from jax_resnet.data.image.pixels import Pixels
 from jax_resnet.data.image.split import EncodedSplit
@@ -60,25 +61,17 @@ def values(split: Split) -> list[tuple[int, int]]:
 # ---- digits ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which digits has been prepared."""
-    folder = tmp_path_factory.mktemp("tfds")
-    open_dataset(data_config("digits", data_dir=str(folder), channels=1))
-    return folder
-
-
 def sorted_records(images: np.ndarray, labels: np.ndarray) -> list[tuple[int, bytes]]:
     return sorted((int(label), image.tobytes()) for image, label in zip(images, labels, strict=True))
 
 
-def test_digits_are_those_of_scikit_learn_split_by_class(digits_dir):
+def test_digits_are_those_of_scikit_learn_split_by_class():
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     x, y = load_digits(return_X_y=True)
     x_train, x_test, y_train, y_test = train_test_split(x, y, test_size=0.2, stratify=y, random_state=0)
-    dataset = open_dataset(data_config("digits", data_dir=str(digits_dir), channels=1))
+    dataset = open_dataset(data_config("digits", channels=1))
     assert (len(dataset.train), len(dataset.eval), dataset.num_classes) == (1437, 360, 10)
     assert (dataset.train.name, dataset.eval.name) == ("train", "test")
     assert dataset.class_names == tuple("0123456789")
@@ -87,47 +80,72 @@ def test_digits_are_those_of_scikit_learn_split_by_class(digits_dir):
         assert sorted_records(*read_all(split)) == sorted_records(expected, labels)
 
 
-def test_digits_with_three_channels_are_grey(digits_dir):
-    grey, _ = read_all(open_dataset(data_config("digits", data_dir=str(digits_dir), channels=1)).eval)
-    colour, _ = read_all(open_dataset(data_config("digits", data_dir=str(digits_dir), channels=3)).eval)
+def test_digits_come_in_the_order_that_tfds_gave_them():
+    """Bit for bit: the digests are of the records that were read while a TFDS builder prepared them."""
+    dataset = open_dataset(data_config("digits", channels=1))
+    digests = [
+        hashlib.sha256(array.tobytes()).hexdigest() for array in read_all(dataset.train) + read_all(dataset.eval)
+    ]
+    assert digests == [
+        "e1947ef3351095c681ee1287488fa21cf265092e77dd91ff504bcd9a27beaec3",
+        "4eee1d414dba37598106ec3f393325992c48f28c3c855c0b3291ce569486be4a",
+        "2a975554829df2b0ec348d8987eaa084ef3087cda66eee0ec8392f4b4189a4b1",
+        "9e7b7083b35486ccc9c1827a61fd6fbb2e079bef6b9fee8e622c9dc02c5e5b0d",
+    ]
+
+
+def test_digits_with_three_channels_are_grey():
+    grey, _ = read_all(open_dataset(data_config("digits", channels=1)).eval)
+    colour, _ = read_all(open_dataset(data_config("digits", channels=3)).eval)
     np.testing.assert_array_equal(colour, grey.repeat(3, axis=-1))
 
 
-def test_digits_are_resized_to_the_image_size(digits_dir):
-    dataset = open_dataset(data_config("digits", data_dir=str(digits_dir), channels=1, size=16))
-    small, _ = read_all(open_dataset(data_config("digits", data_dir=str(digits_dir), channels=1)).eval)
+def test_digits_are_resized_to_the_image_size():
+    dataset = open_dataset(data_config("digits", channels=1, size=16))
+    small, _ = read_all(open_dataset(data_config("digits", channels=1)).eval)
     large, _ = read_all(dataset.eval)
     assert dataset.train.shape() == (16, 16, 1)
     means = large.reshape(360, 8, 2, 8, 2).mean((2, 4))
     assert np.corrcoef(means.ravel(), small.ravel())[0, 1] > 0.95
 
 
-def test_opening_digits_imports_neither_tensorflow_nor_torch(tmp_path):
-    for name in ("tensorflow", "torch"):  # importable, so that an attempt shows even where they are not installed
-        (tmp_path / "trap" / name).mkdir(parents=True)
-        (tmp_path / "trap" / name / "__init__.py").write_text(f"print('imported', {name!r}); raise ImportError")
+# ---- TFDS ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def squares_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the TFDS dataset of tests/squares.py."""
+    return squares.prepare(tmp_path_factory.mktemp("tfds"))
+
+
+def test_dataset_of_images_of_one_size_is_in_memory(squares_dir):
+    dataset = open_dataset(data_config(f"prepared:{squares_dir}", channels=1))
+    assert dataset.train.source == dataset.eval.source == "memory"
+    for split in (dataset.train, dataset.eval):
+        assert sorted_records(*read_all(split)) == sorted_records(*squares.arrays(split.name))
+
+
+@pytest.mark.parametrize("name", ["digits", "prepared"])
+def test_opening_a_dataset_imports_neither_tensorflow_nor_torch(squares_dir, tmp_path, name):
+    for package in ("tensorflow", "torch"):  # importable, so that an attempt shows even where they are not installed
+        (tmp_path / "trap" / package).mkdir(parents=True)
+        (tmp_path / "trap" / package / "__init__.py").write_text(f"print('imported', {package!r}); raise ImportError")
     code = (
         "import sys\n"
         "from jax_resnet.config import default\n"
         "from jax_resnet.data.sources import open_dataset\n"
         "c = default().data\n"
-        f"c.name, c.image.channels, c.data_dir = 'digits', 1, {str(tmp_path / 'tfds')!r}\n"
+        f"c.name, c.image.channels = {name if name == 'digits' else f'prepared:{squares_dir}'!r}, 1\n"
         "dataset = open_dataset(c)\n"
         "print(len(dataset.train), sorted({'tensorflow', 'torch'} & set(sys.modules)))\n"
     )
-    env = os.environ | {"PYTHONPATH": f"{tmp_path / 'trap'}{os.pathsep}{ROOT}", "JAX_PLATFORMS": "cpu"}
+    (tmp_path / "home").mkdir()
+    env = os.environ | {"PYTHONPATH": f"{tmp_path / 'trap'}{os.pathsep}{ROOT}", "JAX_PLATFORMS": "cpu",
+                        "HOME": str(tmp_path / "home")}  # fmt: skip
     done = programs.run([sys.executable, "-c", code], env=env)
-    assert (done.returncode, done.stdout.splitlines()) == (0, ["1437 []"]), done.stderr
-
-
-def test_digits_that_cannot_be_written_name_the_folder(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    text = refusal(data_config("digits", data_dir=str(tmp_path / "file")))
-    assert text.startswith(f"digits: cannot be prepared in {tmp_path / 'file'} (")
-    assert "--config.data.data_dir=" in text
-
-
-# ---- TFDS ------------------------------------------------------------------------------------------------------------
+    count = 1437 if name == "digits" else 150
+    assert (done.returncode, done.stdout.splitlines()) == (0, [f"{count} []"]), done.stderr
+    assert not list((tmp_path / "home").glob("tensorflow_datasets"))
 
 
 def test_unknown_dataset_gets_the_nearest_names():
@@ -150,44 +168,34 @@ def test_without_data_dir_the_command_names_none(tmp_path, monkeypatch):
     assert text.endswith("tfds build cifar10 --file_format=array_record")
 
 
-def copy_digits_as_tfrecord(digits_dir: Path, to: Path) -> Path:
-    """The folder of a copy of digits whose facts say that its files are TFRecords."""
-    version = to / "digits" / "1.0.0"
+def copy_as_tfrecord(squares_dir: Path, to: Path) -> Path:
+    """The folder of a copy of the squares whose facts say that its files are TFRecords."""
+    version = to / "squares" / "1.0.0"
     version.mkdir(parents=True)
-    for file in (digits_dir / "digits" / "1.0.0").glob("*.json"):
+    for file in squares_dir.glob("*.json"):
         (version / file.name).write_text(file.read_text())
     info = json.loads((version / "dataset_info.json").read_text())
     (version / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
     return version
 
 
-def test_dataset_without_random_access_gets_the_command_that_converts_it(digits_dir, tmp_path):
-
-    version = copy_digits_as_tfrecord(digits_dir, tmp_path)
-    with pytest.raises(UserError) as e:
-        tfds_source._tfds_builder("digits", str(tmp_path))
-    text = str(e.value)
-    assert "\n" not in text
-    assert text.startswith("config.data.name=digits: prepared as tfrecord, which has no random access")
+def test_dataset_without_random_access_gets_the_command_that_converts_it(squares_dir, tmp_path):
+    version = copy_as_tfrecord(squares_dir, tmp_path)
+    text = refusal(data_config("squares", data_dir=str(tmp_path)))
+    assert text.startswith("config.data.name=squares: prepared as tfrecord, which has no random access")
     assert f"tfds convert_format --dataset_version_dir={version}" in text
     assert "--out_file_format=array_record" in text
 
 
-def test_dataset_converted_in_place_is_read(digits_dir, tmp_path):
+def test_dataset_converted_in_place_is_read(squares_dir, tmp_path):
     """As `tfds convert_format` leaves it: ArrayRecord files beside the others, named only among the alternatives."""
-
-    version = copy_digits_as_tfrecord(digits_dir, tmp_path)
+    version = copy_as_tfrecord(squares_dir, tmp_path)
     info = json.loads((version / "dataset_info.json").read_text())
     (version / "dataset_info.json").write_text(json.dumps(info | {"alternativeFileFormats": ["array_record"]}))
-    for file in (digits_dir / "digits" / "1.0.0").glob("*array_record*"):
+    for file in squares_dir.glob("*array_record*"):
         (version / file.name).write_bytes(file.read_bytes())
-    builder = tfds_source._tfds_builder("digits", str(tmp_path))
-    assert len(builder.as_data_source(split="train")) == 1437
-
-
-def test_digits_prepared_in_a_format_without_random_access_are_refused(digits_dir, tmp_path):
-    copy_digits_as_tfrecord(digits_dir, tmp_path)
-    assert "TFRECORD" in refusal(data_config("digits", data_dir=str(tmp_path), channels=1))
+    dataset = open_dataset(data_config("squares", data_dir=str(tmp_path), channels=1))
+    assert sorted_records(*read_all(dataset.train)) == sorted_records(*squares.arrays("train"))
 
 
 def test_unknown_version_of_a_dataset_is_refused(tmp_path):
@@ -195,28 +203,29 @@ def test_unknown_version_of_a_dataset_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("key", "value", "near"), [("train_split", "trian", "train"), ("eval_split", "tset", "test")])
-def test_unknown_split_gets_the_nearest_name(digits_dir, key, value, near):
-    text = refusal(data_config("digits", data_dir=str(digits_dir), channels=1, **{key: value}))
+def test_unknown_split_gets_the_nearest_name(squares_dir, key, value, near):
+    text = refusal(data_config(f"prepared:{squares_dir}", channels=1, **{key: value}))
     assert f"no split {value!r}; did you mean {near}?" in text
 
 
-def test_a_part_of_a_split_can_be_named(digits_dir):
-    c = data_config("digits", data_dir=str(digits_dir), channels=1, train_split="train[:100]", eval_split="train[100:]")
+def test_a_part_of_a_split_can_be_named(squares_dir):
+    name = f"prepared:{squares_dir}"
+    c = data_config(name, channels=1, train_split="train[:100]", eval_split="train[100:]")
     dataset = open_dataset(c)
-    assert (len(dataset.train), len(dataset.eval)) == (100, 1337)
-    whole = open_dataset(data_config("digits", data_dir=str(digits_dir), channels=1)).train
+    assert (len(dataset.train), len(dataset.eval)) == (100, 50)
+    whole = open_dataset(data_config(name, channels=1)).train
     both = [np.concatenate(parts) for parts in zip(read_all(dataset.train), read_all(dataset.eval), strict=True)]
     assert sorted_records(*both) == sorted_records(*read_all(whole))
 
 
-def test_damaged_files_are_named(digits_dir, tmp_path):
-    version = tmp_path / "digits" / "1.0.0"
+def test_damaged_files_are_named(squares_dir, tmp_path):
+    version = tmp_path / "squares" / "1.0.0"
     version.mkdir(parents=True)
-    for file in (digits_dir / "digits" / "1.0.0").iterdir():
+    for file in squares_dir.iterdir():
         content = file.read_bytes()
         (version / file.name).write_bytes(content[: len(content) // 2] if "array_record" in file.name else content)
-    text = refusal(data_config("digits", data_dir=str(tmp_path), channels=1))
-    assert f"{version}/digits-train.array_record-" in text
+    text = refusal(data_config("squares", data_dir=str(tmp_path), channels=1))
+    assert f"{version}/squares-train.array_record-" in text
     assert "prepare" in text
 
 
@@ -623,8 +632,10 @@ def test_images_in_memory_resized_to_less_than_a_crop_are_refused(tmp_path):
     assert text.endswith("for config.data.image.crop=scaled")
 
 
-def test_splits_that_would_be_ignored_are_refused(digits_dir, tmp_path):
+def test_splits_that_would_be_ignored_are_refused(tmp_path):
     npz = write_npz(tmp_path)
-    assert "only a folder is split" in refusal(data_config("digits", data_dir=str(digits_dir), channels=1, holdout=0.2))
+    assert "only a folder is split" in refusal(data_config("digits", channels=1, holdout=0.2))
     assert "only a folder is split" in refusal(data_config(f"npz:{npz}", holdout=0.2))
-    assert "train and test, and no others" in refusal(data_config(f"npz:{npz}", eval_split="validation"))
+    for name in (npz, "digits"):
+        expected = f"config.data.train_split and eval_split: {name} has train and test, and no others"
+        assert refusal(data_config(name, eval_split="validation")) == expected

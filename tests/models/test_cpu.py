@@ -15,6 +15,7 @@ from jax_resnet.models.layers import conv, max_pool
 from jax_resnet.models.zoo import create_model
 from jax_resnet.runtime.mesh import mesh_over
 
+ONE = mesh_over(jax.devices()[:1])
 NHWC = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 
 
@@ -120,9 +121,9 @@ def test_dilated_ones_are_left_to_xla() -> None:
 def test_groups_and_bfloat16() -> None:
     x, grouped = jnp.ones((2, 2, 2, 8)), conv(8, 8, 3, groups=4, rngs=nnx.Rngs(0))
     expected = grouped(x)
-    assert convolutions(for_cpu(grouped), x) == 1
+    assert convolutions(for_cpu(grouped, ONE), x) == 1
     np.testing.assert_array_equal(grouped(x), expected)
-    assert for_cpu(conv(8, 8, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))(x).dtype == jnp.bfloat16
+    assert for_cpu(conv(8, 8, 3, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), ONE)(x).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_networks_keep_their_logits(name: str, options: dict[str, Any]) -> None:
     x = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
     expected = jax.jit(lambda x: model(x))(x)
     before = convolutions(lambda x: model(x), x)
-    model = for_cpu(model)
+    model = for_cpu(model, ONE)
     assert convolutions(lambda x: model(x), x) <= before - 3
     assert "select_and_scatter" not in str(jax.make_jaxpr(jax.grad(lambda x: model(x).sum()))(x))  # of no maximum
     found = jax.jit(lambda x: model(x))(x)

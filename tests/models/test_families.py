@@ -12,6 +12,7 @@ from flax import nnx
 from jax_resnet.config import default
 from jax_resnet.data.image.device import ImageInputs
 from jax_resnet.models.zoo import create_model
+from jax_resnet.runtime.mesh import data_mesh, parts_sharding
 from jax_resnet.training.optimizers import parameter_kinds
 from jax_resnet.training.state import TrainState
 from jax_resnet.training.step import Problem, make_train_step
@@ -101,7 +102,7 @@ def test_ten_steps_learn_ten_images(name, dtype):
     c = default()
     c.data.image.update(mean=(0.5,) * 3, std=(0.25,) * 3, flip=False)
     problem = Problem(graph, ImageInputs(c.data), OneLabel(c.loss, 10))
-    step = make_train_step(problem, optimizer, c)
+    step = make_train_step(problem, lambda step: optimizer, c, parts=parts_sharding(data_mesh()))
     step = jax.jit(step, compiler_options=UNOPTIMISED)
     state, losses = TrainState(jnp.int32(0), params, statistics, jax.jit(optimizer.init)(params)), []
     for _ in range(10):

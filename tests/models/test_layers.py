@@ -9,7 +9,6 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.testing import assert_allclose, assert_array_equal
 
 from jax_resnet.models.layers import (
-    DropBlock,
     DropPath,
     EfficientChannelAttention,
     SqueezeExcite,
@@ -351,31 +350,6 @@ def test_drop_path_is_a_function_of_the_key():
     assert_array_equal(draw(64, jax.random.key(1)), draw(64, jax.random.key(1)))
     assert (draw(64, jax.random.key(1)) != draw(64, jax.random.key(2))).any()
     assert_array_equal(DropPath(0.9, 1)(64, jax.random.key(1)), np.ones((1, 64, 1, 1, 1)))  # an only block is the first
-
-
-@pytest.mark.parametrize(
-    ("h", "w", "side", "seen_by"),  # of each pixel: how many places of a square along h, and along w, hold it
-    [
-        (9, 8, 7, ([1, 2, 3, 3, 3, 3, 3, 2, 1], [1, 2, 2, 2, 2, 2, 2, 1])),
-        (7, 7, 7, ([1] * 7, [1] * 7)),
-        (2, 4, 2, ([1, 1], [1, 2, 2, 1])),
-        (1, 1, 1, ([1], [1])),
-    ],
-)
-def test_drop_block_drops_squares_by_the_rate_of_the_paper(h, w, side, seen_by):
-    n, c, rate = 2000, 3, 0.3
-    scale = f64(jax.jit(DropBlock(rate), static_argnums=0)((n, h, w, c), jax.random.key(0)))
-    kept = scale > 0
-    gamma = rate / side**2 * h * w / ((h - side + 1) * (w - side + 1))
-    expected = (1 - gamma) ** np.outer(*seen_by)  # no square begins where it would hold the pixel
-    assert_allclose(kept.mean((0, 3)), expected, atol=5 * (0.25 / (n * c)) ** 0.5)
-    whole = sliding_window_view(~kept, (side, side), (1, 2)).all((-2, -1))  # a square may lie here
-    squares = windows_of(np.pad(whole, ((0, 0), *((side - 1, side - 1),) * 2, (0, 0))), side, (0, 0), False, 1)
-    assert_array_equal(squares.any((-2, -1)), ~kept)  # nothing is dropped but whole squares
-    share = kept.mean((1, 2, 3), keepdims=True)
-    assert_allclose(scale, kept / np.where(share, share, 1), rtol=1e-5)
-    likeness = np.corrcoef(kept[:, h // 2, w // 2].T) - np.eye(c)
-    assert np.abs(likeness).max() < 0.12  # each channel draws for itself
 
 
 def windows_of(x, size, pad, value, stride=2):

@@ -106,7 +106,7 @@ def test_two_processes_train_as_one(tiny_npz: Path, tmp_path: Path) -> None:
 COLLECTIVES = """
 import sys
 import jax, jax.numpy as jnp, optax
-from jax_resnet.runtime.mesh import batch_sharding, data_mesh, replicated
+from jax_resnet.runtime.mesh import batch_sharding, data_mesh, parts_sharding, replicated
 from jax_resnet.config import default
 from jax_resnet.models.zoo import create_model
 from jax_resnet.training.state import make_state
@@ -122,7 +122,7 @@ graph, state, _ = make_state(make, optimizer, 0, whole)
 config = default()
 config.data.image.crop, config.loss.label_smoothing = "pad", 0.1
 problem = Problem(graph, ImageInputs(config.data), OneLabel(config.loss, 1000))
-step = make_train_step(problem, optimizer, config)
+step = make_train_step(problem, lambda step: optimizer, config, parts=parts_sharding(mesh))
 batch = {"image": jax.ShapeDtypeStruct((16, 64, 64, 3), jnp.uint8, sharding=rows),
          "label": jax.ShapeDtypeStruct((16,), jnp.int32, sharding=rows)}
 step = jax.jit(step, in_shardings=(whole, rows), out_shardings=whole, donate_argnums=0)

@@ -365,7 +365,7 @@ def test_rates_decay_by_layer(tiny_config: ConfigDict, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ({"drop_block": 0.1, "init": "fan_in", "head_std": 0.0, "head_prior": True}, "resnet50"),
+        ({"drop_path": 0.1, "init": "fan_in", "head_std": 0.0, "head_prior": True}, "resnet50"),
         ({"antialias": "blur"}, "resnetblur50"),
         ({"antialias": "blur_conv"}, None),
         ({"stem_pool": "blur_max"}, None),

@@ -159,12 +159,12 @@ def test_images_in_memory_come_at_the_size_that_is_asked_for(tiny_npz: Path, own
     split, indices = open_dataset(c).train, np.array([5, 0, 99])
     pixels = np.load(tiny_npz)["x_train"]
     for size in (6, 12, 15, None):
-        images, labels = split.read(indices, None, size).arrays.values()
+        arrays, _ = split.read(indices, None, size)
         side = size or own or 12
         area = cv2.INTER_AREA if side == 6 else cv2.INTER_LINEAR
         expected = [cv2.resize(pixels[i], (side, side), interpolation=area)[..., None] for i in indices]
-        np.testing.assert_array_equal(images, expected)
-        assert labels.tolist() == np.load(tiny_npz)["y_train"][indices].tolist()
+        np.testing.assert_array_equal(arrays["image"], expected)
+        assert arrays["label"].tolist() == np.load(tiny_npz)["y_train"][indices].tolist()
 
 
 @pytest.mark.parametrize("crop", ["random_resized", "pad"])

@@ -44,7 +44,7 @@ def assert_close(found: Any, expected: Any, **tolerance: float) -> None:
 def procedure(c: ConfigDict) -> ConfigDict:
     """Much of what a recipe may have, with batch norm over groups of 4, and a net that compiles fast."""
     c.model.update({"bn_group_size": 4, "depths": (1,), "widths": (16,), "zero_init_last": False})
-    c.data.update({"mixup": 0.2, "mix_until": 0.1})
+    c.data.mixup = 0.2
     c.data.image.update({"flip": True, "erase": 0.5, "cutmix": 1.0})
     c.optimizer.update({"clip_norm": 0.5, "sam_rho": 0.05})
     c.ema.update({"decay": 0.9, "every": 2})
@@ -209,7 +209,6 @@ def advance(_: ConfigDict, __: int) -> tuple[TrainState, Any]:
 WITHOUT_EFFECT = {  # what says how a thing is done, where it is not done
     "ema": {"every": 3, "ramp": True},
     "optimizer": {"sam_every": 3},
-    "data": {"mix_until": 0.5},
     "distill": {"temperature": 4.0, "alpha": 0.9},
 }
 WITH_EFFECT: list[tuple[str, str, Any]] = [
@@ -221,13 +220,11 @@ WITH_EFFECT: list[tuple[str, str, Any]] = [
     ("data.image", "erase", 0.5),
     ("data.image", "flip", True),
     ("model", "drop_path", 0.2),
-    ("model", "drop_block", 0.2),
     ("model", "dropout", 0.2),
     ("loss", "label_smoothing", 0.1),
     ("loss", "name", "bce"),
     ("optimizer", "clip_norm", 1.0),
     ("optimizer", "clip_value", 1.0),
-    ("optimizer", "clip_adaptive", 0.01),
     ("optimizer", "l1", 0.1),
 ]
 
@@ -251,9 +248,8 @@ def test_what_is_off_is_not_in_the_program(tiny_config: ConfigDict) -> None:
         assert program(tiny_config) != plain, key
         changed[key] = before
     assert program(tiny_config) == plain
-    guarded = [program(tiny_config) for tiny_config.guard.max_skipped, tiny_config.guard.loss_spike in
-               ((10, 0.0), (9, 0.0), (10, 3.0), (10, 2.0))]  # fmt: skip
-    assert len({plain, *guarded}) == 5
+    guarded = [program(tiny_config) for tiny_config.guard.max_skipped in (10, 9)]
+    assert len({plain, *guarded}) == 3
     leaves = jax.tree.leaves(build(tiny_config).network.abstract_state.params)
     for operation, more in (("is_finite", 2), ("abs", len(leaves))):  # of the loss and of sums; of each gradient
         checks = [text.count(f"stablehlo.{operation}") for text in (plain, guarded[0])]
@@ -268,12 +264,12 @@ def test_running_average_guard_and_teacher_take_no_place_where_there_is_none(tin
 
 
 def test_a_procedure_that_is_stopped_ends_as_one_that_is_not(tiny_config: ConfigDict, tmp_path: Path) -> None:
-    """Bit for bit: running average, steps uphill every third step, the end of mixing, residuals left out."""
+    """Bit for bit: running average, steps uphill every third step, residuals left out."""
     from jax_resnet.runs.checkpoint import Checkpoints
     from jax_resnet.training.loop import train
 
     c = procedure(tiny_config)
-    c.model.drop_path, c.optimizer.sam_every, c.data.mix_until, c.ema.ramp = 0.2, 3, 0.7, True
+    c.model.drop_path, c.optimizer.sam_every, c.ema.ramp = 0.2, 3, True
     results = [train(c, tmp_path / "whole")]
     c.stop_after_steps = 11
     train(c, tmp_path / "stopped")

@@ -26,9 +26,9 @@ class ImageInputs:
     data: ConfigDict  # config.data
     name: str = "image"
 
-    def draw(self, key: jax.Array, batch: Mapping[str, jax.Array], mixing: jax.Array | None) -> tuple[Draws, Draws]:
+    def draw(self, key: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Draws, Draws]:
         """See Inputs."""
-        return draw(key, batch[self.name].shape, self.data, mixing)
+        return draw(key, batch[self.name].shape, self.data)
 
     def augment(self, rows: Mapping[str, jax.Array], shared: Draws) -> jax.Array:
         """See Inputs."""
@@ -43,16 +43,13 @@ class ImageInputs:
         return inputs[:, :, ::-1]
 
 
-def draw(
-    key: jax.Array, shape: Sequence[int], data: ConfigDict, mixing: jax.Array | None = None
-) -> tuple[Draws, Draws]:
-    """All that is random about images [N, H, W, C] of that shape, as `config.data` says: what `augment` takes.
+def draw(key: jax.Array, shape: Sequence[int], data: ConfigDict) -> tuple[Draws, Draws]:
+    """Draw all that is random about images [N, H, W, C] of that shape, as `config.data` says: what `augment` takes.
 
     First for each row: "corner" int32 [N, 2] of what is kept of a padded image, "mirrored" bool [N] (with
     flip_alternate it is the host's, in the batch), "colour" float32 [N, C], "erased" int32 [N, 2, 2]: two corners.
     Then for the whole batch: "rows" and "columns" int32 that ColOut keeps; "weight" float32, a number for mixup and
     [H', W', 1] for CutMix, with which an image keeps itself, and "kept", its mean. Only what is asked for is there.
-    Where `mixing`, a bool, is False, images keep all of themselves; None: they are mixed.
     """
     n, height, width, _ = shape
     shift_key, flip_key, colour_key, erase_key, row_key, column_key, mix_key = jax.random.split(key, 7)
@@ -72,8 +69,7 @@ def draw(
         batch["columns"] = _draw_some(column_key, width, 1 - image.colout)
         height, width = batch["rows"].size, batch["columns"].size
     if data.mixup or image.cutmix:
-        drawn = _draw_weights(mix_key, height, width, data.mixup, image.cutmix)
-        batch |= {name: value if mixing is None else jnp.where(mixing, value, 1.0) for name, value in drawn.items()}
+        batch |= _draw_weights(mix_key, height, width, data.mixup, image.cutmix)
     return rows, batch
 
 
