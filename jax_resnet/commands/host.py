@@ -13,7 +13,7 @@ from jax_resnet.runtime.host import Host
 class CommandHost(Host):
     """A host that owns its process. Make one with `command_host`."""
 
-    joins_threads = False  # cli.leave ends the process whatever still compiles
+    joins_threads = False  # ending.leave ends the process, whatever still compiles
 
     def __init__(self, signals: Signals):
         self._signals, self._watchdog = signals, Watchdog(0)
@@ -34,7 +34,7 @@ class CommandHost(Host):
 
     @contextmanager
     def all_saved(self, text: str, wait: Callable[[], None]) -> Iterator[None]:
-        """See Host. A signal ends the process then though the main thread does not come back to Python."""
+        """See Host. Inside, a signal ends the process even while the main thread is in C++."""
 
         def leave(signum: int) -> NoReturn:
             wait()
@@ -58,7 +58,7 @@ def command_host() -> Iterator[CommandHost]:
     """Make this process the host of a training: with handlers of signals and of preemption, and one fate for a job."""
 
     def leave_at_once(signum: int) -> NoReturn:
-        end("stopped before the first step; the same command begins again", 128 + signum)
+        end("stopped before its first step; the same command starts or resumes the run", 128 + signum)
 
     with one_fate(), Signals(leave_at_once) as signals:
         notice.watch()

@@ -19,7 +19,7 @@ class Rows(NamedTuple):
     """Records that were read."""
 
     arrays: dict[str, np.ndarray]  # [rows, …] each, by the names of element_spec
-    broken: dict[int, tuple[str, str]]  # row → name and reason, of what could not be decoded; its arrays are 0
+    broken: dict[int, tuple[str, str]]  # row → name and reason, of what could not be decoded; its input is 0
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,20 @@ class Split(ABC):
 
     @abstractmethod
     def read(self, indices: np.ndarray, rngs: Rngs | None, size: int | None = None) -> Rows:
-        """Read those records; `rngs`, one for each, crop and augment for training, None for evaluation.
+        """Read those records; `rngs`, one for each, crop and augment them at random. None: nothing is random.
 
         Raises UserError naming a record that cannot be read, or whose label is out of range.
         """
 
     def marks(self, seed: int, indices: np.ndarray, epochs: np.ndarray) -> dict[str, np.ndarray]:
-        """Return what the step is told of those records in those epochs of a training, [rows] each."""
+        """Return extra arrays for the step that depend on the epoch, [rows] each."""
         del seed, indices, epochs
         return {}
 
     @property
     @abstractmethod
     def random(self) -> bool:
-        """Whether training needs generators: they are worth making only then."""
+        """Whether training needs generators: making them takes time."""
 
     @property
     @abstractmethod
@@ -83,7 +83,7 @@ class Dataset:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of what the network sees of one example."""
+        """Shape of one example's input, before Inputs.augment."""
         return self.element_spec[self.inputs.name].shape
 
     @property

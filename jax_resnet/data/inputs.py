@@ -13,12 +13,12 @@ class Inputs(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the array in a batch that becomes the network's input."""
+        """Array in a batch, group in config.data, and the word for an example in messages, such as "image"."""
 
     def draw(self, key: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Draws, Draws]:
-        """Draw all chance about a batch: arrays with a row for each example, and those about all of them.
+        """Draw all random numbers for a batch: arrays with a row for each example, and arrays shared by the batch.
 
-        The latter have "kept", float32 [], where examples are mixed in pairs: the share of its own label that each
+        Where examples are mixed in pairs the latter hold "kept", float32 []: the share of its own label that each
         keeps.
         """
 
@@ -33,7 +33,7 @@ class Inputs(Protocol):
 
 
 def mix(rows: jax.Array, weight: jax.Array) -> jax.Array:
-    """Mix each row with its partner's, which has 1 − `weight`: float [N, …] → same, N even.
+    """Return `weight` · row + (1 − `weight`) · its partner's row: float [N, …] → same, N even.
 
     Rows 0 and 1 are partners, 2 and 3, and so on. Batches are shuffled, so a neighbour is as good as any, and it is on
     the same device when that has an even number of rows: nothing is sent. Which rows are mixed never depends on the

@@ -61,17 +61,17 @@ class Screen:
         now = time.monotonic()
         total = f"{self._steps:,}"
         parts = [f"step {step:>{len(total)},} of {total}", *facts]
-        parts.append(speed or f"compiled in {now - self._began:.1f} s")
+        parts.append(speed or f"first step after {now - self._began:.1f} s")
         if self._first and step > self._first[0]:
             first_step, first_time = self._first
-            parts.append(f"{duration((self._steps - step) * (now - first_time) / (step - first_step))} left")
+            parts.append(f"{clock((self._steps - step) * (now - first_time) / (step - first_step))} left")
         self._first = self._first or (step, now)
         self.say("  ".join(parts))
         if self._progress:
             self._progress.update(self._task, completed=step, description="")
 
     def evaluation(self, step: int, epoch: float, split: str, metrics: Mapping[str, Any]) -> None:
-        """Print one row of the table of evaluations: the means among the metrics, the loss first."""
+        """Print one row of the table of evaluations: examples, loss, and the metrics that are floats."""
         row = {"step": f"{step:,}", "epoch": f"{epoch:.1f}", "split": split}
         row |= {"examples": f"{metrics['examples']:,}", "loss": shown("loss", metrics["loss"])}
         for name, value in metrics.items():
@@ -93,7 +93,7 @@ def percent(share: float, digits: int) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
-def duration(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """Write 4321 seconds as "1:12:01", 83 as "1:23"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

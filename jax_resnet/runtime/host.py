@@ -7,9 +7,10 @@ from contextlib import contextmanager
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 COMPILER_THREAD = "compiler"  # compiles what is not needed yet
 MEETING_THREAD = "meeting"  # waits for a job's other processes
-# Factors on the time that a step may take.
+# Factors on config.stuck_after.
 COMPILING = 4.0
-WAITING = 1.25  # Wait longer here, so that the stuck process, not its peers, reports the stall.
+# For a step that is on the devices: a peer waits longer than the stuck process, so that this one reports the stall.
+WAITING = 1.25
 
 
 class Host:
@@ -23,15 +24,21 @@ class Host:
     joins_threads = True  # else a thread that still compiles outlives the training
 
     def stop_requested(self) -> int:
-        """Return the number of the signal that asks to stop, 0 for none. Asked after every step."""
+        """Return the number of the signal that asks to stop, as signal.SIGTERM; 0 for none.
+
+        Asked after every step and evaluation batch, and while the compiler or a batch is waited for.
+        """
         return 0
 
     def beat(self, doing: str, patience: float = 1.0) -> None:
-        """Note that the loop is alive, and begins with `doing`, which may take `patience` times as long as a step."""
+        """Note that the loop is alive, and begins with `doing`.
+
+        That may take `patience` times the seconds given to `watching`.
+        """
 
     @contextmanager
     def watching(self, seconds: float) -> Iterator[None]:
-        """Watch the loop inside: `seconds` may pass without `beat`."""
+        """Watch the loop inside: `seconds` may pass without `beat`; 0: for ever."""
         yield
 
     @contextmanager
@@ -41,5 +48,8 @@ class Host:
 
     @contextmanager
     def one_fate(self, wait: Callable[[], None]) -> Iterator[None]:
-        """Tell the other processes of the job when what is inside fails, once `wait` returns: all is saved then."""
+        """Tell the other processes of the job when what is inside fails.
+
+        First call `wait`, which returns when all is saved, but do not let it hold the others up for long.
+        """
         yield

@@ -59,7 +59,8 @@ def evaluate(
     with closing(batches):
         for batch in batches:
             sums.append((eval_step or experiment.steps.evaluate)(state.params, state.batch_stats, batch))
-            jax.block_until_ready(sums[-IN_FLIGHT:][0])
+            if len(sums) >= IN_FLIGHT:
+                jax.block_until_ready(sums[-IN_FLIGHT])
             if stop():
                 return None
     totals = total(sums)

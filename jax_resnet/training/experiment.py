@@ -17,10 +17,10 @@ from jax_resnet.data.loader import Feed, train_batches
 from jax_resnet.data.sampling import Phase
 from jax_resnet.data.sources import open_dataset
 from jax_resnet.errors import UserError
-from jax_resnet.models.resnet import ResNetSpec
+from jax_resnet.models.spec import ResNetSpec
 from jax_resnet.runtime.mesh import check_divides, data_mesh, replicated
 from jax_resnet.training.distill import Teacher
-from jax_resnet.training.jitted import Optimizer, Steps, build_steps
+from jax_resnet.training.jitted import ScheduledOptimizer, Steps, build_steps
 from jax_resnet.training.network import Network, build_network, spec_of
 from jax_resnet.training.optimizers import make_optimizer
 from jax_resnet.training.plan import Plan
@@ -60,7 +60,7 @@ class Experiment:
 
     @property
     def eval_batch_size(self) -> int:
-        """Examples in a batch of the evaluation: filled up to what the devices divide."""
+        """Examples in a batch of the evaluation: rounded up to a multiple of the number of devices."""
         wanted = min(self.config.eval.batch_size or self.config.batch_size, len(self.data.eval))
         return -(-wanted // self.mesh.size) * self.mesh.size
 
@@ -100,7 +100,7 @@ def build(
 ) -> Experiment:
     """Make `config` ready to run. Nothing is compiled or computed yet.
 
-    Without `training` the batch may have any size: evaluation fills up what the devices do not divide. `data` is what
+    Without `training` the batch may have any size: evaluation fills its last batch up. `data` is what
     config.data names, where that is open already; `mesh` has other devices than those at hand, to compile for.
 
     Raises UserError for what is wrong with the config, the data or their fit.
@@ -135,7 +135,7 @@ def activation_dtype(name: str, platform: str) -> Any:
     return jnp.dtype(name)
 
 
-def build_optimizer(config: ConfigDict, plan: Plan) -> Optimizer:
+def build_optimizer(config: ConfigDict, plan: Plan) -> ScheduledOptimizer:
     """Build the optimizer of `config.optimizer`, with the learning rate that it follows."""
     schedule = make_schedule(
         config.schedule,
@@ -150,7 +150,7 @@ def build_optimizer(config: ConfigDict, plan: Plan) -> Optimizer:
         # optax would give the schedule its own count, of the updates that were made: a skipped one is none of them.
         return make_optimizer(config.optimizer, lambda _: schedule(step), config.freeze)
 
-    return Optimizer(schedule, at)
+    return ScheduledOptimizer(schedule, at)
 
 
 def _batch_key(config: ConfigDict) -> str:
@@ -169,12 +169,12 @@ def check_accumulation(config: ConfigDict, spec: ResNetSpec) -> None:
         part = math.gcd(*(batch_size // config.accumulate for _, _, batch_size in phase_rows(config)))
         raise UserError(
             f"config.accumulate={config.accumulate}: the statistics of batch norm cannot be over all of a batch that "
-            f"is computed in parts; give --config.model.bn_group_size={part}, or less"
+            f"is computed in parts; give --config.model.bn_group_size={part}, or a divisor of it"
         )
 
 
 def check_data(config: ConfigDict, spec: ResNetSpec, data: Dataset) -> None:
-    """Raise UserError where the images are too small for the network, or the classes are not those it is to have."""
+    """Raise UserError where images are too small for the network, or their classes are not those it is to have."""
     sides = [("data.image.size", min(data.input_shape[:2]))]
     sides += [("progressive", size) for _, size, _ in phase_rows(config) if size is not None]
     for key, side in sides:

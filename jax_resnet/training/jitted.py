@@ -1,4 +1,4 @@
-"""The jitted functions of a training: each with its shardings, to be compiled when first called or before."""
+"""The jitted functions of a training, with their shardings: compiled on the first call, or ahead by StepsAhead."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from jax_resnet.training.state import all_finite
 from jax_resnet.training.step import make_eval_step, make_gradients, make_train_step
 
 
-class Optimizer(NamedTuple):
+class ScheduledOptimizer(NamedTuple):
     """An optimizer and the learning rate that it follows."""
 
     learning_rate: Schedule  # by update, counted from 0
@@ -40,7 +40,7 @@ class Steps:
 
 
 def build_steps(
-    config: ConfigDict, plan: Plan, network: Network, optimizer: Optimizer, teacher: Teacher | None
+    config: ConfigDict, plan: Plan, network: Network, optimizer: ScheduledOptimizer, teacher: Teacher | None
 ) -> Steps:
     """Jit the functions of a training of `network`, distilled from `teacher` if there is one."""
     mesh, problem = network.mesh, network.problem

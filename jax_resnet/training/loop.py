@@ -71,7 +71,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str], *, host: Host | N
             for note in notes:
                 telemetry.say(note)
             _describe_data(experiment, workdir)
-            # Tell the other processes from inside: leaving what is open above may wait for them.
+            # Tell the other processes from inside: closing the contexts above may wait for them.
             # Forbid implicit transfers; every transfer below is explicit.
             with host.one_fate(checkpoints.wait), jax.transfer_guard("disallow"):
                 return Loop(experiment, Supply(steps, batches), checkpoints, telemetry, host).run(start, state)
@@ -123,7 +123,7 @@ class Loop:
         self._stop = False
 
     def run(self, start: int, state: TrainState) -> dict[str, Any]:
-        """Train on from `state`, which is that of step `start`, and saved if that is not 0.
+        """Train on from `state`, the state after `start` updates. Unless `start` is 0 it is saved already.
 
         Returns what `train` does.
         """
@@ -131,7 +131,7 @@ class Loop:
         self._saved = done = start
         self._skipped = Skipped(experiment, state, start, self.telemetry)
         if 0 < start < plan.steps and plan.evaluates(start):
-            self._evaluate(start, state, again=False)
+            self._evaluate(start, state, even_if_recorded=False)
         for step in range(start + 1, experiment.last_step + 1):
             if self._stop:
                 break
@@ -152,7 +152,7 @@ class Loop:
                 self._raise_if_too_many_skipped(state)
                 self._report(step)
             self._raise_if_too_many_skipped(state)
-            # Do not overwrite a good checkpoint with one that may hold NaNs, unless the run would leave without one.
+            # Skipped updates in a row may end the run: do not save over a good checkpoint what comes between them.
             if saves and (not self._skipped.row or step == experiment.last_step):
                 self._save_and_evaluate(step, state)
         if done > self._saved:
@@ -173,7 +173,7 @@ class Loop:
                 return train_step(state, batch, *self.experiment.steps.teacher_weights)
 
     def _stopped_alone(self) -> bool:
-        """Whether to stop without asking the other processes, which are not waited for here: there are none."""
+        """Whether to stop at once. Only where there is one process: several must agree, see Agreement."""
         return bool(self.host.stop_requested()) and jax.process_count() == 1
 
     def _follow(self, step: int, sums: Sums) -> None:
@@ -203,7 +203,7 @@ class Loop:
     def _save(self, step: int, state: TrainState) -> None:
         check_finite(bool(jax.device_get(self.experiment.steps.all_finite(state))), "the state", step)
         self.host.beat(f"saving step {step:,}", COMPILING)
-        self.telemetry.upload()  # before the checkpoint: no step is saved of which the lines could be lost
+        self.telemetry.upload()  # first, so that no saved step lacks its lines
         self.checkpoints.save(step, to_fields(state), to_json(self.experiment.config))
         self._saved = step
 
@@ -216,15 +216,16 @@ class Loop:
         if step > self._saved and jax.process_count() == 1 and not self._skipped.row:
             self._save(step, state)
 
-    def _evaluate(self, step: int, state: TrainState, *, again: bool = True) -> None:
+    def _evaluate(self, step: int, state: TrainState, *, even_if_recorded: bool = True) -> None:
         """Evaluate and record every split, or stop without having done so.
 
-        Unless `again`, what is recorded already is not evaluated: a run was ended between saving and evaluating.
+        Unless `even_if_recorded`, metrics that are recorded for this step are used as they are. A resumed run needs
+        this: it may have ended after saving and before evaluating.
         """
         name = self.experiment.data.eval.name
         wanted = {name, f"{name}_ema"} if state.ema else {name}
-        recorded = evaluations(self.telemetry.workdir).get(step, {})
-        if not again and all_agree(wanted <= recorded.keys()):
+        recorded = {} if even_if_recorded else evaluations(self.telemetry.workdir).get(step, {})
+        if not even_if_recorded and all_agree(wanted <= recorded.keys()):
             self._splits = {split: recorded[split] for split in sorted(wanted)}
             return
         with self._all_saved("the evaluation", step):
@@ -234,7 +235,7 @@ class Loop:
         self._stop = splits is None
         self._splits = splits or {}
         for split, metrics in self._splits.items():
-            if again or split not in recorded:
+            if even_if_recorded or split not in recorded:
                 self.telemetry.evaluation(step, split, metrics)
         if splits:
             self.checkpoints.evaluated(step, splits)
@@ -245,7 +246,7 @@ class Loop:
 
     @contextmanager
     def _all_saved(self, doing: str, step: int) -> Iterator[None]:
-        """Do what may take as long as compiling does, and can be left at once: the state of `step` is saved."""
+        """Do work that may take long inside, and may be cut short, because `step` is saved already."""
         self.host.beat(doing, COMPILING)
         with self.host.all_saved(self._stopped(step), self.checkpoints.wait):
             yield
@@ -256,13 +257,13 @@ class Loop:
         plan, telemetry = self.experiment.plan, self.telemetry
         if not (self._splits or self._stop) and step == plan.steps:
             # A finished run that is started again has taken no step.
-            self._evaluate(step, state, again=False)
+            self._evaluate(step, state, even_if_recorded=False)
         asked = self.host.stop_requested()
         if self._stop or (asked and not self._splits):
             raise Interrupted(self._stopped(step), asked or signal.SIGTERM)
         if step < plan.steps:
             telemetry.say(self._stopped(step, "without --config.stop_after_steps "))
-            return {"step": step, "splits": {}}
+            return {"step": step, "splits": self._splits}
         telemetry.result(step, self._splits, to_json(self.experiment.config))
         texts = [f"{split} {self.experiment.task.text(metrics)}" for split, metrics in self._splits.items()]
         telemetry.say(f"done: step {step:,}, {', '.join(texts)}, in {telemetry.workdir}")

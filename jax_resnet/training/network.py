@@ -18,7 +18,7 @@ from jax_resnet.data.inputs import Inputs
 from jax_resnet.errors import UserError, choose
 from jax_resnet.models.cost import cost
 from jax_resnet.models.cpu import for_cpu
-from jax_resnet.models.resnet import ResNetSpec
+from jax_resnet.models.spec import ResNetSpec
 from jax_resnet.models.torch_names import Arrays
 from jax_resnet.models.zoo import create_model, model_spec
 from jax_resnet.runtime.mesh import replicated
@@ -60,7 +60,7 @@ def build_network(
 ) -> Network:
     """Build the network of `config.model` for `task` and the devices of `mesh`, with the state that `optimizer` needs.
 
-    Raises UserError where `config.freeze` names no part of it, or all of them.
+    Raises UserError where `config.freeze` names something that is not a part of it, or names every part.
     """
     graph, abstract_state, fresh_state = make_state(
         _model_maker(config, mesh, task.outputs),
@@ -93,7 +93,7 @@ def _model_maker(config: ConfigDict, mesh: Mesh, outputs: int) -> Callable[[Any]
 
 
 def initial_weights(config: ConfigDict, network: Network) -> tuple[Arrays, dict[str, str]]:
-    """Read the arrays of `config.init_from` by name, and a line for each heading about them.
+    """Read the arrays of `config.init_from` by name, and what to print about them, by heading.
 
     Both are empty if it names nothing. Raises UserError if it cannot be read or does not fit.
     """
@@ -104,7 +104,7 @@ def initial_weights(config: ConfigDict, network: Network) -> tuple[Arrays, dict[
     normalised_by, ours = weights.mean + weights.std, (*config.data.image.mean, *config.data.image.std)
     if len(normalised_by) == len(ours) and not np.allclose(normalised_by, ours, atol=1e-3):
         rows["note"] = (
-            f"the weights know images normalised with other numbers: --config.data.image.mean={weights.mean} "
+            f"the weights were trained with another normalisation; give --config.data.image.mean={weights.mean} "
             f"--config.data.image.std={weights.std}"
         )
     return arrays, rows

@@ -33,7 +33,7 @@ def restore_or_begin(
 
 
 def check_same_past(stored: ConfigDict | None, experiment: Experiment, start: int, workdir: AnyPath) -> None:
-    """Let what is still to come have other phases than when the run was begun: config.json then takes them.
+    """Allow config.progressive to differ in phases that are still to come, and write it to config.json.
 
     Raises UserError if the phases of the `start` steps that are done are not those they were done in.
     """

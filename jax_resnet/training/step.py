@@ -20,7 +20,7 @@ from jax_resnet.training.state import TrainState, all_finite
 from jax_resnet.training.tasks import Task
 
 Batch = dict[str, jax.Array]
-STEPS = 2**32 - 1  # folded into the seed's key: the parameters are drawn from the same key, with counts from 0
+STEP_KEYS = 2**32 - 1  # folded into the seed's key: the parameters are drawn from the same key, with counts from 0
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def make_train_step(
 
     Where the state has a guard, an update whose loss or gradients, before clipping, are not finite is skipped: of the
     state only step and guard change. So are all after `config.guard.max_skipped` in a row. The sums then also have
-    skipped, int32 0 or 1, and skipped_loss, float32, the mean loss of what was; all others are 0.
+    skipped, int32 0 or 1, and skipped_loss, float32, the mean loss of a skipped batch, else 0; all others are 0.
     """
     c, gradients = config, make_gradients(problem, config, teacher=teacher, parts=parts)
 
@@ -88,7 +88,7 @@ def make_gradients(
         def loss(params: Any, rows: Batch, key: jax.Array) -> tuple[jax.Array, tuple[Any, Sums]]:
             augmented = inputs.augment(rows, shared)
             params = {name: jax.lax.stop_gradient(p) if name in c.freeze else p for name, p in params.items()}
-            model = _training(problem.graph, params, state.batch_stats, c.freeze)
+            model = _model_in_training(problem.graph, params, state.batch_stats, c.freeze)
             logits = model(augmented, rngs=nnx.Rngs(dropout=key))
             targets = task.targets(rows, shared.get("kept"))
             losses = task.losses(logits, targets, training=True)
@@ -109,20 +109,21 @@ def make_gradients(
             grads = _sharpness_aware(
                 grads, gradients, state, c.optimizer.sam_rho, c.optimizer.sam_every, _on_cpu(parts)
             )
-        return grads, batch_stats, sums
+        frozen = {name: stats for name, stats in state.batch_stats.items() if name in c.freeze}
+        return grads, batch_stats | frozen, sums
 
     return of_batch
 
 
 def _drawn(batch: Batch, step: jax.Array, inputs: Inputs, seed: int) -> tuple[Batch, Draws, jax.Array]:
     """Return the batch with the draws about each of its rows, those about all of them, and a key for dropout."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STEPS), step)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), STEP_KEYS), step)
     augment_key, dropout_key = jax.random.split(key)
     rows, shared = inputs.draw(augment_key, batch)
     return rows | batch, shared, dropout_key
 
 
-def _training(graph: nnx.GraphDef, params: Any, batch_stats: Any, freeze: Sequence[str]) -> Any:
+def _model_in_training(graph: nnx.GraphDef, params: Any, batch_stats: Any, freeze: Sequence[str]) -> Any:
     model: Any = nnx.merge(graph, params, batch_stats)
     model.train()
     for name in freeze:
@@ -139,8 +140,8 @@ def _accumulated(
 ) -> tuple[Any, tuple[Any, Sums]]:
     """Compute what `grad` gives of all of a batch, from `count` parts of consecutive rows, one after another.
 
-    Each part begins with the same batch statistics: the mean of what they become is what the whole batch, whose groups
-    are as large or smaller, makes of them.
+    Each part begins with the same batch statistics. No group of batch norm is larger than a part, so the mean over the
+    parts is the update of the whole batch.
     """
 
     def split(x: jax.Array) -> jax.Array:
@@ -168,7 +169,7 @@ def _on_cpu(sharding: NamedSharding) -> bool:
 def _sharpness_aware(
     grads: Any, gradients: Callable[[Any], tuple[Any, Any]], state: TrainState, rho: float, every: int, on_cpu: bool
 ) -> Any:
-    """The gradients at `rho` uphill of the parameters, each `every` steps (Foret et al. 2020, equation 2).
+    """The gradients at `rho` uphill of the parameters, at every `every`-th step (Foret et al. 2020, equation 2).
 
     Batch statistics are not taken from there: they belong to the parameters that are kept.
     """
@@ -211,7 +212,8 @@ def _guarded(old: TrainState, new: TrainState, grads: Any, sums: Sums, max_skipp
 def make_eval_step(problem: Problem, config: ConfigDict) -> Callable[[Any, Any, Batch], Sums]:
     """Return the evaluation: (params, batch_stats, batch) → sums over the rows where the batch's mask holds.
 
-    The batch is one of batches.eval_batch: with mask and undecodable, bool [N]; the latter's rows are counted too.
+    The batch is one of batches.eval_batch, with mask and undecodable, bool [N]. The sums also count the undecodable
+    rows.
     """
     inputs, task = problem.inputs, problem.task
 

@@ -34,10 +34,10 @@ class Task(Protocol):
         """Return the loss of each example, float32 [N], of logits float32 [N, outputs]."""
 
     def sums(self, logits: jax.Array, targets: jax.Array, losses: jax.Array, mask: jax.Array | None = None) -> Sums:
-        """Sum the metrics over the rows where `mask`, bool [N], holds: see metrics.py. "examples" and "loss" always."""
+        """Sum the metrics, "examples" and "loss" among them, over the rows where `mask`, bool [N], holds."""
 
     def summary(self, totals: Mapping[str, float | int]) -> dict[str, float | int]:
-        """Return the metrics of sums that are added up: "examples", "loss", the headline, and others."""
+        """Turn added-up sums into metrics: "examples", "loss", the headline, and others."""
 
     def text(self, metrics: Mapping[str, float | int]) -> str:
         """Write the headline of `metrics` as the last line of a run has it."""
@@ -78,5 +78,5 @@ class OneLabel:
 
 
 def task_of(config: ConfigDict, data: Dataset) -> Task:
-    """Return the task that the data's labels ask for."""
+    """Return the task of the data: one label for each example, the only one so far."""
     return OneLabel(config.loss, data.num_classes)

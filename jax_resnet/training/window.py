@@ -33,7 +33,8 @@ class Window:
     def add(self, sums: Sums) -> None:
         """Take the sums of one more step, and wait for an earlier one if the host has run ahead."""
         self._sums.append(sums)
-        jax.block_until_ready(self._sums[-IN_FLIGHT:][0])
+        if len(self._sums) >= IN_FLIGHT:
+            jax.block_until_ready(self._sums[-IN_FLIGHT])
 
     def close(self, step: int) -> dict[str, Any]:
         """Return metrics, images_per_second and input_wait (a share of the time), and begin a new window.
@@ -57,5 +58,5 @@ class Window:
         return report
 
     def restart(self) -> None:
-        """Begin a new window, without the time of what was done in between."""
+        """Begin a new window, and its clock, so that saving and evaluating do not count."""
         self._sums, self._began, self._waited = [], time.monotonic(), self._batches.waited

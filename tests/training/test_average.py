@@ -62,7 +62,7 @@ def test_statistics_are_those_of_training_batches(run: Path, tmp_path: Path) -> 
     for step, batch in enumerate(experiment.train_batches(20, 23, print), 20):
         from jax_resnet.training.step import _drawn
 
-        rows, whole, _ = _drawn(batch, np.int32(step), experiment.data.inputs, config.seed, None)
+        rows, whole, _ = _drawn(batch, np.int32(step), experiment.data.inputs, config.seed)
         images = experiment.data.inputs.augment(rows, whole)
         kernel = params["stem"]["conv1"]["kernel"]
         out = np.float64(

@@ -265,7 +265,7 @@ def test_asked_to_stop_while_compiling_leaves_at_once(tiny_npz: Path, tmp_path: 
     assert process.returncode == 143, stderr
     # The step is compiled on a thread; the loop may have come to wait for it, or be on its way there.
     last = stderr.strip().splitlines()[-1]
-    assert last.startswith(("stopped after step 0 of 20", "stopped before the first step")), last
+    assert last.startswith(("stopped before its first step", "stopped before the first step")), last
     assert "Finished XLA compilation of jit(train_step)" not in said + stderr
 
 

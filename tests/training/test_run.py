@@ -90,7 +90,7 @@ def test_what_the_command_prints(tiny_npz: Path, tmp_path: Path) -> None:
     assert "100 train, 37 test, 4 classes, 12×12×1" in lines[1]
     assert sum(line.split()[:2] == ["step", "epoch"] for line in lines) == 1  # one table head
     first, second = [line for line in lines if line.startswith("step ")][:2]
-    assert re.search(r"epoch 0\.16  loss .*  lr 0  compiled in \d+\.\d s$", first)
+    assert re.search(r"epoch 0\.16  loss .*  lr 0  first step after \d+\.\d s$", first)
     assert re.search(r"epoch 0\.80  loss .*  lr \S+  .* images/s  input wait .* %  \d+:\d\d left$", second)
     assert lines[-2].startswith("done: step 20, test accuracy ")
     assert lines[-1] == f"next: jax-resnet eval --workdir={tmp_path}/run or jax-resnet export --workdir={tmp_path}/run"
