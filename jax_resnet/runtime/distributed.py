@@ -23,7 +23,7 @@ PATIENCE = 30  # seconds for which a process that is done waits for the others
 
 
 def join_job() -> None:
-    """Makes this process one of a job, if the environment says that it is one. Before JAX is used for anything.
+    """Join the job that the environment describes, if it does. Call it before JAX is used for anything.
 
     By hand with JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID; else as JAX
     detects it: Open MPI, SLURM, slices of Cloud TPU on Compute Engine and GKE, indexed Kubernetes jobs with jax[k8s].
@@ -57,7 +57,7 @@ def _incomplete(address: str, numbers: Sequence[str]) -> UserError:
 
 
 def _detected() -> tuple[str, int]:
-    """What kind of cluster JAX takes this process to be in, and of how many processes it is one there; "", 1 if none.
+    """Return the kind of cluster that JAX detects, and its number of processes; "", 1 if there is none.
 
     JAX itself would join, too, what has one process, and fail in a shell that somebody opened in an allocation.
     """
@@ -78,7 +78,7 @@ def _detected() -> tuple[str, int]:
 
 
 def _meet(where: str, given: dict[str, Any]) -> None:
-    """Waits for the other processes of the job: on a thread, because JAX aborts the process if they do not come."""
+    """Wait for the other processes of the job, on a thread: JAX aborts the process if they do not come."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     patience, errors = int(os.environ.get("JAX_INITIALIZATION_TIMEOUT", "300")), list[Exception]()
@@ -104,7 +104,7 @@ def _meet(where: str, given: dict[str, Any]) -> None:
 
 
 def overlap_flags(processes: int) -> str:
-    """What to add to XLA_FLAGS, which has to be before JAX starts: that several GPUs compute while they communicate.
+    """Return what to add to XLA_FLAGS, before JAX starts, so that several GPUs compute while they communicate.
 
     XLA leaves that off. Nothing where there is one GPU, none that JAX is to use, or the user has decided.
     """
@@ -112,11 +112,13 @@ def overlap_flags(processes: int) -> str:
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
     if not gpus or gpus * processes == 1 or not {"cuda", "gpu"} & set(used):
         return ""
-    return "" if OVERLAP in os.environ.get("XLA_FLAGS", "") else f"{OVERLAP}=true"
+    if OVERLAP in os.environ.get("XLA_FLAGS", ""):
+        return ""
+    return f"{OVERLAP}=true"
 
 
 def all_agree(holds: bool) -> bool:
-    """Whether it holds in every process. All wait for each other."""
+    """Tell whether it holds in every process. All wait for each other."""
     if jax.process_count() == 1:
         return holds
     with jax.transfer_guard("allow"):
@@ -124,16 +126,18 @@ def all_agree(holds: bool) -> bool:
 
 
 def of_first_process(numbers: Sequence[int]) -> list[int]:
-    """What process 0 gives. All wait for it."""
+    """Return the numbers of process 0. All wait for it."""
     if jax.process_count() == 1:
         return list(numbers)
     length = int(multihost_utils.broadcast_one_to_all(np.array(len(numbers))))
-    mine = np.resize(np.array(list(numbers) or [0]), length) if length else np.zeros(0, int)
-    return multihost_utils.broadcast_one_to_all(mine).tolist() if length else []
+    if not length:
+        return []
+    mine = np.resize(np.array(list(numbers) or [0]), length)
+    return multihost_utils.broadcast_one_to_all(mine).tolist()
 
 
 class Agreement:
-    """Whether any process wants something, asked in step with the devices, so that no process waits for the others."""
+    """Asks whether any process wants something, in step with the devices, so that no process waits for the others."""
 
     def __init__(self, mesh: Mesh, lag: int):
         self._lag, self._asked = lag, deque[jax.Array]()
@@ -143,7 +147,7 @@ class Agreement:
             self._any = jax.jit(lambda votes: votes.max(), out_shardings=replicated(mesh))
 
     def ask(self, wanted: bool) -> bool:
-        """Takes whether this process wants it; gives whether any had, `lag` calls ago: the same answer in each.
+        """Say whether this process wants it; return whether any did, `lag` calls ago: the same answer in each.
 
         Every process must call it equally often. A process alone is answered at once.
         """

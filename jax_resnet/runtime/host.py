@@ -1,4 +1,4 @@
-"""What a training asks of the program that it runs in."""
+"""The program that a training runs in, and what the training asks of it."""
 
 import signal
 from collections.abc import Callable, Iterator

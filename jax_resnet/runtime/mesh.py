@@ -16,7 +16,7 @@ VMEM_KIB = {"TPU v5 lite": 24576, "TPU v6 lite": 98304, "TPU v5": 65536}  # by J
 
 
 def compiler_options(device: jax.Device) -> dict[str, str] | None:
-    """What XLA is told where it compiles the step for such a device: how much of a TPU's fast memory a fusion may use.
+    """Return XLA's options for compiling the step: how much of a TPU's fast memory a fusion may use.
 
     XLA's own limit is for all programs; ResNet-50 takes 5 to 13 % fewer cycles, by its estimate, with a higher one.
     None where nothing is known to help, or the user has decided.
@@ -27,7 +27,7 @@ def compiler_options(device: jax.Device) -> dict[str, str] | None:
 
 
 def data_mesh() -> Mesh:
-    """All devices of all processes on one axis, `data`. Raises UserError if there are none of the kind asked for."""
+    """Lay all devices of all processes on one axis, `data`. Raises UserError if there are none of that kind."""
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as e:
@@ -41,7 +41,7 @@ def data_mesh() -> Mesh:
 
 
 def mesh_over(devices: Sequence[Any]) -> Mesh:
-    """Those devices on one axis, `data`, in the order that JAX has for their network; those of a slice together."""
+    """Lay devices on one axis, `data`, in JAX's order for their network; those of a slice together."""
     auto = (AxisType.Auto,)  # shardings are propagated by XLA; by default the axis would be Explicit
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
@@ -51,22 +51,22 @@ def mesh_over(devices: Sequence[Any]) -> Mesh:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of arrays [batch, …]: each device holds consecutive rows."""
+    """Shard arrays [batch, …]: each device holds consecutive rows."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def parts_sharding(mesh: Mesh) -> NamedSharding:
-    """Of arrays [parts, batch, …]: each device holds consecutive rows of every part."""
+    """Shard arrays [parts, batch, …]: each device holds consecutive rows of every part."""
     return NamedSharding(mesh, PartitionSpec(None, "data"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Of what every device holds whole."""
+    """Replicate: every device holds all of it."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def check_divides(batch_size: int, mesh: Mesh, what: str, accumulate: int = 1) -> None:
-    """Raises UserError unless every device gets the same number of the batch's examples, of each part of it."""
+    """Raise UserError unless every device gets equally many examples of the batch, and of each part of it."""
     if batch_size % (share := mesh.size * accumulate):
         nearest = max(1, round(batch_size / share)) * share
         parts = f" in {accumulate} parts" if accumulate > 1 else ""
@@ -77,12 +77,12 @@ def check_divides(batch_size: int, mesh: Mesh, what: str, accumulate: int = 1) -
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
-    """The rows of a global batch that this process's devices hold, ascending: int64 [local batch]."""
+    """Return the rows of a global batch that this process's devices hold, ascending: int64 [local batch]."""
     slices = sharding.addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[s] for s in slices]))
 
 
 def global_batch(sharding: NamedSharding, local: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Global arrays over the mesh from this process's rows of them."""
+    """Make global arrays over the mesh from this process's rows of them."""
     with jax.transfer_guard("allow"):  # with several processes JAX makes this transfer, asked for here, implicitly
         return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in local.items()}

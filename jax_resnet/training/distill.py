@@ -1,4 +1,4 @@
-"""The network that another is distilled from: its weights are read, placed on the devices, and never changed."""
+"""Distillation: the teacher, a network whose weights are read once and never change."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from jax_resnet.training.state import make_state
 
 @dataclass(frozen=True)
 class Teacher:
-    """A network in evaluation mode, as `Teacher.of` finds it, apart from its weights."""
+    """A network in evaluation mode, with its weights on the devices."""
 
     graph: nnx.GraphDef
     weights: dict[str, Any]  # params and batch_stats, on the devices
@@ -30,7 +30,7 @@ class Teacher:
 
     @classmethod
     def of(cls, c: ConfigDict, image: ConfigDict, num_classes: int, dtype: DTypeLike, sharding: Sharding) -> "Teacher":
-        """Reads what `config.distill` names. `image` is config.data.image, the student's.
+        """Read the network that `config.distill` names. `image` is config.data.image, the student's.
 
         Raises UserError, naming the key, for weights that cannot be read, of an unknown network, or for other classes.
         """
@@ -69,6 +69,8 @@ class Teacher:
 
 
 def _pixels(found: Weights, image: ConfigDict) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The mean and deviation that the teacher's images were normalised with: the student's where it does not say."""
+    """Return the mean and deviation that the teacher's images were normalised with, by default the student's."""
     said = len(found.mean) == len(found.std) == image.channels
-    return (found.mean, found.std) if said else (tuple(image.mean), tuple(image.std))
+    if said:
+        return found.mean, found.std
+    return tuple(image.mean), tuple(image.std)

@@ -29,7 +29,7 @@ IN_FLIGHT = 4  # steps the host may run ahead: enough to hide it, few enough tha
 
 
 def to_stderr(split: str, name: str, reason: str) -> None:
-    """Reports an image that cannot be decoded by a line there."""
+    """Report an image that cannot be decoded in a line on stderr."""
     print(f"{split} split: {name}: {reason}; left out", file=sys.stderr)
 
 
@@ -40,7 +40,7 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
     eval_step: Callable[..., Sums] | None = None,
 ) -> dict[str, Any] | None:
-    """examples, correct_top1, accuracy_top1, accuracy_top5 (more than 5 classes) and loss over the evaluation split.
+    """Evaluate a state: the metrics of the experiment's task over the evaluation split.
 
     What cannot be decoded is left out, counted as undecodable, and reported. `stop` is asked after every batch; None if
     it said so. `eval_step` is the experiment's, compiled.
@@ -77,7 +77,10 @@ def evaluate(
         )
     if totals["examples"] + undecodable != len(split):
         raise RuntimeError(f"evaluated {totals['examples']} examples of the {split.name} split, which has {len(split)}")
-    return experiment.task.summary(totals) | ({"undecodable": undecodable} if undecodable else {})
+    metrics = experiment.task.summary(totals)
+    if undecodable:
+        metrics["undecodable"] = undecodable
+    return metrics
 
 
 def evaluate_all(
@@ -104,7 +107,7 @@ def evaluate_all(
 def evaluate_checkpoint(
     workdir: str | os.PathLike[str], *, config: ConfigDict | None = None, which: str = "best"
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint of `workdir`: "best", "latest" or a step. Writes eval.json and returns its content.
+    """Evaluate a checkpoint of `workdir`: "best", "latest" or a step. Write eval.json and return its content.
 
     The config is the one the run was begun with; one that is given must name the same network, and may name other data.
     "init" evaluates the weights of `config.init_from` instead: step 0, for which nothing need be in the workdir.

@@ -1,4 +1,4 @@
-"""What a run is about to do, in a few lines."""
+"""The header of a run: what is about to run, in a few lines."""
 
 import os
 
@@ -69,7 +69,8 @@ def _batch(experiment: Experiment) -> str:
     text = f"{batch} ({per_device} per device{parts})"
     if experiment.network.spec.norm == "batch":
         group = config.model.bn_group_size
-        text += f", batch norm over groups of {group}" if group else ", batch norm over all of it"
+        over = f"groups of {group}" if group else "all of it"
+        text += f", batch norm over {over}"
     return text
 
 

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -51,8 +51,9 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str], *, host: Host | N
     """
     host = host or Host()
     experiment, workdir = build(config), open_path(workdir)
-    begins = not has_checkpoints(workdir)
-    weights, about_weights = initial_weights(experiment.config, experiment.network) if begins else ({}, {})
+    weights, about_weights = dict[str, np.ndarray](), dict[str, str]()
+    if not has_checkpoints(workdir):
+        weights, about_weights = initial_weights(experiment.config, experiment.network)
     with (
         claimed(workdir, experiment.config) as stored,
         keeping_compiled(workdir),
@@ -223,11 +224,13 @@ class Loop:
         this: it may have ended after saving and before evaluating.
         """
         name = self.experiment.data.eval.name
-        wanted = {name, f"{name}_ema"} if state.ema else {name}
-        recorded = {} if even_if_recorded else evaluations(self.telemetry.workdir).get(step, {})
-        if not even_if_recorded and all_agree(wanted <= recorded.keys()):
-            self._splits = {split: recorded[split] for split in sorted(wanted)}
-            return
+        recorded: Mapping[str, Any] = {}
+        if not even_if_recorded:
+            recorded = evaluations(self.telemetry.workdir).get(step, {})
+            wanted = [name, f"{name}_ema"][: 1 + bool(state.ema)]
+            if all_agree(set(wanted) <= recorded.keys()):
+                self._splits = {split: recorded[split] for split in wanted}
+                return
         with self._all_saved("the evaluation", step):
             splits = evaluate_all(
                 self.experiment, state, self.telemetry.broken, self._asked_in_evaluation, self.supply.steps.evaluation()

@@ -45,7 +45,9 @@ def binary_cross_entropy(
     if smoothing:
         targets = (1 - smoothing) * targets + smoothing / logits.shape[-1]
     losses = optax.sigmoid_binary_cross_entropy(logits, targets)
-    return losses.sum(-1) if sum_classes else losses.mean(-1)
+    if sum_classes:
+        return losses.sum(-1)
+    return losses.mean(-1)
 
 
 def distillation(logits: jax.Array, teacher_logits: jax.Array, temperature: float) -> jax.Array:

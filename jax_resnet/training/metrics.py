@@ -11,12 +11,13 @@ Sums = dict[str, jax.Array]
 
 
 def classification_sums(logits: jax.Array, labels: jax.Array, losses: jax.Array, mask: jax.Array | None = None) -> Sums:
-    """How many examples, how many right among the first 1 and 5, and the summed loss, over the rows where mask holds.
+    """Sum examples, answers right among the first 1 and 5, and losses, over the rows where mask holds.
 
     logits [N, classes], labels [N], losses [N], mask bool [N] → scalars: counts int32, loss float32. Of equal logits
     the lower class comes first; a logit that is not a number is never right. Top 5 only for more than 5 classes.
     """
-    mask = jnp.ones(labels.shape, bool) if mask is None else mask
+    if mask is None:
+        mask = jnp.ones(labels.shape, bool)
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     classes = jnp.arange(logits.shape[-1])
     # Counting what lies before the label needs no sort, and stays on the device that holds the row.
@@ -33,7 +34,7 @@ def classification_sums(logits: jax.Array, labels: jax.Array, losses: jax.Array,
 
 
 def total(sums: Iterable[Sums]) -> dict[str, float | int]:
-    """The sum of sums, on the host: counts exact, the loss in float64."""
+    """Add up sums on the host: counts exactly, the loss in float64."""
     totals: dict[str, float | int] = {}
     for one in jax.device_get(list(sums)):
         for name, value in one.items():
@@ -42,19 +43,19 @@ def total(sums: Iterable[Sums]) -> dict[str, float | int]:
 
 
 def summary(totals: Mapping[str, float | int]) -> dict[str, float | int]:
-    """examples, correct_top1, accuracy_top1, loss and, where counted, accuracy_top5; means of the totals."""
-    count = totals["examples"]
+    """Return examples, correct_top1, accuracy_top1, loss and, where counted, accuracy_top5: NaN without examples."""
+    count = totals["examples"] or math.nan
     result = {
-        "examples": int(count),
+        "examples": int(totals["examples"]),
         "correct_top1": int(totals["correct_top1"]),
-        "accuracy_top1": totals["correct_top1"] / count if count else math.nan,
+        "accuracy_top1": totals["correct_top1"] / count,
     }
     if "correct_top5" in totals:
-        result["accuracy_top5"] = totals["correct_top5"] / count if count else math.nan
-    result["loss"] = totals["loss"] / count if count else math.nan
+        result["accuracy_top5"] = totals["correct_top5"] / count
+    result["loss"] = totals["loss"] / count
     return result
 
 
 def accuracy_text(metrics: Mapping[str, float | int]) -> str:
-    """`98.61 % (355 of 360)`."""
+    """Write an accuracy as `98.61 % (355 of 360)`."""
     return f"{metrics['accuracy_top1']:.2%} ({metrics['correct_top1']:,} of {metrics['examples']:,})".replace("%", " %")

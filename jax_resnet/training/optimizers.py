@@ -26,7 +26,7 @@ DECOUPLED = ("adamw", "lamb", "lion", "adafactor", "muon")  # as published
 
 
 def parameter_kinds(params: Any) -> Any:
-    """The kind (kernel, norm, bias) of each parameter, as a tree of strings like `params`.
+    """Return the kind (kernel, norm, bias) of each parameter, as a tree of strings like `params`.
 
     Raises ValueError naming a parameter that no rule, or more than one, covers.
     """
@@ -41,28 +41,32 @@ def _kind(name: str) -> str:
 
 
 def _by_name(value: Callable[[str], Any], params: Any) -> Any:
-    """The value of each parameter's name, such as stage1/block0/conv1/kernel, as a tree like `params`."""
+    """Map each parameter's name, such as stage1/block0/conv1/kernel, to a value: a tree like `params`."""
     return jax.tree_util.tree_map_with_path(lambda path, _: value("/".join(str(key.key) for key in path)), params)
 
 
 def _covers(rule: str, name: str) -> bool:
-    """Whether an entry of no_decay or rate_factors, a kind or a pattern of whole names, is about that parameter."""
-    return _kind(name) == rule if rule in KIND_RULES else re.fullmatch(rule, name) is not None
+    """Tell whether an entry of no_decay or rate_factors, a kind or a pattern, covers that parameter."""
+    if rule in KIND_RULES:
+        return _kind(name) == rule
+    return re.fullmatch(rule, name) is not None
 
 
 def decayed(c: ConfigDict, params: Any) -> Any:
-    """Whether weight decay reaches each parameter, as a tree of bools like `params`: what no_decay does not cover."""
+    """Return whether weight decay reaches each parameter, as a tree of bools: all that no_decay does not cover."""
     return _by_name(lambda name: not any(_covers(rule, name) for rule in c.no_decay), params)
 
 
 def rate_factors(c: ConfigDict, params: Any) -> Any:
-    """What the learning rate of each parameter is multiplied by: its entry of rate_factors times its layer's decay."""
+    """Return the factor on each parameter's learning rate: its entry of rate_factors times its layer's decay."""
     factors = _by_name(lambda name: next((f for rule, f in c.rate_factors if _covers(rule, name)), 1.0), params)
-    return jax.tree.map(operator.mul, factors, layer_scales(params, c.layer_decay)) if c.layer_decay != 1 else factors
+    if c.layer_decay == 1:
+        return factors
+    return jax.tree.map(operator.mul, factors, layer_scales(params, c.layer_decay))
 
 
 def check_rules(c: ConfigDict, params: Any) -> None:
-    """Raises UserError for a pattern that covers no parameter, and for two rate_factors that cover the same one.
+    """Raise UserError for a pattern that covers no parameter, and for two rate_factors that cover the same one.
 
     Raises ValueError naming a parameter that is of no kind, or of two.
     """
@@ -162,7 +166,9 @@ def make_optimizer(c: ConfigDict, schedule: Schedule, freeze: Sequence[str] = ()
         rule = optax.partition(rules, hidden_convolutions)
     else:
         rule = _rule(c, c.name, schedule, c.momentum, c.nesterov)
-    optimizer = optax.chain(*clips, rule) if clips else rule
+    optimizer = rule
+    if clips:
+        optimizer = optax.chain(*clips, rule)
     if freeze:
         parts = {"trained": optimizer, "frozen": optax.set_to_zero()}
         optimizer = optax.partition(parts, lambda params: {p: "frozen" if p in freeze else "trained" for p in params})
@@ -198,10 +204,14 @@ SCALES: dict[str, Callable[[ConfigDict], optax.GradientTransformation]] = {
 def _rule(
     c: ConfigDict, name: str, schedule: Schedule, momentum: float, nesterov: bool
 ) -> optax.GradientTransformation:
-    """Steps 2 and 3 of make_optimizer."""
+    """Build steps 2 and 3 of make_optimizer."""
     mask = partial(decayed, c)
-    decoupled = c.name in DECOUPLED if c.decoupled is None else c.decoupled
-    coupled_decay, decoupled_decay = (0.0, c.weight_decay) if decoupled else (c.weight_decay, 0.0)
+    decoupled = c.decoupled
+    if decoupled is None:
+        decoupled = c.name in DECOUPLED
+    coupled_decay, decoupled_decay = c.weight_decay, 0.0
+    if decoupled:
+        coupled_decay, decoupled_decay = 0.0, c.weight_decay
     rate = optax.scale_by_learning_rate(schedule)
     rule = []
     if c.l1:

@@ -30,7 +30,7 @@ class Plan:
 
     @classmethod
     def of(cls, c: ConfigDict, num_examples: int) -> "Plan":
-        """The train, warmup and cooldown durations are `config.stretch` times what they say.
+        """Convert the durations of a config; those of the schedule are stretched by `config.stretch`.
 
         Raises UserError naming the duration that is at fault.
         """
@@ -58,11 +58,11 @@ class Plan:
         return any(phase.batch_size != self.batch_size for phase in self.phases)
 
     def between(self, start: int, stop: int) -> tuple[Phase, ...]:
-        """The phases of the updates start … stop − 1."""
+        """Return the phases of the updates start … stop − 1."""
         return tuple(phase for phase in self.phases if phase.first_step < stop and start < phase.end)
 
     def position(self, step: int) -> float:
-        """How far `step` updates come, in steps of `batch_size` examples: `step` itself where all batches have that."""
+        """Return how far `step` updates come, in steps of `batch_size` examples: `step` where all batches have that."""
         return phase_at(self.phases, step).examples(step) / self.batch_size
 
     def epoch(self, step: int) -> float:
@@ -70,27 +70,27 @@ class Plan:
         return self.position(step) / self.steps_per_epoch
 
     def step_at(self, share: float) -> int:
-        """The first update, counted from 0, that begins at or after that share of the training; `steps` if none does.
+        """Return the first update, counted from 0, that begins at or after that share of the training, or `steps`.
 
         Shares are of the examples, so that phases of other batches count for what they are.
         """
         return self.update_at(share * self.position(self.steps))
 
     def update_at(self, position: float) -> int:
-        """The first update, counted from 0, that begins at or after `position`, in steps of `batch_size` examples."""
+        """Return the first update, counted from 0, that begins at or after `position`, in steps of `batch_size`."""
         part = (1 - 1e-12) * position  # a product that is a whole number may be just above it
         return bisect_left(range(self.steps), part, key=self.position)
 
     def evaluates(self, step: int) -> bool:
-        """Whether the state after `step` updates is evaluated."""
+        """Tell whether the state after `step` updates is evaluated."""
         return step == self.steps or self._passes(step, self.eval_every)
 
     def saves(self, step: int) -> bool:
-        """Whether it is saved; what is evaluated always is, so that the best can be restored."""
+        """Tell whether it is saved; what is evaluated always is, so that the best can be restored."""
         return self.evaluates(step) or self._passes(step, self.save_every) or self.keeps(step)
 
     def keeps(self, step: int) -> bool:
-        """Whether what is saved then stays for good."""
+        """Tell whether what is saved then stays for good."""
         return bool(self.keep_every) and self._passes(step, self.keep_every)
 
     def _passes(self, step: int, period: float) -> bool:
@@ -99,7 +99,7 @@ class Plan:
 
 
 def _phases(rows: Sequence[tuple[float, int | None, int]], length: float, batch_size: int) -> tuple[Phase, ...]:
-    """The phases of a training of `length` steps of `batch_size`: each ends where the next begins, to half a batch."""
+    """Divide a training of `length` steps of `batch_size`: a phase ends where the next begins, to half a batch."""
     phases: list[Phase] = []
     step = example = 0
     ends = [begin for begin, _, _ in rows[1:]] + [1.0]
@@ -114,7 +114,8 @@ def _phases(rows: Sequence[tuple[float, int | None, int]], length: float, batch_
 def describe(plan: Plan) -> str:
     """`128 px × 1,024 to step 400, 224 px × 256 to the end`; batches only where they are not all `batch_size`."""
     untils = [*(f"step {phase.end:,}" for phase in plan.phases[:-1]), "the end"]
+    batches = [f" × {phase.batch_size:,}" * plan.changes_batch for phase in plan.phases]
     return ", ".join(
-        f"{phase.image_size} px{f' × {phase.batch_size:,}' if plan.changes_batch else ''} to {until}"
-        for phase, until in zip(plan.phases, untils, strict=True)
+        f"{phase.image_size} px{batch} to {until}"
+        for phase, batch, until in zip(plan.phases, batches, untils, strict=True)
     )

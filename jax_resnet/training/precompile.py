@@ -1,4 +1,4 @@
-"""Steps compiled ahead of need, on a thread beside what a run begins with."""
+"""Ahead-of-time compilation of the steps, on a thread beside what a run begins with."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -12,7 +12,7 @@ EVALUATION = "evaluation"
 
 
 class StepsAhead:
-    """A jitted step, compiled once for each kind of batch in `phases`, in their order, and then the evaluation's.
+    """Compiles a jitted step once for each kind of batch in `phases`, in their order, and then the evaluation's.
 
     `shapes` gives the abstract arguments of a phase's step; `evaluation` is a jitted step and its abstract arguments.
     Where there are no phases nothing is compiled ahead. Leaving the `with` lets no further compilation begin, and with
@@ -61,7 +61,7 @@ class StepsAhead:
                 return
 
     def at(self, step: int, stopped: Callable[[], Any] = lambda: False) -> Any:
-        """What to call for update `step`, counted from 0; waits until it is compiled. None if `stopped()` before that.
+        """Return what to call for update `step`, counted from 0, when it is compiled; None if `stopped()` before.
 
         An update that is before all phases is compiled when it is first called. Raises what the compiler raised, for
         whichever phase: at once, not when that begins.
@@ -79,12 +79,14 @@ class StepsAhead:
         return future.result()
 
     def evaluation(self) -> Any:
-        """What to call for a batch of the evaluation; waits until it is compiled.
+        """Return what to call for a batch of the evaluation, when it is compiled.
 
         Where compiling failed, as it may for want of memory beside a training, it is compiled when it is first called.
         """
         future = self._compiled.get(EVALUATION)
-        return self._eval_step if future is None or future.exception() else future.result()
+        if future is None or future.exception():
+            return self._eval_step
+        return future.result()
 
 
 def _kind(phase: Phase) -> tuple[int | None, int]:

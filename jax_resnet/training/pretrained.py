@@ -31,7 +31,7 @@ HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a file under PyTorch's names, and what is said beside them of the network they are for."""
+    """The tensors of a file under PyTorch's names, and what its config.json says of their network."""
 
     tensors: Mapping[str, Any]
     architecture: str | None = None
@@ -41,7 +41,7 @@ class Weights:
 
 
 def fitting(path: str, state: TrainState, spec: ResNetSpec) -> tuple[Arrays, Report, Weights]:
-    """The parameters and batch statistics that `path` has for the network of `state`, which may be abstract.
+    """Read the parameters and batch statistics in `path` that fit the network of `state`, which may be abstract.
 
     The head is left out if the number of classes differs, the first kernel summed if that of the channels does.
     `path`: a .safetensors file, a torch file (with the extra `torch`, opened as data only), a folder with one of them,
@@ -67,7 +67,9 @@ def placed(state: TrainState, arrays: Arrays) -> TrainState:
     if not arrays:
         return state
     state = replace(state, params=place(state.params, arrays), batch_stats=place(state.batch_stats, arrays))
-    return replace(state, ema=jax.tree.map(jnp.copy, state.weights)) if state.ema else state
+    if state.ema:
+        state = replace(state, ema=jax.tree.map(jnp.copy, state.weights))
+    return state
 
 
 def place(tree: Any, arrays: Arrays) -> Any:
@@ -82,7 +84,7 @@ def _like(x: jax.Array, array: np.ndarray) -> jax.Array:
 
 
 def read_weights(path: str) -> Weights:
-    """What `fitting` describes, from a file, folder or the hub. Raises UserError, which the path is to precede."""
+    """Read weights from a file, folder or the hub. Raises UserError, to be preceded by the path."""
     if path.startswith("hf://"):
         return _from_hub(path.removeprefix("hf://"))
     if "://" in path and path.partition("://")[0] not in BACKENDS:
@@ -97,14 +99,18 @@ def read_weights(path: str) -> Weights:
         file = inside[0]
     if not file.is_file():
         siblings = names(file.parent)
-        raise UserError("no such file" + (f"; {did_you_mean(file.name, siblings)}" if siblings else ""))
+        if not siblings:
+            raise UserError("no such file")
+        raise UserError(f"no such file; {did_you_mean(file.name, siblings)}")
     return _described(_tensors(file), file.with_name("config.json"))
 
 
 def _tensors(file: AnyPath) -> Mapping[str, Any]:
     if file.suffix == ".safetensors":
         try:
-            return safetensors.numpy.load(read(file)) if is_remote(file) else safetensors.numpy.load_file(file)
+            if is_remote(file):
+                return safetensors.numpy.load(read(file))
+            return safetensors.numpy.load_file(file)
         except (safetensors.SafetensorError, OSError) as e:
             raise UserError(f"not a whole safetensors file ({e})") from None
     if file.suffix not in TORCH_SUFFIXES:
@@ -116,7 +122,8 @@ def _tensors(file: AnyPath) -> Mapping[str, Any]:
             "to read a torch file, pip install 'jax-resnet-training[torch]'; a .safetensors file needs nothing"
         ) from None
     try:
-        content = torch.load(io.BytesIO(read(file)) if is_remote(file) else file, map_location="cpu", weights_only=True)
+        source = io.BytesIO(read(file)) if is_remote(file) else file
+        content = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         unsafe = str(e).rpartition("Unsupported")[2].splitlines()[0].strip() or "more than tensors"
         raise UserError(
@@ -142,7 +149,7 @@ def _described(tensors: Mapping[str, Any], description: AnyPath) -> Weights:
 
 
 def _spec(name: str | None, model_args: dict[str, Any]) -> ResNetSpec | None:
-    """The network that timm means, if the zoo has it."""
+    """Return the network that timm means, if the zoo has it."""
     try:
         return model_spec(name, pool=model_args.get("global_pool")) if name else None
     except UserError:
@@ -150,7 +157,9 @@ def _spec(name: str | None, model_args: dict[str, Any]) -> ResNetSpec | None:
 
 
 def _from_run(path: AnyPath) -> Weights:
-    workdir, step = (path.parent.parent, path.name) if path.parent.name == "checkpoints" else (path, "best")
+    workdir, step = path, "best"
+    if path.parent.name == "checkpoints":
+        workdir, step = path.parent.parent, path.name
     with Checkpoints(workdir) as checkpoints:
         chosen = checkpoints.find(step)
         config, trees = from_json(checkpoints.config(chosen)), checkpoints.weights(chosen)
@@ -184,4 +193,6 @@ def _from_hub(name: str) -> Weights:
     if file is None:
         raise UserError(f"has neither {' nor '.join(HUB_FILES)}")
     description = fetch("config.json")
-    return _described(_tensors(file), description) if description else Weights(_tensors(file))
+    if description is None:
+        return Weights(_tensors(file))
+    return _described(_tensors(file), description)

@@ -16,7 +16,7 @@ Schedule = Callable[[Any], jax.Array]
 def make_schedule(
     c: ConfigDict, *, peak: float, steps: float, warmup_steps: int = 0, cooldown_steps: int = 0
 ) -> Schedule:
-    """The learning rate of each update, counted from 0: with warmup_from = 0 the first one moves nothing.
+    """Return the learning rate by update, counted from 0: with warmup_from = 0 the first one moves nothing.
 
     It is peak · share, and with f = final and t the part that is done, 0 … 1, of what lies between warmup and cooldown:
     cosine, one_cycle  f + (1 − f) · (1 + cos πt) / 2;  linear, polynomial  f + (1 − f) · (1 − t)^power, power 1 in
@@ -57,11 +57,14 @@ def make_schedule(
             value = jnp.sqrt(max(warmup_steps, 1) / jnp.maximum(done, max(warmup_steps, 1)))
         else:
             value = jnp.ones(())
-        return jnp.maximum(value, c.final) if c.final else value
+        if c.final:
+            value = jnp.maximum(value, c.final)
+        return value
 
     def schedule(step: Any) -> jax.Array:
         done = jnp.asarray(step, jnp.float32)
-        value = share(jnp.minimum(done, cooldown) if cooldown_steps else done)
+        before_cooldown = jnp.minimum(done, cooldown) if cooldown_steps else done
+        value = share(before_cooldown)
         if warmup_steps:
             up = jnp.clip(done / warmup_steps, 0.0, 1.0)
             if c.name == "one_cycle":
@@ -75,17 +78,21 @@ def make_schedule(
 
 
 def peak_learning_rate(c: ConfigDict, batch_size: int) -> float:
-    """The highest rate that `config.optimizer` gives a batch of that many examples.
+    """Return the highest rate that `config.optimizer` gives a batch of that many examples.
 
     learning_rate · batch_size / reference_batch (Goyal et al. 2017, section 2.1), the root of that quotient with
     batch_scaling = "sqrt" (Krizhevsky 2014, "One weird trick"), or unscaled if reference_batch is 0.
     """
-    larger = batch_size / c.reference_batch if c.reference_batch else 1.0
-    return c.learning_rate * (larger**0.5 if c.batch_scaling == "sqrt" else larger)
+    if not c.reference_batch:
+        return c.learning_rate
+    larger = batch_size / c.reference_batch
+    if c.batch_scaling == "sqrt":
+        larger **= 0.5
+    return c.learning_rate * larger
 
 
 def over_phases(schedule: Schedule, phases: Sequence[Phase], c: ConfigDict, *, batch_size: int) -> Schedule:
-    """`schedule`, whose steps take `batch_size` examples, for updates that take as many as `phases` say.
+    """Adapt `schedule`, whose steps take `batch_size` examples, to updates that take as many as `phases` say.
 
     An update has the rate of the place in the data where its batch begins, scaled to its batch as `config.optimizer`
     scales the peak.

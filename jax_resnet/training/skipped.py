@@ -1,4 +1,4 @@
-"""Updates that are skipped, for their numbers are wrong: told as they come, and too many in a row written for study."""
+"""Updates that the guard skips: reported as they come; too many in a row end the run with a file to study."""
 
 import math
 from collections import deque
@@ -31,17 +31,17 @@ class Skipped:
 
     @property
     def too_many(self) -> bool:
-        """Whether `config.guard.max_skipped` in a row were skipped: what comes after them will be too."""
+        """Whether `config.guard.max_skipped` in a row were skipped: all that follow will be too."""
         return 0 < self._experiment.config.guard.max_skipped <= self.row
 
     def add(self, step: int, sums: Sums) -> None:
-        """Takes the sums of one more step; reads those of an earlier one, which is done or as good as done."""
+        """Take the sums of one more step; read those of an earlier one, which is done or nearly so."""
         if "skipped" in sums:
             self._unread.append((step, sums))
             self.read(leave=IN_FLIGHT - 1)
 
     def read(self, leave: int = 0) -> None:
-        """Reads what was added, up to the last `leave` steps or to where too many are skipped."""
+        """Read what was added, up to the last `leave` steps or to where too many are skipped."""
         while len(self._unread) > leave and not self.too_many:
             self._last, sums = self._unread.popleft()
             if not jax.device_get(sums["skipped"]):
@@ -53,11 +53,11 @@ class Skipped:
             self._telemetry.say(f"step {self._last:,}: update skipped: loss {loss:.4g}{why}")
 
     def study(self, state: TrainState, workdir: AnyPath) -> UserError:
-        """Writes skipped-STEP.json, of the row's updates computed once more; returns the error that ends the run.
+        """Compute the skipped updates once more, write skipped-STEP.json, and return the error that ends the run.
 
         `state` is any after the first of them: it has the same parameters as they had. The file holds first_step and
         last_step; parameters, the norm of each part's; and updates, for each its step, its records' numbers in the
-        split, its loss, and gradients, the norm of each part's before clipping. What is no number is text, "nan".
+        split, its loss, and gradients, the norm of each part's before clipping. NaN and infinity are text, "nan".
         """
         first, last = self._last - self.row + 1, self._last
         file = workdir / f"skipped-{last}.json"
@@ -98,7 +98,7 @@ class Skipped:
 
 
 def _norms(tree: dict[str, Any]) -> dict[str, float | str]:
-    """The norm of each part (stem, stage1, …, head)."""
+    """Return the norm of each part (stem, stage1, …, head)."""
     squares = {
         part: sum(np.square(x, dtype=np.float64).sum() for x in jax.tree.leaves(jax.device_get(inside)))
         for part, inside in tree.items()
@@ -107,4 +107,6 @@ def _norms(tree: dict[str, Any]) -> dict[str, float | str]:
 
 
 def _json(number: float) -> float | str:
-    return number if math.isfinite(number) else str(number)  # JSON has no nan
+    if math.isfinite(number):
+        return number
+    return str(number)  # JSON has no NaN

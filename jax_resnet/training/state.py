@@ -1,4 +1,4 @@
-"""What a step changes, made by shape first and then in place on the devices."""
+"""The training state: its shapes and shardings first, then its arrays in place on the devices."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -33,7 +33,7 @@ class TrainState:
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     def averaged(self) -> "TrainState":
-        """The same with the running average in the place of the weights."""
+        """Return the state with the running average in place of the weights."""
         return replace(self, **self.ema)
 
 
@@ -55,13 +55,13 @@ def from_fields(fields: Mapping[str, Any], like: TrainState) -> TrainState:
 
 
 class _Keys:
-    """The keys of nnx.Rngs(params=key), counted in Python: counting in a trace takes time quadratic in the depth."""
+    """Gives the keys of nnx.Rngs(params=key), counted in Python: in a trace that is quadratic in the depth."""
 
     def __init__(self, key: jax.Array):
         self._key, self._count = key, 0
 
     def params(self) -> jax.Array:
-        """The next key."""
+        """Return the next key."""
         self._count += 1
         return jax.random.fold_in(self._key, self._count - 1)
 
@@ -106,7 +106,7 @@ def make_state(
 
 
 def all_finite(tree: Any) -> jax.Array:
-    """Whether every floating-point number in the tree is finite, bool []. Also false where an array's sum overflows.
+    """Tell whether every floating-point number in the tree is finite, bool []. False too where a sum overflows.
 
     By sums, as XLA for CPUs takes 0.2 s for each array to compile whether all of its numbers are finite. Of magnitudes:
     the sum of a gradient that is a sum itself, a bias's, XLA merges with that, and reads the activations once more.

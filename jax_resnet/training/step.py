@@ -25,7 +25,7 @@ STEP_KEYS = 2**32 - 1  # folded into the seed's key: the parameters are drawn fr
 
 @dataclass(frozen=True)
 class Problem:
-    """What is trained: a network, on a kind of input, for a task."""
+    """A network, a kind of input and a task."""
 
     graph: nnx.GraphDef
     inputs: Inputs
@@ -58,8 +58,11 @@ def make_train_step(
         updates, opt_state = optimizer_at(state.step).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         new = replace(state, step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state)
-        new = replace(new, ema=_averaged(new, c.ema, ema_start)) if c.ema.decay else new
-        return _guarded(state, new, grads, sums, c.guard.max_skipped) if state.guard else (new, sums)
+        if c.ema.decay:
+            new = replace(new, ema=_averaged(new, c.ema, ema_start))
+        if state.guard:
+            return _guarded(state, new, grads, sums, c.guard.max_skipped)
+        return new, sums
 
     return train_step
 
@@ -169,7 +172,7 @@ def _on_cpu(sharding: NamedSharding) -> bool:
 def _sharpness_aware(
     grads: Any, gradients: Callable[[Any], tuple[Any, Any]], state: TrainState, rho: float, every: int, on_cpu: bool
 ) -> Any:
-    """The gradients at `rho` uphill of the parameters, at every `every`-th step (Foret et al. 2020, equation 2).
+    """Return the gradients at `rho` uphill of the parameters, at every `every`-th step (Foret et al. 2020, equation 2).
 
     Batch statistics are not taken from there: they belong to the parameters that are kept.
     """
@@ -186,7 +189,7 @@ def _sharpness_aware(
 
 
 def _averaged(new: TrainState, c: ConfigDict, start: int) -> Any:
-    """The running average after an update: new.ema moved towards the new weights, as `config.ema` says."""
+    """Move the running average towards the new weights, as `config.ema` says."""
     decay = jnp.float32(c.decay)
     if c.ramp:
         updates = (new.step - start) // c.every

@@ -54,7 +54,9 @@ class OneLabel:
     def targets(self, batch: Mapping[str, jax.Array], kept: jax.Array | None = None) -> jax.Array:
         """Return the labels, int32 [N]; of mixed examples the probabilities of the classes, float32 [N, outputs]."""
         labels = batch["label"]
-        return labels if kept is None else mix(jax.nn.one_hot(labels, self.outputs), kept)
+        if kept is None:
+            return labels
+        return mix(jax.nn.one_hot(labels, self.outputs), kept)
 
     def losses(self, logits: jax.Array, targets: jax.Array, *, training: bool) -> jax.Array:
         """See Task."""
@@ -65,8 +67,9 @@ class OneLabel:
 
         Of a mixed example the class with more weight is the right one (of equals the lower), as torchvision counts too.
         """
-        labels = targets.argmax(-1) if targets.ndim == 2 else targets
-        return classification_sums(logits, labels, losses, mask)
+        if targets.ndim == 2:
+            targets = targets.argmax(-1)
+        return classification_sums(logits, targets, losses, mask)
 
     def summary(self, totals: Mapping[str, float | int]) -> dict[str, float | int]:
         """See Task."""
