@@ -10,7 +10,7 @@ from etils import epath
 from jax_resnet.commands.cli import Parser
 from jax_resnet.errors import UserError
 from jax_resnet.runs.checkpoint import Checkpoints, Damaged
-from jax_resnet.runs.metrics_log import evaluations
+from jax_resnet.runs.metrics_reader import evaluations
 from jax_resnet.runs.paths import AnyPath, open_path
 
 

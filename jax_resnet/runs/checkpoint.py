@@ -20,9 +20,9 @@ from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
 from jax_resnet.errors import TransientError, UserError, first_line
 from jax_resnet.runs import s3
-from jax_resnet.runs.metrics_log import evaluations
+from jax_resnet.runs.digests import Record, check_digests, check_record, check_same_tree, make_record
+from jax_resnet.runs.metrics_reader import evaluations
 from jax_resnet.runs.paths import COMMITTED, AnyPath, absolute, is_remote, make_folder, move, names
-from jax_resnet.runs.record import Record, check_digests, check_record, check_same_tree, make_record
 from jax_resnet.runs.retention import Keep, score
 from jax_resnet.runtime.distributed import all_agree, of_first_process
 

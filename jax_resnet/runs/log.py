@@ -16,7 +16,7 @@ import jax
 from jax_resnet.errors import UserError, unwritable
 from jax_resnet.runs.console import Screen, percent, shown
 from jax_resnet.runs.curves import draw_curves
-from jax_resnet.runs.metrics_log import FILE, read_metrics
+from jax_resnet.runs.metrics_reader import FILE, read_metrics
 from jax_resnet.runs.paths import AnyPath, is_remote, write
 from jax_resnet.runs.trace import Trace
 from jax_resnet.runs.workdir import write_json
