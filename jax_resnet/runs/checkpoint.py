@@ -81,8 +81,7 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """Return the step with the best evaluation in metrics.jsonl, None if it has none."""
         scores = self._scores()
-        scored = [step for step in self.steps() if step in scores]
-        return max(scored, key=lambda step: (scores[step], step), default=None)
+        return max(scores.keys() & self.steps(), key=lambda step: (scores[step], step), default=None)
 
     def find(self, which: str) -> int:
         """Resolve "best" (the latest if none was evaluated), "latest" or a number. Raises UserError if not saved."""

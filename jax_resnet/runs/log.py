@@ -25,10 +25,7 @@ MAX_REPORTED_IMAGES = 20
 
 
 def _summary_writer(folder: Path, purge_step: int) -> Any:
-    """Make TensorBoard's event writer without loading torch.
-
-    tensorboardX would import torch, where it is installed, only to recognize its tensors.
-    """
+    """Make TensorBoard's event writer, but keep tensorboardX from importing torch, which is slow."""
     hide = "torch" not in sys.modules
     if hide:
         # An import of torch now fails, as if it were not installed.
@@ -60,9 +57,7 @@ class Telemetry:
         profile: str | None = None,
     ):
         self.active = jax.process_index() == 0
-        self.workdir = workdir
-        self._epoch = epoch
-        self._step = start_step
+        self.workdir, self._epoch, self._step = workdir, epoch, start_step
         self._broken: set[tuple[str, str]] = set()  # split, name of the image
         self._began = time.monotonic()
         self._before = 0.0  # seconds, before the run was resumed
@@ -91,10 +86,7 @@ class Telemetry:
         self._writer("train")
 
     def _writer(self, name: str) -> Any:
-        """Return the writer of a TensorBoard run.
-
-        Training and each split are runs of their own, so that their curves overlay.
-        """
+        """Return the writer of a TensorBoard run: "train" or a split, so that their curves overlay."""
         if name not in self._writers:
             try:
                 self._writers[name] = _summary_writer(self._folder / name, self._purge_step)
@@ -156,11 +148,10 @@ class Telemetry:
         input_wait: float | None = None,
         skipped: int = 0,
     ) -> None:
-        """Report means over the steps since the last call.
+        """Report means over the steps since the last call; the first, which compiles, has no speed.
 
-        The first call has no speed, because its time includes compilation. `input_wait` is the share
-        of the time spent waiting for batches. The means leave out the `skipped` updates; `metrics` is
-        empty if all were skipped.
+        `input_wait` is the share of the time spent waiting for batches. The means leave out the
+        `skipped` updates; `metrics` is empty if all were skipped.
         """
         speed = ""
         if images_per_second is not None and input_wait is not None:
@@ -194,10 +185,7 @@ class Telemetry:
             self._record("save", step, blocked_seconds=round(blocked, 4), share=round(blocked / seconds, 6))
 
     def broken(self, split: str, name: str, reason: str) -> None:
-        """Report an image that cannot be decoded, once.
-
-        The process that read it prints a line, for the first MAX_REPORTED_IMAGES.
-        """
+        """Report an undecodable image once. Its reader prints the first MAX_REPORTED_IMAGES."""
         if (split, name) in self._broken:
             return
         self._broken.add((split, name))

@@ -30,10 +30,7 @@ def read_metrics(workdir: AnyPath) -> list[dict[str, Any]]:
 
 
 def evaluations(workdir: AnyPath) -> dict[int, dict[str, dict[str, Any]]]:
-    """Read all recorded evaluations: {step: {split: metrics}}.
-
-    The last one counts for a step that was evaluated again.
-    """
+    """Read all evaluations, of each step and split the last: {step: {split: metrics}}."""
     splits_by_step: dict[int, dict[str, dict[str, Any]]] = {}
     for row in read_metrics(workdir):
         if row["kind"] == "eval" and "split" in row:

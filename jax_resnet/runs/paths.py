@@ -53,7 +53,7 @@ def open_path(path: str | os.PathLike[str]) -> AnyPath:
 
 
 def is_remote(path: AnyPath) -> bool:
-    """Tell whether a path is in an object store: no folders, renaming or appending, but atomic writes."""
+    """Tell whether a path is in an object store, which has atomic writes, but no folders or renames."""
     return "://" in str(path)
 
 
@@ -63,10 +63,7 @@ def absolute(path: AnyPath) -> AnyPath:
 
 
 def make_folder(folder: AnyPath) -> None:
-    """Make a local folder and those above it.
-
-    An object store has no folders, and asking for one may create a bucket with a mistyped name.
-    """
+    """Make a local folder and its parents. Asking a store for one might create a mistyped bucket."""
     if not is_remote(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -86,19 +83,13 @@ def write(file: AnyPath, content: bytes) -> None:
 
 
 def read(file: AnyPath) -> bytes:
-    """Read a file.
-
-    Raises FileNotFoundError if it does not exist, and OSError or (remote) UserError if it cannot be read.
-    """
+    """Read a file. Raises FileNotFoundError if it is missing, else OSError or (remote) UserError."""
     with reaching(file, "read"):
         return file.read_bytes()
 
 
 def names(folder: AnyPath) -> list[str]:
-    """List the names in a folder, in no order; none if it cannot be read.
-
-    Raises UserError if an object store cannot be reached.
-    """
+    """List the names in a folder; none if it cannot be read. Raises UserError for an object store."""
     try:
         with reaching(folder, "read"):
             return [path.name for path in folder.iterdir()]
