@@ -29,7 +29,7 @@ from jax_resnet.runtime.distributed import all_agree, of_first_process
 # Tensorstore's errors where nothing is damaged, but the file system or the network denies access.
 REFUSED = re.compile("PERMISSION_DENIED|UNAUTHENTICATED")
 UNAVAILABLE = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|CANCELLED")
-# While Orbax starts a save, it takes the newest one of the process for its own, even one that another
+# While Orbax starts a save, it takes the newest of the process for its own, even one that another
 # thread has started meanwhile: saves start in turn.
 _STARTING = threading.Lock()
 
@@ -217,7 +217,7 @@ class Checkpoints:
                 fields.setdefault(field, {})[rest] = abstract
         check_same_tree(record, fields, f"{self.directory}/{step}")
         with self._reading(step), jax.transfer_guard("allow"):
-            # Orbax's manager would make the processes wait for each other, even for one that failed.
+            # Orbax's manager would make processes wait for each other, even for one that failed.
             folder = epath.Path(self.directory) / str(step) / "state"
             restored = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(fields))
             check_digests(restored, record)
@@ -261,7 +261,7 @@ class Checkpoints:
         return step, fields
 
     def arrays(self, step: int) -> Any:
-        """Read the fields of `step`, of any network, as numpy arrays in nested dicts. Raises Damaged."""
+        """Read the fields of `step`, of any network: numpy arrays in dicts. Raises Damaged."""
         record = self.record(step)
         with self._reading(step), jax.transfer_guard("allow"):
             folder = epath.Path(self.directory) / str(step) / "state"

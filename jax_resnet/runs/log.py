@@ -25,7 +25,7 @@ MAX_REPORTED_IMAGES = 20
 
 
 def _summary_writer(folder: Path, purge_step: int) -> Any:
-    """Make TensorBoard's event writer, but keep tensorboardX from importing torch, which is slow."""
+    """Make TensorBoard's event writer, but keep tensorboardX from importing torch."""
     hide = "torch" not in sys.modules
     if hide:
         # An import of torch now fails, as if it were not installed.
@@ -86,7 +86,7 @@ class Telemetry:
         self._writer("train")
 
     def _writer(self, name: str) -> Any:
-        """Return the writer of a TensorBoard run: "train" or a split, so that their curves overlay."""
+        """Return the writer of "train" or of a split, each a TensorBoard run: curves overlay."""
         if name not in self._writers:
             try:
                 self._writers[name] = _summary_writer(self._folder / name, self._purge_step)

@@ -53,7 +53,7 @@ def open_path(path: str | os.PathLike[str]) -> AnyPath:
 
 
 def is_remote(path: AnyPath) -> bool:
-    """Tell whether a path is in an object store, which has atomic writes, but no folders or renames."""
+    """Tell whether a path is in an object store: atomic writes, no folders, no renaming."""
     return "://" in str(path)
 
 
@@ -63,7 +63,7 @@ def absolute(path: AnyPath) -> AnyPath:
 
 
 def make_folder(folder: AnyPath) -> None:
-    """Make a local folder and its parents. Asking a store for one might create a mistyped bucket."""
+    """Make a local folder and its parents. A store might create a mistyped bucket instead."""
     if not is_remote(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -83,13 +83,13 @@ def write(file: AnyPath, content: bytes) -> None:
 
 
 def read(file: AnyPath) -> bytes:
-    """Read a file. Raises FileNotFoundError if it is missing, else OSError or (remote) UserError."""
+    """Read a file. Raises FileNotFoundError, or else OSError or (remote) UserError."""
     with reaching(file, "read"):
         return file.read_bytes()
 
 
 def names(folder: AnyPath) -> list[str]:
-    """List the names in a folder; none if it cannot be read. Raises UserError for an object store."""
+    """List a folder, none if it cannot be read. Raises UserError for an object store."""
     try:
         with reaching(folder, "read"):
             return [path.name for path in folder.iterdir()]
@@ -130,7 +130,7 @@ def _file_system(path: AnyPath) -> Any:
 
 @contextlib.contextmanager
 def reaching(path: AnyPath, done: str) -> Iterator[None]:
-    """Raise UserError if a remote file cannot be `done`: "read", "written". Local errors pass unchanged.
+    """Raise UserError if a remote file cannot be `done`: "read", "written". Local errors pass.
 
     FileNotFoundError passes too when reading; when writing it means a missing bucket. The error is a
     TransientError unless the bucket is missing or credentials are refused: a store that answers 503

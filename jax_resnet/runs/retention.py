@@ -10,7 +10,7 @@ BEST_BY = {"accuracy_top1": 1, "accuracy_top5": 1, "loss": -1}
 
 @dataclass(frozen=True)
 class Keep:
-    """Keep the `latest` checkpoints, the `best` evaluated ones by `metric`, and those that `always` names."""
+    """Keep the `latest` checkpoints, the `best` by `metric`, and those that `always` names."""
 
     latest: int = 2
     best: int = 1

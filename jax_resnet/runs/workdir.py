@@ -94,7 +94,7 @@ def claimed(workdir: AnyPath, config: ConfigDict) -> Iterator[ConfigDict | None]
 
 @contextlib.contextmanager
 def keeping_compiled(workdir: AnyPath) -> Iterator[None]:
-    """Keep compiled programs in workdir/compiled, unless JAX_COMPILATION_CACHE_DIR names another place.
+    """Keep compiled programs in workdir/compiled, unless JAX_COMPILATION_CACHE_DIR is set.
 
     Only the first process of a job writes the cache, and all read it, also those that replace a
     preempted one: so it lies in the workdir. JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. JAX has
@@ -132,7 +132,7 @@ def _cache_in(workdir: AnyPath) -> Iterator[None]:
 
 
 def check_same_config(stored: ConfigDict, config: ConfigDict, workdir: AnyPath, group: str = "") -> None:
-    """Compare what two configs compute. Raises UserError naming every key in `group` that differs."""
+    """Raise UserError naming every key in `group` by which two configs compute other things."""
     if different := [text for text in differences(stored, config) if text.startswith(group)]:
         hint = ""
         if different[0].startswith("batch_size:"):
