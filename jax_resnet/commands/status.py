@@ -4,8 +4,10 @@ import sys
 
 from jax_resnet.errors import TransientError, UserError
 
-MISTAKE = 2  # the same command can never succeed: launchers do not restart it
-TRANSIENT = 1  # launchers restart it
+# The same command can never succeed: launchers do not restart it.
+MISTAKE = 2
+# Launchers restart the command.
+TRANSIENT = 1
 
 
 def exit_status(error: UserError) -> int:
