@@ -1,4 +1,4 @@
-"""Parse flags and configs, check and write files, print rows, and report a user's mistake in one line."""
+"""Share among commands: flags, configs, files to write, rows to print, one-line errors."""
 
 import argparse
 import os
@@ -37,7 +37,7 @@ def positive_integer(flag: str, text: str, most: int = 999_999_999) -> int:
 
 
 def parse_config() -> ConfigDict:
-    """Parse the command line into `flags.FLAGS`, and return the config: the first argument, or --config.
+    """Parse the command line into `flags.FLAGS`; return the config, the first argument or --config.
 
     Raises UserError for a mistake in it, and if it has no config or two.
     """

@@ -1,4 +1,4 @@
-"""Compile a training step and print what it takes: `jax-resnet compile --config CONFIG --topology v5e:4x4`.
+"""Compile a training step and print what it takes: `jax-resnet compile --topology v5e:4x4 CONFIG`.
 
 The step is compiled for each topology, without its devices, or else for the devices of this machine;
 status 1 says that one does not fit. It is the training step at its largest images, without a teacher;
@@ -21,7 +21,7 @@ from jax_resnet.runs.paths import write
 
 def main() -> None:
     """Run the command. Raises UserError for a user's mistake."""
-    # Python's own handler would wait for the compiler to return. The default one leaves no partial file.
+    # Python's own handler would wait for the compiler to return. The default leaves no partial file.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # Suggestions for a mistyped flag come from the flags of the program's own module.
     own = {"module_name": sys.argv[0]}

@@ -16,7 +16,7 @@ from absl import logging
 from jax_resnet.errors import LACKING, TransientError, UserError, first_line
 from jax_resnet.runtime.host import COMPILER_THREAD, MEETING_THREAD
 
-# Errors in threads and finalizers of libraries on a full disk; the run itself ends with a line about it.
+# Errors of libraries' threads and finalizers on a full disk, which the run itself reports.
 REPORTED_BY_THE_RUN = (
     # TensorBoard's writing thread.
     *(os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)),
@@ -28,7 +28,7 @@ PLAIN = {"×": "x", "…": "...", "–": "-", "→": "->", "±": "+-", "≤": "<
 
 
 def lacking(error: Exception) -> UserError:
-    """Make the one-line error for memory, disk or files that ran out. Raises `error` again if none did."""
+    """Make the error for memory, disk or files that ran out. Raises `error` again if none did."""
     if isinstance(error, MemoryError) or re.search(r"RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
         return UserError(
             f"memory ran out ({first_line(error)}); give a smaller config.batch_size, a larger config.accumulate or a "
@@ -63,7 +63,7 @@ def hush() -> None:
 
 
 def print_plainly() -> None:
-    """Replace characters that a terminal cannot print, × or an accent, instead of raising an error."""
+    """Replace characters that a terminal cannot print, × or an accent, without an error."""
 
     def replaced(error: UnicodeError) -> tuple[str, int]:
         assert isinstance(error, UnicodeEncodeError)
@@ -77,7 +77,7 @@ def print_plainly() -> None:
 
 
 def leave(status: int) -> int:
-    """Return the exit `status`, or exit at once if a thread would keep the process alive for minutes.
+    """Return the exit `status`, or exit at once if a thread would keep the process for minutes.
 
     The processes of a job exit together.
     """

@@ -32,7 +32,7 @@ END_KEY, ACKNOWLEDGED_KEY = "jax_resnet/end", "jax_resnet/heard/"
 PARTING_KEY, PARTED_KEY = "jax_resnet/parting/", "jax_resnet/parted/"
 POLL_SECONDS = 0.5
 # The process with the service waits so long, at most, for the others to read the error. They may be
-# dead: JAX, which wants a heartbeat every half HEARTBEAT, may abort this process as long after theirs.
+# dead: JAX, which expects a heartbeat every half HEARTBEAT, may abort this process that long after.
 LINGER_SECONDS = 6.0
 # A save gets so long to finish, for which the other processes have to live.
 SAVING_SECONDS = 10.0
@@ -181,7 +181,7 @@ def _leave(text: str, status: int) -> NoReturn:
 
 
 class Watchdog:
-    """End the process with status 1 and the stacks of all threads after `limit` seconds without `beat`.
+    """End the process, status 1, with the stacks of all threads, `limit` seconds after a `beat`.
 
     A `limit` of 0 means never. A context manager.
     """

@@ -1,4 +1,4 @@
-"""Describe a config: the keys that differ from the defaults, the derived numbers, the learning rate.
+"""Describe a config: keys that differ from the defaults, derived numbers, the learning rate.
 
 The numbers are those of the experiment that training builds; only the schedule is computed.
 """
@@ -30,7 +30,7 @@ from jax_resnet.training.schedules import peak_learning_rate
 
 Rows = dict[str, str]  # texts by their names
 
-# Splits with their sizes, classes and pixels a side (None: they differ), for machines without the dataset.
+# Sizes of splits, classes, pixels a side (None: they differ), for machines without the dataset.
 PUBLISHED = {
     "imagenet2012": ({"train": 1_281_167, "validation": 50_000}, 1000, None),
     "cifar10": ({"train": 50_000, "test": 10_000}, 10, 32),
@@ -41,7 +41,7 @@ BARS = " ▁▂▃▄▅▆▇█"
 
 
 def prepare(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
-    """Build the experiment of a config without a teacher; a missing dataset has its published sizes.
+    """Build a config's experiment without a teacher; a missing dataset has published sizes.
 
     `mesh` is as for `build`. Raises UserError as `build` does.
     """
@@ -82,7 +82,7 @@ def changed_keys(config: ConfigDict) -> Rows:
 
 
 def derived_numbers(experiment: Experiment) -> Rows:
-    """Return the header of a training, and the numbers that follow from durations and batch size."""
+    """Return the header of a training, and the numbers that its durations imply."""
     plan, optimizer = experiment.plan, experiment.config.optimizer
     rows = header(experiment, Path(), start=0)
     del rows["input"], rows["workdir"]
@@ -103,7 +103,7 @@ def _cooldown_start(plan: Plan) -> int:
 
 
 def parameters(experiment: Experiment) -> Rows:
-    """Count the decayed, not decayed and frozen parameters of each kind, and list the rate factors."""
+    """Count the decayed, not decayed and frozen parameters by kind, and list rate factors."""
     config, params = experiment.config.optimizer, experiment.network.abstract_state.params
     trees = optimizers.parameter_kinds(params), optimizers.decayed(config, params), params
     decays = bool(config.weight_decay or config.l1)
@@ -124,7 +124,7 @@ def parameters(experiment: Experiment) -> Rows:
 
 
 def learning_rates(experiment: Experiment) -> Rows:
-    """Return the curve of the learning rate, and its values at the moments that define a schedule."""
+    """Return the curve of the learning rate, and its values where the schedule changes."""
     schedule, plan = experiment.config.schedule, experiment.plan
     shares = {"step": schedule.boundaries, "piecewise": [share for share, _ in schedule.knots]}
     moments = {plan.step_at(share): f"{share:.4g} of all" for share in shares.get(schedule.name, ())}

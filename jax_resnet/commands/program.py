@@ -27,8 +27,8 @@ from jax_resnet.training.experiment import Experiment
 
 Row = dict[str, Any]  # an object of JSON
 
-# Bytes a second from memory, and bfloat16 operations a second, by JAX's device_kind, which is half a
-# chip of TPU7x and a chip of the others. Google Cloud publishes them on a page of each system.
+# Bytes a second from memory, and bfloat16 operations a second, by JAX's device_kind: half a chip of
+# TPU7x, a chip of the others. Google Cloud publishes them on a page of each system.
 PUBLISHED_RATES = {
     "TPU v4": (1228e9, 275e12),
     "TPU v5 lite": (819e9, 197e12),
@@ -50,7 +50,7 @@ LIBTPU_VARIABLES = {
 
 
 def meshes(names: Sequence[str]) -> dict[str, Mesh]:
-    """Return the mesh of each topology; without names, that of the local devices. Raises UserError."""
+    """Return each topology's mesh; without names, the local devices'. Raises UserError."""
     return {name: topology_mesh(name) for name in names} or {"": data_mesh()}
 
 
@@ -130,7 +130,7 @@ def heaviest_phase(experiment: Experiment) -> Phase:
 
 
 def compile_row(experiment: Experiment, name: str) -> Row:
-    """Compile and measure the step of the heaviest phase for a topology, "" for the local devices."""
+    """Compile and measure the heaviest phase's step for a topology, "" for local devices."""
     config = experiment.config
     phase = heaviest_phase(experiment)
     devices = list(experiment.mesh.devices.flat)
@@ -158,7 +158,7 @@ def compile_row(experiment: Experiment, name: str) -> Row:
 
 
 def compile_step(experiment: Experiment) -> Row:
-    """Compile the step of the heaviest phase for the experiment's mesh, and tell whether it fits."""
+    """Compile the heaviest phase's step for the experiment's mesh, and tell if it fits."""
     device = experiment.mesh.devices.flat[0]
     lowered = experiment.steps.train.lower(*experiment.shapes(heaviest_phase(experiment)))
     try:

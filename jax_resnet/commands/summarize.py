@@ -1,4 +1,4 @@
-"""Count what networks cost for one image: `jax-resnet summarize resnet50`, or --all of them in one table and plot.
+"""Count the cost of networks for one image: `jax-resnet summarize resnet50`, or --all in one plot.
 
 Nothing is compiled or run, and no device is used: everything is counted from shapes.
 """
@@ -62,7 +62,7 @@ def count(
     # The blocks of a stage are alike from the second on, unless pruned. Tracing two of them takes a
     # fifth of the time of tracing all.
     depths = tuple(min(depth, 2 + len(spec.block_widths or ()) * depth) for depth in spec.depths)
-    # One key suffices for shapes. nnx.Rngs counts keys in the trace, in time quadratic in the depth.
+    # One key suffices for shapes. nnx.Rngs counts keys in the trace, quadratic in the depth.
     rngs: Any = SimpleNamespace(params=partial(jax.random.key, 0))
     make = partial(create_model, name, num_classes=classes, in_channels=in_channels, depths=depths, rngs=rngs)
     model: Any = nnx.eval_shape(make)
@@ -78,7 +78,7 @@ def count(
 
 
 def _count(name: str, module: Any, shape: tuple[int, ...], depth: int = 0) -> Part:
-    """Count the cost of a module for one input of that shape, of a stage as if it had `depth` blocks."""
+    """Count a module's cost for one input of that shape, a stage's as if it had `depth` blocks."""
     call = type(module).__call__
     x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     products = cost(call, module, x)
