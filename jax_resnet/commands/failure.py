@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
-from jax._src import distributed  # jax.distributed has no public key-value store
+from jax._src import distributed  # has the key-value store
 
 from jax_resnet.commands.status import exit_status
 from jax_resnet.errors import Interrupted, UserError, first_line

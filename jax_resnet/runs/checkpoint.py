@@ -84,7 +84,7 @@ class Checkpoints:
         return max(scores.keys() & self.steps(), key=lambda step: (scores[step], step), default=None)
 
     def find(self, which: str) -> int:
-        """Resolve "best", or the latest without evaluations, "latest" or a number, or raise UserError."""
+        """Resolve "best" (the latest without evaluations), "latest" or a step. Raises UserError."""
         named = {"best": self.best_step() or self.latest_step(), "latest": self.latest_step()}
         if which not in named and not which.isdigit():
             raise UserError(f"checkpoint {which!r}: must be best, latest or a step")

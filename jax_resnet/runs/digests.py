@@ -18,7 +18,8 @@ from jax_resnet.errors import UserError
 
 FORMAT = 1
 
-Record = dict[str, Any]  # format, config, arrays: {name: {"shape", "dtype", "sha256"}}, sha256
+# {"format", "config", "arrays": {name: {"shape", "dtype", "sha256"}}, "sha256"}
+Record = dict[str, Any]
 
 
 def make_record(fields: Mapping[str, Any], config: dict[str, Any]) -> Record:

@@ -27,6 +27,6 @@ class Keep:
 
 def score(evaluations: Mapping[int, Mapping[str, Mapping[str, Any]]], metric: str) -> dict[int, float]:
     """Score each step of {step: {split: metrics}} by `metric`, the larger the better."""
-    # A running average is evaluated after the weights, and is what a run is good for.
+    # A running average is evaluated after the weights, and its metrics count.
     last = {step: list(splits.values())[-1] for step, splits in evaluations.items()}
     return {step: BEST_BY[metric] * metrics[metric] for step, metrics in last.items() if metric in metrics}
