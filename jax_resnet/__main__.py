@@ -1,4 +1,4 @@
-"""The front door: `python -m jax_resnet COMMAND …`, which is also the console script `jax-resnet`."""
+"""Run a command: `python -m jax_resnet COMMAND …`, or the console script `jax-resnet`."""
 
 import importlib
 import sys
@@ -20,7 +20,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run the command that the first argument names. JAX is not loaded before that is known."""
+    """Run the command that the first argument names. JAX is not loaded before."""
     run(_command)
 
 
@@ -28,7 +28,7 @@ def _command() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "-help", "--help", "help"):
         width = max(map(len, COMMANDS))
-        lines = [f"  {command:<{width}}  {what}" for command, what in COMMANDS.items()]
+        lines = [f"  {command:<{width}}  {purpose}" for command, purpose in COMMANDS.items()]
         print("usage: jax-resnet COMMAND …; jax-resnet COMMAND --help has its flags", "", *lines, sep="\n")
         return
     if name not in COMMANDS:

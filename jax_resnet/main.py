@@ -1,4 +1,4 @@
-"""The command: `python -m jax_resnet.main --config configs/resnet20_digits.py`.
+"""Train or evaluate: `python -m jax_resnet.main --config configs/resnet20_digits.py`.
 
 --config.KEY=VALUE changes a value of the config; jax_resnet/config/defaults.py has them all.
 """
@@ -31,7 +31,8 @@ def run() -> None:
     if FLAGS.config is not None:
         validate(FLAGS.config)
     workdir = FLAGS.workdir or default_workdir()
-    from jax_resnet.runtime.distributed import join_job  # loads JAX, for which a mistyped flag should not wait
+    # This import loads JAX, for which a mistyped flag should not wait.
+    from jax_resnet.runtime.distributed import join_job
 
     join_job()
     if FLAGS.mode == "eval":
@@ -47,32 +48,44 @@ def run() -> None:
 
 
 def default_workdir() -> Path:
-    """Return runs/CONFIG/DATA-seedN, the same for the same command."""
+    """Make runs/CONFIG/DATA-seedN, the same for the same command."""
     file, _, argument = config_flags.get_config_filename(FLAGS["config"]).partition(":")
     kind, colon, path = FLAGS.config.data.name.partition(":")
-    is_path = colon and kind in ("npz", "folder", "prepared")
-    data = Path(path).expanduser().resolve().stem if is_path else FLAGS.config.data.name
-    config, data = (re.sub(r"[^\w.]+", "_", text).strip("._") for text in (f"{Path(file).stem}-{argument}", data))
-    return Path("runs") / config / f"{data}-seed{FLAGS.config.seed}"
+    data = FLAGS.config.data.name
+    if colon and kind in ("npz", "folder", "prepared"):
+        data = Path(path).expanduser().resolve().stem
+    config = _file_name(f"{Path(file).stem}-{argument}")
+    return Path("runs") / config / f"{_file_name(data)}-seed{FLAGS.config.seed}"
+
+
+def _file_name(text: str) -> str:
+    return re.sub(r"[^\w.]+", "_", text).strip("._")
 
 
 def main(_: list[str]) -> int:
-    """Run the command; a user's mistake is one line on stderr and status 2, a signal 128 + its number."""
+    """Run the command; return 2 after one line for a user's mistake, 128 + the signal's number."""
     hush()
     print_plainly()
     try:
         run()
-    except (KeyboardInterrupt, Interrupted) as e:
-        print(e if isinstance(e, Interrupted) else "interrupted", file=sys.stderr)
-        return leave(128 + (e.signum if isinstance(e, Interrupted) else signal.SIGINT))
+    except Interrupted as e:
+        print(e, file=sys.stderr)
+        return leave(128 + e.signum)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return leave(128 + signal.SIGINT)
+    except UserError as e:
+        return leave(fail(e))
     except Exception as e:
-        return leave(fail(e if isinstance(e, UserError) else lacking(e)))
+        return leave(fail(lacking(e)))
     return leave(0)
 
 
 def _parse(argv: list[str]) -> list[str]:
-    logging.set_verbosity(logging.ERROR)  # until the flags are parsed
-    gc.set_threshold(100_000)  # by Python's 700 a tenth of a start is a search for garbage among what JAX traces
+    # Libraries log while the flags are parsed.
+    logging.set_verbosity(logging.ERROR)
+    # With Python's threshold of 700, garbage collection takes a tenth of JAX's tracing at start.
+    gc.set_threshold(100_000)
     try:
         return parse_flags(argv)
     except UserError as e:

@@ -61,7 +61,7 @@ def fail_at(rank: int, step: int, kind: str) -> None:
     from jax_resnet.training.loop import Loop, StepsAhead
 
     if kind not in ("kill", "freeze"):  # all processes are alive: on a busy machine they have all the time they need
-        failure.LINGER = failure.SAVING = programs.HANG_SECONDS
+        failure.LINGER_SECONDS = failure.SAVING_SECONDS = programs.HANG_SECONDS
     beat = Watchdog.beat
 
     def impatient(self: Watchdog, doing: str, times: float = 1) -> None:

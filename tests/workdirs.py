@@ -8,7 +8,7 @@ import numpy as np
 import programs
 
 from jax_resnet.runs.checkpoint import Checkpoints
-from jax_resnet.runs.metrics_log import read_metrics
+from jax_resnet.runs.metrics_reader import read_metrics
 from jax_resnet.runs.workdir import read_config
 from jax_resnet.training.experiment import Experiment, build
 from jax_resnet.training.state import AS_SAVED, TrainState, from_fields, to_fields

@@ -1,1 +1,1 @@
-"""The commands: each a thin file with a `main`, begun by `python -m jax_resnet COMMAND`."""
+"""The commands: each is a thin file with a `main`, run by `python -m jax_resnet COMMAND`."""

@@ -1,4 +1,4 @@
-"""The command `jax-resnet average --workdir RUN`: the mean of a run's checkpoints."""
+"""Average the checkpoints of a run: `jax-resnet average --workdir RUN`."""
 
 import os
 from collections.abc import Sequence
@@ -26,10 +26,13 @@ def average(
     """
     workdir = open_path(workdir)
     mean = average_checkpoints(workdir, checkpoints=checkpoints, batches=batches)
-    steps, metrics = ", ".join(f"{step:,}" for step in mean.steps), mean.metrics
-    print(f"mean of steps {steps}: {mean.split} accuracy {accuracy_text(metrics)}, loss {metrics['loss']:.4f}")
+    steps = ", ".join(f"{step:,}" for step in mean.steps)
+    metrics = mean.metrics
+    accuracy = accuracy_text(metrics)
+    print(f"mean of steps {steps}: {mean.split} accuracy {accuracy}, loss {metrics['loss']:.4f}")
     folder = open_path(out) if out else workdir / "average"
-    return metrics, write_model((mean.params, mean.batch_stats), mean.config, workdir, folder, new=bool(out))
+    weights = (mean.params, mean.batch_stats)
+    return metrics, write_model(weights, mean.config, workdir, folder, new=bool(out))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The command `jax-resnet checkpoints inspect|verify RUN`: what a run has saved, and whether it is sound."""
+"""List the checkpoints of a run, and verify them: `jax-resnet checkpoints inspect|verify RUN`."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from etils import epath
 from jax_resnet.commands.cli import Parser
 from jax_resnet.errors import UserError
 from jax_resnet.runs.checkpoint import Checkpoints, Damaged
-from jax_resnet.runs.metrics_log import evaluations
+from jax_resnet.runs.metrics_reader import evaluations
 from jax_resnet.runs.paths import AnyPath, open_path
 
 
@@ -34,9 +34,9 @@ def main() -> None:
 
 
 def inspect(workdir: AnyPath, *, verify: bool) -> list[dict[str, Any]]:
-    """Make a row for each step saved in `workdir`: step, bytes, saved (its time), metrics, sha256, sound, fault.
+    """Make a row for each saved step: step, bytes, saved (its time), metrics, sha256, sound, fault.
 
-    `sound` is None where only the record was read, and agrees with itself. With `verify` the arrays are read too.
+    With `verify` the arrays are read too; else `sound` is None for a record that agrees with itself.
     """
     rows = []
     with Checkpoints(workdir) as checkpoints:
@@ -62,12 +62,15 @@ def _table(rows: list[dict[str, Any]]) -> str:
     sound = {True: "sound", False: "damaged", None: "not read"}
     lines = [f"{'step':>10}  {'MB':>9}  {'saved':19}  {'digest':12}  {'arrays':8}  evaluated"]
     for row in rows:
-        saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["saved"])) if row["saved"] else ""
+        saved = ""
+        if row["saved"]:
+            saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["saved"]))
         metrics = ", ".join(
             f"{split} {values['accuracy_top1']:.2%}".replace("%", " %")
             for split, values in row["metrics"].items()
             if "accuracy_top1" in values
         )
-        columns = f"{row['step']:>10,}  {row['bytes'] / 1e6:>9,.2f}  {saved:19}  {(row['sha256'] or '')[:12]:12}"
+        digest = (row["sha256"] or "")[:12]
+        columns = f"{row['step']:>10,}  {row['bytes'] / 1e6:>9,.2f}  {saved:19}  {digest:12}"
         lines.append(f"{columns}  {sound[row['sound']]:8}  {metrics}")
     return "\n".join(lines + [row["fault"] for row in rows if row["fault"]])

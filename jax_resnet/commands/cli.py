@@ -1,4 +1,4 @@
-"""Share among commands: flags, the config, files to write, rows to print, and a user's mistake as one line."""
+"""Share among commands: flags, configs, files to write, rows to print, one-line errors."""
 
 import argparse
 import os
@@ -18,7 +18,7 @@ from jax_resnet.errors import UserError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """Parse arguments as argparse does, and tell a mistake in one line that says what was meant."""
+    """Parse arguments as argparse does, and report a mistake in one line that suggests a flag."""
 
     def error(self, message: str) -> NoReturn:
         """Raise UserError."""
@@ -30,16 +30,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive_integer(flag: str, text: str, most: int = 999_999_999) -> int:
-    """Read the number that a flag was given. Raises UserError if it is none from 1 to `most`."""
+    """Parse the value of a flag. Raises UserError if it is not an integer from 1 to `most`."""
     if not (re.fullmatch(r"[1-9]\d{0,8}", text) and int(text) <= most):
         raise UserError(f"{flag}={text}: must be a whole number, from 1 to {most}")
     return int(text)
 
 
 def parse_config() -> ConfigDict:
-    """Parse the command line into `flags.FLAGS`, and return the config: the first argument, or --config.
+    """Parse the command line into `flags.FLAGS`; return the config, the first argument or --config.
 
-    Raises UserError for a mistake in it, and where it has no config, or two.
+    Raises UserError for a mistake in it, and if it has no config or two.
     """
     config_flags.DEFINE_config_file("config", None, "The config file, with `:argument` where it takes one.")
     app.define_help_flags()
@@ -55,14 +55,14 @@ def parse_config() -> ConfigDict:
 
 
 def check_plot(file: Path) -> None:
-    """Raise UserError for a --plot that `save_plot` could not write, before time is spent on what it shows."""
+    """Raise UserError for a --plot that `save_plot` could not write, before time is spent on it."""
     if file.suffix.lower() != ".png":
         raise UserError(f"--plot={file}: must end in .png")
     check_writable("--plot", file)
 
 
 def check_writable(flag: str, file: Path) -> None:
-    """Raise UserError for a file that could not be written, before time is spent on what it is to hold."""
+    """Raise UserError for a file that could not be written, before time is spent on its content."""
     target = file if os.path.exists(file) else file.parent
     if os.path.isdir(file) or not os.access(target, os.W_OK):
         raise UserError(f"{flag}={file}: cannot be written; is {file.parent} a folder that you may write to?")
@@ -77,7 +77,7 @@ def save_plot(figure: Any, file: Path) -> None:
 
 
 def print_rows(title: str, rows: Mapping[str, str]) -> None:
-    """Print a title, and below it texts of one line or more beside their names."""
+    """Print a title, and below it each name beside its text of one line or more."""
     width = max(map(len, rows), default=0) + 2
     print(title)
     for name, text in rows.items():
@@ -86,15 +86,15 @@ def print_rows(title: str, rows: Mapping[str, str]) -> None:
 
 
 def print_files(files: Sequence[os.PathLike[str]]) -> None:
-    """Print what `write_model` has written."""
+    """Print the files that `write_model` has written."""
     print("\n".join(map(str, files)))
     if len(files) == 1:
         print("timm has no network of this shape, so no config.json; names and layouts are those it would have")
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command and leave with its exit status: 2, after one line on stderr, for a user's mistake."""
-    # Orbax and JAX report at length.
+    """Run a command and exit with its status: 2, after one line on stderr, for a user's mistake."""
+    # Orbax and JAX log at length.
     logging.set_verbosity(logging.ERROR)
     print_plainly()
     try:

@@ -1,7 +1,8 @@
-"""Compile a training step and print what it takes: `jax-resnet compile --config CONFIG --topology v5e:4x4`.
+"""Compile a training step and print what it takes: `jax-resnet compile --topology v5e:4x4 CONFIG`.
 
-The step is compiled for each topology, without its devices, or else for the devices at hand; status 1 says that one
-does not fit. It is the training step at its largest images, without a teacher; evaluation takes less.
+The step is compiled for each topology, without its devices, or else for the devices of this machine;
+status 1 says that one does not fit. It is the training step at its largest images, without a teacher;
+evaluation takes less.
 """
 
 import json
@@ -20,25 +21,26 @@ from jax_resnet.runs.paths import write
 
 def main() -> None:
     """Run the command. Raises UserError for a user's mistake."""
-    # Python's own handler would wait for the compiler to return. No file is half-written when the default one ends us.
+    # Python's own handler would wait for the compiler to return. The default leaves no partial file.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # A mistyped flag is compared with those of the program's own module.
+    # Suggestions for a mistyped flag come from the flags of the program's own module.
     own = {"module_name": sys.argv[0]}
     flags.DEFINE_list("topology", [], "TPU topologies, v5e:2x2,v5p:2x2x1; left out, the devices here.", **own)
     flags.DEFINE_integer("per_device_batch", None, "In place of the config's batch_size.", lower_bound=1, **own)
     flags.DEFINE_bool("largest", False, "Also search the largest batch that fits.", **own)
     flags.DEFINE_string("json", None, "The file to write the rows to.", **own)
     flags.DEFINE_string("save", None, "JAX_COMPILATION_CACHE_DIR of the training that the executables are for.", **own)
-    config, arguments = parse_config(), flags.FLAGS
+    config = parse_config()
+    arguments = flags.FLAGS
     if arguments.json:
         check_writable("--json", Path(arguments.json))
     if arguments.save and not Path(arguments.save).is_dir():
         check_writable("--save", Path(arguments.save))
     validate(config)
     if arguments.topology:
-        # The devices here, if any, are left to other processes.
+        # Other processes may be using the devices of this machine.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    # It loads JAX, for which a mistyped flag should not wait.
+    # This import loads JAX, for which a mistyped flag should not wait.
     from jax_resnet.commands import program
 
     if arguments.save:
@@ -55,8 +57,9 @@ def main() -> None:
 
 
 def texts(row: dict[str, Any]) -> dict[str, str]:
-    """Write with their units what a step takes of each device."""
-    images, image = row["per_device_batch"], "×".join(map(str, row["image"]))
+    """Write what a step takes of each device, with units."""
+    images = row["per_device_batch"]
+    image = "×".join(map(str, row["image"]))
     result = {"network": f"{row['model']}, images {image}, activations {row['dtype']}"}
     result["batch"] = f"{images:,} images on each device"
     if row["largest"]:

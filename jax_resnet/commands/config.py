@@ -1,4 +1,4 @@
-"""Print what a config comes to, and draw its learning rate with --plot: `jax-resnet config CONFIG`."""
+"""Print the numbers of a config, and plot its learning rate: `jax-resnet config CONFIG`."""
 
 import sys
 from pathlib import Path
@@ -10,13 +10,13 @@ from jax_resnet.commands.cli import check_plot, parse_config, print_rows
 
 def main() -> None:
     """Run the command. Raises UserError for a user's mistake."""
-    # A mistyped flag is compared with those of the program's own module.
+    # Suggestions for a mistyped flag come from the flags of the program's own module.
     flags.DEFINE_string("plot", None, "The learning rate over the epochs, as a PNG.", module_name=sys.argv[0])
     config = parse_config()
     plot = flags.FLAGS.plot
     if plot is not None:
         check_plot(Path(plot))
-    # It loads JAX, for which a mistyped flag should not wait.
+    # This import loads JAX, for which a mistyped flag should not wait.
     from jax_resnet.commands import overview
 
     experiment = overview.prepare(config)

@@ -1,4 +1,4 @@
-"""How a command ends: nothing said twice, nothing left running."""
+"""End a command: report nothing twice, leave nothing running."""
 
 import codecs
 import errno
@@ -16,17 +16,19 @@ from absl import logging
 from jax_resnet.errors import LACKING, TransientError, UserError, first_line
 from jax_resnet.runtime.host import COMPILER_THREAD, MEETING_THREAD
 
-# What threads and finalizers of libraries raise where the disk is full; the run itself ends with a line about it.
+# Errors of libraries' threads and finalizers on a full disk, which the run itself reports.
 REPORTED_BY_THE_RUN = (
-    *(os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)),  # TensorBoard's thread that writes
-    *("handle is closed", "Event loop is closed"),  # that thread's queue, and Orbax's loop, as the interpreter ends
+    # TensorBoard's writing thread.
+    *(os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)),
+    # The queue of that thread, and Orbax's event loop, when the interpreter ends.
+    *("handle is closed", "Event loop is closed"),
 )
 
 PLAIN = {"×": "x", "…": "...", "–": "-", "→": "->", "±": "+-", "≤": "<=", "·": "*"}
 
 
 def lacking(error: Exception) -> UserError:
-    """Return, in one line, that memory, disk or files ran out. Raises `error` again if it says nothing of the kind."""
+    """Make the error for memory, disk or files that ran out. Raises `error` again if none did."""
     if isinstance(error, MemoryError) or re.search(r"RESOURCE_EXHAUSTED|[Oo]ut of memory", str(error)):
         return UserError(
             f"memory ran out ({first_line(error)}); give a smaller config.batch_size, a larger config.accumulate or a "
@@ -40,11 +42,11 @@ def lacking(error: Exception) -> UserError:
 
 
 def hush() -> None:
-    """Silence what libraries log, and what their threads and finalizers raise where the run itself reports the fault.
+    """Silence the logs of libraries, and errors of their threads that the run itself reports.
 
-    On a full disk TensorBoard's writer raises an OSError in its thread, and Orbax leaves a closed event loop and a
-    coroutine that was never awaited. Those texts alone are left out. `sys.excepthook` stays as it is: what ends the
-    main thread is always printed.
+    On a full disk TensorBoard's writer raises an OSError in its thread, and Orbax leaves a closed event
+    loop and a coroutine that was never awaited. Only those texts are left out. `sys.excepthook` stays
+    unchanged: an error that ends the main thread is always printed.
     """
     logging.set_verbosity(logging.FATAL)
     warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)
@@ -61,7 +63,7 @@ def hush() -> None:
 
 
 def print_plainly() -> None:
-    """Have what a terminal cannot print, × or an accent, replaced rather than raise UnicodeEncodeError."""
+    """Replace characters that a terminal cannot print, × or an accent, without an error."""
 
     def replaced(error: UnicodeError) -> tuple[str, int]:
         assert isinstance(error, UnicodeEncodeError)
@@ -75,16 +77,18 @@ def print_plainly() -> None:
 
 
 def leave(status: int) -> int:
-    """Return `status`, to exit with; or exit with it at once where a thread would keep the process for minutes.
+    """Return the exit `status`, or exit at once if a thread would keep the process for minutes.
 
-    Of a job of several processes each leaves together with the others.
+    The processes of a job exit together.
     """
     try:
         sys.stdout.flush()
-    except BrokenPipeError:  # Whoever read it has gone; Python would try once more at its end.
+    except BrokenPipeError:
+        # The reader is gone, and Python would flush once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     names = {thread.name for thread in threading.enumerate()}
-    jax: Any = sys.modules.get("jax")  # a mistyped flag ends before JAX is loaded
+    # A mistyped flag ends the command before JAX is loaded.
+    jax: Any = sys.modules.get("jax")
     if jax and jax.distributed.is_initialized() and MEETING_THREAD not in names:
         from jax_resnet.commands.failure import part
 

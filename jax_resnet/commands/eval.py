@@ -1,4 +1,4 @@
-"""The command `jax-resnet eval --workdir RUN`: what `python -m jax_resnet.main --mode=eval` does."""
+"""Evaluate a checkpoint as `python -m jax_resnet.main --mode=eval` does: `jax-resnet eval`."""
 
 import runpy
 import sys

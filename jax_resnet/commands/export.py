@@ -1,11 +1,11 @@
-"""The command `jax-resnet export --workdir RUN`: a run's weights for timm and torchvision."""
+"""Export a run's weights for timm and torchvision: `jax-resnet export --workdir RUN`."""
 
 from jax_resnet.commands.cli import Parser, print_files
 from jax_resnet.inference.safetensors import export
 
 
 def main() -> None:
-    """Runs the command."""
+    """Run the command."""
     parser = Parser(prog="jax-resnet export", description="Writes a run's weights for timm and torchvision.")
     parser.add_argument("--workdir", required=True, help="the folder of the run")
     parser.add_argument("--to", default="safetensors", choices=["safetensors"], help="the form of the file")

@@ -1,9 +1,10 @@
-"""One fate: when a process of a job ends by a fault, all of them end, in seconds, with its error as their last line.
+"""End all processes of a job within seconds when one fails, with its error as their last line.
 
-JAX ends the others only when a process has been silent for the length of a heartbeat, and one that leaves orderly
-waits for them. Here what ended a process is left with JAX's coordination service, which each looks up twice a second.
+JAX ends the others only when a process has been silent for the length of a heartbeat, and a process
+that leaves orderly waits for them. So a failing process leaves its error with JAX's coordination
+service, which every process polls twice a second.
 
-A loop that stands still is a fault too: nothing else notices a thread that waits for ever.
+A stalled loop is a fault too: nothing else notices a thread that waits for ever.
 """
 
 import contextlib
@@ -19,33 +20,37 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import jax
-from jax._src import distributed  # jax.distributed has no public key-value store
+from jax._src import distributed  # has the key-value store
 
 from jax_resnet.commands.status import exit_status
 from jax_resnet.errors import Interrupted, UserError, first_line
 from jax_resnet.runtime.distributed import PATIENCE
 from jax_resnet.runtime.host import COMPILING
 
-KEY, HEARD = "jax_resnet/end", "jax_resnet/heard/"
-PARTING, PARTED = "jax_resnet/parting/", "jax_resnet/parted/"
-EVERY = 0.5  # seconds between looking it up
-# Seconds that the process with the service stays, at most, for the others to have looked it up. They may be dead: JAX,
-# who wants a sign of life every half HEARTBEAT, may abort this one as long after their last.
-LINGER = 6.0
-SAVING = 10.0  # seconds for what is being saved to get onto disk, for which the others have to live
-SPARE = 30  # seconds until it is done without Python, which a library that keeps Python's lock keeps out
-_watching, _ending = threading.Lock(), threading.Lock()
+# Keys of the coordination service; all but the first are prefixes of a process id.
+END_KEY, ACKNOWLEDGED_KEY = "jax_resnet/end", "jax_resnet/heard/"
+PARTING_KEY, PARTED_KEY = "jax_resnet/parting/", "jax_resnet/parted/"
+POLL_SECONDS = 0.5
+# The process with the service waits so long, at most, for the others to read the error. They may be
+# dead: JAX, which expects a heartbeat every half HEARTBEAT, may abort this process that long after.
+LINGER_SECONDS = 6.0
+# A save gets so long to finish, for which the other processes have to live.
+SAVING_SECONDS = 10.0
+# So much later faulthandler ends the process without Python, whose lock a library may be holding.
+SPARE_SECONDS = 30
+_watching = threading.Lock()
+_ending = threading.Lock()
 
 
 @contextlib.contextmanager
 def one_fate(saved: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Ends the process, and its peers, when what is inside ends by an exception other than Interrupted.
+    """End the process, and its peers, when the body raises an exception other than Interrupted.
 
-    Before it tells them, it waits for `saved`, which returns when what is being saved is on disk, but not for long.
-
-    Where there is one process only, this does nothing: the exception goes on to the caller.
+    Before it tells the peers, it waits up to SAVING_SECONDS for `saved`, which returns when all saves
+    are on disk. A process that is alone passes the exception on to the caller.
     """
-    if not jax.distributed.is_initialized():  # asking for the number of processes would look for devices
+    # Asking for the number of processes would look for devices.
+    if not jax.distributed.is_initialized():
         yield
         return
     if _watching.acquire(blocking=False):
@@ -59,53 +64,59 @@ def one_fate(saved: Callable[[], None] = lambda: None) -> Iterator[None]:
         end(f"error: {e}", exit_status(e))
     except BaseException as e:
         traceback.print_exc()
-        if isinstance(e, Exception):  # an impatient Ctrl-C is none
+        # A second Ctrl-C, which is no Exception, does not wait.
+        if isinstance(e, Exception):
             _wait_until(saved)
         end(f"{type(e).__name__}: {first_line(e)}", 130 if isinstance(e, KeyboardInterrupt) else 1)
 
 
 def _wait_until(saved: Callable[[], None]) -> None:
     def wait() -> None:
-        with contextlib.suppress(Exception):  # what the process ends by is the first fault
+        # The process reports only the first fault.
+        with contextlib.suppress(Exception):
             saved()
 
     waiting = threading.Thread(target=wait, daemon=True)
     waiting.start()
-    waiting.join(SAVING)
+    waiting.join(SAVING_SECONDS)
 
 
 def end(text: str, status: int) -> NoReturn:
-    """Ends this process with `text` as its last line, at once, and those of its job with the same.
+    """End this process at once with `text` as its last line, and its peers with the same.
 
-    If another has ended before, it is that one's text.
+    The text is that of another process if that one has ended before.
     """
-    _ending.acquire()  # for good: the thread that looks the end up has nothing to add
+    # The lock is never released, so that the polling thread adds nothing.
+    _ending.acquire()
     if jax.distributed.is_initialized():
-        if status == 1:  # a fault: whose; a user's mistake is everybody's, and so is a signal to stop
+        # A fault is that of one process; a user's mistake and a signal to stop concern all of them.
+        if status == 1:
             text = f"process {jax.process_index()} on {socket.gethostname()}: {text}"
-        _set(KEY, distributed.global_state, json.dumps([text, status]))
+        _set(END_KEY, distributed.global_state, json.dumps([text, status]))
         with contextlib.suppress(Exception):
-            text, status = json.loads(_client().key_value_try_get(KEY))
-        _heard()
+            text, status = json.loads(_client().key_value_try_get(END_KEY))
+        _acknowledge()
     _leave(text, status)
 
 
 def part(status: int) -> None:
-    """Leaves the process by `status` when all of the job do, the one with the service last.
+    """Exit with `status` together with all processes of the job, the one with the service last.
 
-    JAX's own way to leave together stops the service while others may still be asking it whether all is well.
+    JAX's own shutdown stops the service while other processes may still be polling it.
     """
     job: Any = distributed.global_state
     sys.stdout.flush()
     sys.stderr.flush()
     with contextlib.suppress(Exception):
-        _wait_for_all(PARTING, job)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # JAX's C++ would have the last line: who has left is missing
+        _wait_for_all(PARTING_KEY, job)
+        # JAX's C++ would print a last line about processes that have left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         if job.process_id:
-            _set(f"{PARTED}{job.process_id}", job)
+            _set(f"{PARTED_KEY}{job.process_id}", job)
         else:
-            _wait_for_all(PARTED, job)
-            time.sleep(EVERY)  # from saying so to having left
+            _wait_for_all(PARTED_KEY, job)
+            # The last process that said so has yet to exit.
+            time.sleep(POLL_SECONDS)
     os._exit(status)
 
 
@@ -117,7 +128,8 @@ def _wait_for_all(key: str, job: Any, seconds: float = PATIENCE) -> None:
 
 
 def _set(key: str, job: Any, text: str = "") -> None:
-    with contextlib.suppress(Exception):  # set already, or the service is gone
+    # The key may be set already, or the service gone.
+    with contextlib.suppress(Exception):
         job.client.key_value_set(key, text)
 
 
@@ -125,51 +137,60 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
-def _heard() -> None:
-    """Says that this process knows how the job ends. The one with the service waits for all: it would abort them."""
+def _acknowledge() -> None:
+    """Note that this process knows how the job ends.
+
+    The process with the service waits for the others, which would abort without the service.
+    """
     job: Any = distributed.global_state
     with contextlib.suppress(Exception):
         if job.process_id:
-            _set(f"{HEARD}{job.process_id}", job)
+            _set(f"{ACKNOWLEDGED_KEY}{job.process_id}", job)
         else:
-            _wait_for_all(HEARD, job, LINGER)
-            time.sleep(EVERY)  # from having heard to having left
+            _wait_for_all(ACKNOWLEDGED_KEY, job, LINGER_SECONDS)
+            # The last process that acknowledged has yet to exit.
+            time.sleep(POLL_SECONDS)
 
 
 def _watch(client: Any) -> None:
     while True:
-        time.sleep(EVERY)
+        time.sleep(POLL_SECONDS)
         try:
-            text, status = json.loads(client.key_value_try_get(KEY))
+            text, status = json.loads(client.key_value_try_get(END_KEY))
         except Exception as e:
             if "NOT_FOUND" in str(e):
                 continue
-            if distributed.global_state.client is None:  # the job is over
+            # The job is over.
+            if distributed.global_state.client is None:
                 return
-            text, status = f"process {jax.process_index()}: the others are lost ({first_line(e)})", 1
+            text = f"process {jax.process_index()}: the others are lost ({first_line(e)})"
+            status = 1
         else:
-            _heard()
+            _acknowledge()
         _ending.acquire()
         _leave(text, status)
 
 
 def _leave(text: str, status: int) -> NoReturn:
     with contextlib.suppress(Exception):
-        show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # which a progress bar hides
+        # A progress bar hides the cursor.
+        show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
         sys.stdout.flush()
         print(f"{show_cursor}\n{text}", file=sys.stderr, flush=True)
     os._exit(status)
 
 
 class Watchdog:
-    """Ends the process, by status 1, with the stacks of all threads, when `limit` seconds pass without `beat`.
+    """End the process, status 1, with the stacks of all threads, `limit` seconds after a `beat`.
 
-    0: never. A context manager.
+    A `limit` of 0 means never. A context manager.
     """
 
     def __init__(self, limit: float):
         self._limit = limit
-        self._doing, self._until, self._armed = "", float("inf"), 0.0
+        self._doing = ""
+        self._until = float("inf")
+        self._armed = 0.0
         self._left = threading.Event()
 
     def __enter__(self) -> "Watchdog":
@@ -184,19 +205,19 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def beat(self, doing: str, times: float = 1) -> None:
-        """The loop is alive, and begins with `doing`, for which it has `times` the patience."""
+        """Note that the loop is alive and begins with `doing`, which may take `times` the limit."""
         if not self._limit or self._left.is_set():
             return
         now = time.monotonic()
         self._doing, self._until = doing, now + times * self._limit
         if now - self._armed > 1 or times == COMPILING:
             self._armed = now
-            faulthandler.dump_traceback_later(times * self._limit + SPARE, exit=True, file=sys.__stderr__ or 2)
+            timeout = times * self._limit + SPARE_SECONDS
+            faulthandler.dump_traceback_later(timeout, exit=True, file=sys.__stderr__ or 2)
 
     def _watch(self) -> None:
         while not self._left.wait(min(1.0, self._limit / 4)):
             if time.monotonic() > self._until:
                 faulthandler.dump_traceback(file=sys.__stderr__ or 2)
-                end(
-                    f"stuck: {self._doing} has taken more than config.stuck_after allows; the stacks above say where", 1
-                )
+                advice = "the stacks above say where"
+                end(f"stuck: {self._doing} has taken more than config.stuck_after allows; {advice}", 1)

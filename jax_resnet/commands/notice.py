@@ -1,4 +1,4 @@
-"""The cloud's notice that this machine is about to be taken away."""
+"""Watch for the cloud's notice that this machine is about to be preempted."""
 
 import contextlib
 import os
@@ -12,14 +12,15 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 THREAD = "preemption notice"
 PRODUCT = Path("/sys/class/dmi/id/product_name")
-HANGS = 60  # seconds after which the server answers even if nothing has changed
+# After so long the server answers even if nothing has changed.
+HANG_SECONDS = 60
 
 
 def watch() -> None:
-    """On Google Compute Engine: has this process get SIGTERM when its preemption is announced, 30 seconds ahead.
+    """Send this process SIGTERM when Google Compute Engine announces its preemption, 30 s before.
 
-    Elsewhere nothing happens. Maintenance, announced up to an hour ahead, is no reason to stop yet: a machine that is
-    shut down for it sends SIGTERM itself.
+    Elsewhere nothing happens. Maintenance, announced up to an hour before, is no reason to stop yet:
+    a machine that is shut down for it sends SIGTERM itself.
     """
     if _host() and not any(thread.name == THREAD for thread in threading.enumerate()):
         threading.Thread(target=_watch, args=(_host(),), name=THREAD, daemon=True).start()
@@ -35,15 +36,24 @@ def _host() -> str | None:
 
 
 def _watch(host: str) -> None:
-    opener, etag, pause = build_opener(ProxyHandler({})), "0", 1.0  # it is on this machine, behind no proxy
+    # The server is on this machine, behind no proxy.
+    opener = build_opener(ProxyHandler({}))
+    etag = "0"
+    pause = 1.0  # seconds
     while True:
-        query = f"wait_for_change=true&last_etag={etag}&timeout_sec={HANGS}"  # another etag is answered at once
+        # The server answers at once if its etag is another.
+        query = f"wait_for_change=true&last_etag={etag}&timeout_sec={HANG_SECONDS}"
         url = f"http://{host}/computeMetadata/v1/instance/preempted?{query}"
         try:
-            with opener.open(Request(url, headers={"Metadata-Flavor": "Google"}), timeout=2 * HANGS) as answer:
-                preempted, etag, pause = answer.read().strip() == b"TRUE", answer.headers.get("ETag", "0"), 1.0
-        except (OSError, HTTPException, ValueError):  # the run matters more than the notice
-            preempted, pause = False, min(2 * pause, 60.0)
+            request = Request(url, headers={"Metadata-Flavor": "Google"})
+            with opener.open(request, timeout=2 * HANG_SECONDS) as answer:
+                preempted = answer.read().strip() == b"TRUE"
+                etag = answer.headers.get("ETag", "0")
+                pause = 1.0
+        # The run matters more than the notice.
+        except (OSError, HTTPException, ValueError):
+            preempted = False
+            pause = min(2 * pause, 60.0)
         if preempted:
             print("\nthis machine is being preempted", file=sys.stderr, flush=True)
             return os.kill(os.getpid(), signal.SIGTERM)

@@ -1,6 +1,6 @@
-"""Describe what a config comes to: the keys that differ from the defaults, the derived numbers, the learning rate.
+"""Describe a config: keys that differ from the defaults, derived numbers, the learning rate.
 
-The numbers are those of the experiment that training builds too; only the schedule is computed.
+The numbers are those of the experiment that training builds; only the schedule is computed.
 """
 
 from collections import Counter
@@ -28,9 +28,9 @@ from jax_resnet.training.header import header
 from jax_resnet.training.plan import Plan
 from jax_resnet.training.schedules import peak_learning_rate
 
-Rows = dict[str, str]  # texts of one line or more, by their names
+Rows = dict[str, str]  # texts by their names
 
-# Splits with their sizes, classes and pixels a side (None: they differ), for machines without the dataset.
+# Sizes of splits, classes, pixels a side (None: they differ), for machines without the dataset.
 PUBLISHED = {
     "imagenet2012": ({"train": 1_281_167, "validation": 50_000}, 1000, None),
     "cifar10": ({"train": 50_000, "test": 10_000}, 10, 32),
@@ -41,7 +41,7 @@ BARS = " ▁▂▃▄▅▆▇█"
 
 
 def prepare(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
-    """Build the experiment of a config without a teacher, with published sizes for a dataset that is not here.
+    """Build a config's experiment without a teacher; a missing dataset has published sizes.
 
     `mesh` is as for `build`. Raises UserError as `build` does.
     """
@@ -58,7 +58,7 @@ def prepare(config: ConfigDict, mesh: Mesh | None = None) -> Experiment:
 
 
 def _published_dataset(config: ConfigDict) -> Dataset:
-    """Make a dataset of published sizes, which has no records."""
+    """Make a dataset of published sizes without records."""
     sizes, classes, side = PUBLISHED[config.name]
     config = config.copy_and_resolve_references()
     config.image.size = config.image.size or side
@@ -70,7 +70,7 @@ def _published_dataset(config: ConfigDict) -> Dataset:
 
 
 def changed_keys(config: ConfigDict) -> Rows:
-    """Return the keys whose values are not those of `default()`, and what the named network has in their places."""
+    """Return the keys that differ from `default()`, and the named network's own values of them."""
     usual = dict(leaves(default()))
     # Only the unit of a duration that another unit replaces becomes None.
     rows = {key: str(value) for key, value in leaves(config) if value not in (None, usual[key])}
@@ -82,13 +82,13 @@ def changed_keys(config: ConfigDict) -> Rows:
 
 
 def derived_numbers(experiment: Experiment) -> Rows:
-    """Return what training says at its start, and what follows from the durations and the batch size."""
+    """Return the header of a training, and the numbers that its durations imply."""
     plan, optimizer = experiment.plan, experiment.config.optimizer
     rows = header(experiment, Path(), start=0)
     del rows["input"], rows["workdir"]
     peak = peak_learning_rate(optimizer, plan.batch_size)
     scaling = f"reference_batch {optimizer.reference_batch:,}, batch_scaling {optimizer.batch_scaling}"
-    # A quotient that is a whole number may come out just below it. The last step is always evaluated.
+    # An integer quotient may be rounded to just below it. The last step is always evaluated.
     evaluations = int(plan.position(plan.steps - 1) / plan.eval_every * (1 + 1e-12)) + 1
     return rows | {
         "warmup": f"{plan.update_at(plan.warmup_steps):,} steps",
@@ -103,10 +103,11 @@ def _cooldown_start(plan: Plan) -> int:
 
 
 def parameters(experiment: Experiment) -> Rows:
-    """Count the parameters of each kind that are decayed, not decayed and frozen; return each part's rate factors."""
+    """Count the decayed, not decayed and frozen parameters by kind, and list rate factors."""
     config, params = experiment.config.optimizer, experiment.network.abstract_state.params
     trees = optimizers.parameter_kinds(params), optimizers.decayed(config, params), params
-    decays, counts = bool(config.weight_decay or config.l1), Counter[str]()
+    decays = bool(config.weight_decay or config.l1)
+    counts = Counter[str]()
     for part in params:
         for kind, is_decayed, parameter in zip(*(jax.tree.leaves(tree[part]) for tree in trees), strict=True):
             fate = ("not decayed", "decayed")[is_decayed and decays]
@@ -123,7 +124,7 @@ def parameters(experiment: Experiment) -> Rows:
 
 
 def learning_rates(experiment: Experiment) -> Rows:
-    """Return the curve of the learning rate, and its values at the moments that tell a schedule from others."""
+    """Return the curve of the learning rate, and its values where the schedule changes."""
     schedule, plan = experiment.config.schedule, experiment.plan
     shares = {"step": schedule.boundaries, "piecewise": [share for share, _ in schedule.knots]}
     moments = {plan.step_at(share): f"{share:.4g} of all" for share in shares.get(schedule.name, ())}
@@ -138,15 +139,15 @@ def learning_rates(experiment: Experiment) -> Rows:
 
 
 def rates_at(experiment: Experiment, steps: np.ndarray) -> np.ndarray:
-    """Compute the learning rates, float32 [n], of those updates, int [n], counted from 0."""
+    """Compute the learning rates, float32 [n], of updates, int [n], counted from 0."""
     return np.asarray(jax.vmap(experiment.steps.learning_rate)(steps))
 
 
 def curve(rates: np.ndarray, epochs: float) -> str:
-    """Draw `rates`, [n], in blocks: each column is as high as the highest of its share of them."""
+    """Draw `rates`, [n], in blocks: each column shows the maximum of its share of them."""
     edges = np.linspace(0, len(rates), COLUMNS + 1).astype(int)
     highest = np.array([rates[start : max(start + 1, stop)].max() for start, stop in pairwise(edges)])
-    # They are rounded up, so that what is not 0 is seen.
+    # The heights are rounded up, so that every rate above 0 is visible.
     eighths = np.ceil(8 * LINES * highest / (rates.max() or 1)).astype(int)
     bars = ["".join(BARS[n] for n in np.clip(eighths - 8 * line, 0, 8)) for line in reversed(range(LINES))]
     labels = [f"{rates.max():.4g}", *[""] * (LINES - 1)]

@@ -1,4 +1,4 @@
-"""The command `jax-resnet prepare SOURCE DESTINATION`: images written once, to be read fast at random."""
+"""Write images once, for fast random access: `jax-resnet prepare SOURCE DESTINATION`."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ from jax_resnet.errors import UserError
 
 
 def main() -> None:
-    """Runs the command."""
+    """Run the command."""
     parser = Parser(
         prog="jax-resnet prepare",
         description="Writes images once, to be read fast at random: ArrayRecord files, for config.data.name=prepared:… "
@@ -28,10 +28,15 @@ def main() -> None:
     parser.add_argument("--data_dir", "--data-dir", metavar="FOLDER", help="with tfds:NAME, where TFDS keeps it")
     args = parser.parse_args()
     kind, _, name = args.source.partition(":")
-    path, destination = Path(args.source).expanduser(), args.destination.expanduser()
-    resize = positive_integer("--resize", args.resize) if args.resize else None
-    plan = {"source": args.source, "resize": resize, "quality": positive_integer("--quality", args.quality, most=100)}
-    workers = positive_integer("--workers", args.workers, most=1024) if args.workers else os.cpu_count() or 1
+    path = Path(args.source).expanduser()
+    destination = args.destination.expanduser()
+    plan = {"source": args.source, "resize": None}
+    if args.resize:
+        plan["resize"] = positive_integer("--resize", args.resize)
+    plan["quality"] = positive_integer("--quality", args.quality, most=100)
+    workers = os.cpu_count() or 1
+    if args.workers:
+        workers = positive_integer("--workers", args.workers, most=1024)
     if kind != "tfds" and not path.exists():
         raise UserError(f"{path}: no such folder or .tar; a TFDS dataset is given as tfds:NAME")
     if destination.resolve().is_relative_to(path.resolve()):
@@ -40,8 +45,10 @@ def main() -> None:
         with claim(destination):
             if kind == "tfds":
                 source = list_tfds(name, args.data_dir)
+            elif path.is_dir():
+                source = list_folder(path)
             else:
-                source = list_folder(path if path.is_dir() else extract(path, destination / UNFINISHED / "extracted"))
+                source = list_folder(extract(path, destination / UNFINISHED / "extracted"))
             plan["contents"] = hashlib.sha256(repr((source.classes, source.contents)).encode()).hexdigest()[:16]
             prepare(source, plan, destination, workers, Console(highlight=False, markup=False, soft_wrap=True))
     except OSError as e:

@@ -1,6 +1,6 @@
-"""Compile a training step, and measure what it takes of the devices: memory, bytes moved, cycles, collectives.
+"""Compile a training step, and measure its memory, bytes moved, cycles and collectives.
 
-The compiler for TPUs works without one, from the name of a topology; libtpu has it.
+The TPU compiler in libtpu needs no TPU, only the name of a topology.
 """
 
 import math
@@ -25,10 +25,10 @@ from jax_resnet.errors import UserError, first_line
 from jax_resnet.runtime.mesh import data_mesh, mesh_over
 from jax_resnet.training.experiment import Experiment
 
-Row = dict[str, Any]  # as JSON
+Row = dict[str, Any]  # an object of JSON
 
-# Bytes a second from memory, and bfloat16 operations a second, by JAX's device_kind: half a chip of TPU7x, a chip of
-# the others. From Google Cloud's pages of each system.
+# Bytes a second from memory, and bfloat16 operations a second, by JAX's device_kind: half a chip of
+# TPU7x, a chip of the others. Google Cloud publishes them on a page of each system.
 PUBLISHED_RATES = {
     "TPU v4": (1228e9, 275e12),
     "TPU v5 lite": (819e9, 197e12),
@@ -38,11 +38,11 @@ PUBLISHED_RATES = {
 }
 COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 LIBTPU_VARIABLES = {
-    # No metadata server is asked what machine this is: these three are what it would have answered.
+    # These three replace the answers of the metadata server, which is not queried.
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    # Compiling takes no device that another process has.
+    # Compiling does not use the device, which another process may hold.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
@@ -50,21 +50,23 @@ LIBTPU_VARIABLES = {
 
 
 def meshes(names: Sequence[str]) -> dict[str, Mesh]:
-    """Return the mesh of each topology; if none is named, that of the devices here. Raises UserError."""
+    """Return each topology's mesh; without names, the local devices'. Raises UserError."""
     return {name: topology_mesh(name) for name in names} or {"": data_mesh()}
 
 
 def topology_mesh(name: str) -> Mesh:
-    """Make of a TPU topology what `data_mesh` makes of the devices here.
+    """Make the mesh of a TPU topology, as `data_mesh` does of the local devices.
 
-    `name` is GENERATION:SHAPE, v5e:4x4. Raises UserError if there is none of that name, or no libtpu.
+    `name` is GENERATION:SHAPE, v5e:4x4. Raises UserError for an unknown name, or without libtpu.
     """
     for variable, value in LIBTPU_VARIABLES.items():
         os.environ.setdefault(variable, value)
     if not find_spec("libtpu"):
         raise UserError(f"--topology={name}: the compiler for TPUs is not here: pip install libtpu; it needs no TPU")
-    # JAX runs a chip of v4 and v5p, which has two cores, as one device.
-    options = {"chip_config_name": "megacore"} if name.startswith(("v4:", "v5p:")) else {}
+    options = {}
+    if name.startswith(("v4:", "v5p:")):
+        # JAX runs both cores of such a chip as one device.
+        options["chip_config_name"] = "megacore"
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except Exception as e:
@@ -74,15 +76,16 @@ def topology_mesh(name: str) -> Mesh:
 
 
 def save_to(folder: Path) -> None:
-    """Keep all that is compiled in a folder, as JAX_COMPILATION_CACHE_DIR of a training takes it."""
+    """Keep all compiled programs in a folder, as JAX_COMPILATION_CACHE_DIR of a training."""
     jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def compile_rows(config: ConfigDict, name: str, mesh: Mesh, per_device: int | None, *, search: bool) -> list[Row]:
-    """Measure the step of the config and, in a `search` or if it does not fit, that of the largest batch that does.
+    """Measure the step of the config.
 
+    With `search`, or if it does not fit, also measure that of the largest batch that fits.
     Raises UserError.
     """
     device = mesh.devices.flat[0]
@@ -99,7 +102,8 @@ def compile_rows(config: ConfigDict, name: str, mesh: Mesh, per_device: int | No
             tried[batch] = compile_row(with_batch(config, mesh, batch), name)
         return tried[batch]["fits"]
 
-    # The parts of a batch and the groups of batch norm divide it, and lie over as many devices as the config's own do.
+    # The parts of a batch and the groups of batch norm divide it, and span as many devices as the
+    # config's own do.
     unit = math.gcd(row["per_device_batch"], config.accumulate * (config.model.bn_group_size or 8))
     largest = largest_batch(fits, first=row["per_device_batch"], unit=unit)
     if not largest:
@@ -108,7 +112,10 @@ def compile_rows(config: ConfigDict, name: str, mesh: Mesh, per_device: int | No
 
 
 def with_batch(config: ConfigDict, mesh: Mesh, per_device: int | None) -> Experiment:
-    """Build the experiment with that batch on each device, the config's own if None. Raises UserError."""
+    """Build the experiment with `per_device` examples a device, the config's if None.
+
+    Raises UserError.
+    """
     config = config.copy_and_resolve_references()
     if per_device is not None:
         if any(len(row) > 2 for row in config.progressive or ()):
@@ -118,14 +125,17 @@ def with_batch(config: ConfigDict, mesh: Mesh, per_device: int | None) -> Experi
 
 
 def heaviest_phase(experiment: Experiment) -> Phase:
-    """Return the phase of the training whose batch has the most pixels."""
+    """Return the phase of training whose batch has the most pixels."""
     return max(experiment.plan.phases, key=lambda phase: phase.batch_size * (phase.image_size or 1) ** 2)
 
 
 def compile_row(experiment: Experiment, name: str) -> Row:
-    """Compile the step of the heaviest phase for the topology of that name, "" for the devices here, and measure it."""
-    config, phase, devices = experiment.config, heaviest_phase(experiment), list(experiment.mesh.devices.flat)
-    images, (height, width, channels) = phase.batch_size // len(devices), experiment.data.input_shape
+    """Compile and measure the heaviest phase's step for a topology, "" for local devices."""
+    config = experiment.config
+    phase = heaviest_phase(experiment)
+    devices = list(experiment.mesh.devices.flat)
+    images = phase.batch_size // len(devices)
+    height, width, channels = experiment.data.input_shape
     print(f"compiling for {name or 'the devices here'}, {images} images each …", file=sys.stderr, flush=True)
     row = {
         "topology": name or None,
@@ -135,12 +145,12 @@ def compile_row(experiment: Experiment, name: str) -> Row:
         "dtype": config.dtype,
         "image": [phase.image_size or height, phase.image_size or width, channels],
         "per_device_batch": images,
-        "largest": False,  # of those that fit
+        "largest": False,
         **compile_step(experiment),
     }
     if row["fits"] and row["device_kind"] in PUBLISHED_RATES:
         bandwidth, flops = PUBLISHED_RATES[row["device_kind"]]
-        # Memory and arithmetic are both as fast as published, and all at once.
+        # Memory and arithmetic run at the published rates, and overlap completely.
         row["least_seconds"] = max((row["moved"] or 0) / bandwidth, (row["flops"] or 0) / flops)
         if len(experiment.plan.phases) == 1:
             row["least_device_hours"] = experiment.plan.steps * row["least_seconds"] * len(devices) / 3600
@@ -148,7 +158,7 @@ def compile_row(experiment: Experiment, name: str) -> Row:
 
 
 def compile_step(experiment: Experiment) -> Row:
-    """Compile the step of the heaviest phase for the devices of the experiment's mesh, and tell whether it fits."""
+    """Compile the heaviest phase's step for the experiment's mesh, and tell if it fits."""
     device = experiment.mesh.devices.flat[0]
     lowered = experiment.steps.train.lower(*experiment.shapes(heaviest_phase(experiment)))
     try:
@@ -159,37 +169,44 @@ def compile_step(experiment: Experiment) -> Row:
             raise
         needed, available = (round(float(n) * 1024 ** " KMGT".index(unit)) for n, unit in sizes[:2])
         return {"fits": False, "memory": needed, "available": available}
-    # The compiler for GPUs does not refuse what is too large.
-    stats = device.memory_stats() if device.platform == "gpu" else None
-    available = (stats or {}).get("bytes_limit", row["memory"])
+    available = row["memory"]
+    if device.platform == "gpu":
+        # The GPU compiler accepts programs that are too large.
+        available = (device.memory_stats() or {}).get("bytes_limit", available)
     if row["memory"] > available:
         return {"fits": False, "memory": row["memory"], "available": available}
     return {"fits": True} | row
 
 
 def measure(executable: Any) -> Row:
-    """Return what JAX tells of a compiled program, of one device and one step; None is what it does not tell."""
-    sizes, totals, text = executable.memory_analysis(), executable.cost_analysis() or {}, executable.as_text()
-    # The new state takes the place of the old.
-    temporaries = sizes.temp_size_in_bytes + max(0, sizes.output_size_in_bytes - sizes.alias_size_in_bytes)
+    """Measure a compiled program, for one device and one step; None where JAX has no number."""
+    sizes = executable.memory_analysis()
+    totals = executable.cost_analysis() or {}
+    text = executable.as_text()
+    # The new state overwrites the old one.
+    outputs = max(0, sizes.output_size_in_bytes - sizes.alias_size_in_bytes)
+    temporaries = sizes.temp_size_in_bytes + outputs
     arguments, code = sizes.argument_size_in_bytes, sizes.generated_code_size_in_bytes
     return {
-        **{"memory": arguments + temporaries + code, "arguments": arguments, "temporaries": temporaries, "code": code},
+        "memory": arguments + temporaries + code,
+        "arguments": arguments,
+        "temporaries": temporaries,
+        "code": code,
         "moved": int(totals.get("bytes accessed", 0)) or None,
         "flops": int(totals.get("flops", 0)) or None,
-        # Of fusions, as the TPU compiler estimates them; it has no estimate of collectives and copies.
+        # The TPU compiler estimates fusions, but not collectives and copies.
         "cycles": sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text))) or None,
         "collectives": collectives(text),
     }
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:
-    """Count the collectives of each kind in a program in HLO, and the bytes of what they give."""
+    """Count the collectives of each kind in an HLO program, and the bytes of their results."""
     count, size = Counter[str](), Counter[str]()
     for shapes, kind, start in re.findall(rf"= (\S.*?) ({COLLECTIVES})(-start)?\(", text):
         sizes = [_bytes(*shape) for shape in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)]
         if start and kind != "all-reduce":
-            # Those that are begun and awaited give what they take too, all-reduce apart.
+            # The start of an asynchronous collective also returns its operands, except all-reduce.
             sizes = [max(sizes)]
         count[kind] += 1
         size[kind] += sum(sizes)
@@ -197,15 +214,15 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
 
 
 def _bytes(dtype: str, shape: str) -> int:
-    """Count the bytes of an array; a dtype without a number in its name, pred, has one byte."""
+    """Count the bytes of an array; pred, a dtype without a number in its name, has one byte."""
     bits = int((re.findall(r"\d+", dtype) or ["8"])[0])
     return max(1, bits // 8) * math.prod(int(n) for n in shape.split(",") if n)
 
 
 def largest_batch(fits: Callable[[int], bool], *, first: int, unit: int) -> int:
-    """Find the largest multiple of `unit` that fits, 0 if none does: double from `first` on, which is one, then bisect.
+    """Find the largest multiple of `unit` that fits, 0 if none does.
 
-    What fits is to fit at all smaller sizes too.
+    Doubles from the multiple `first` on, then bisects. All smaller sizes than one that fits must fit.
     """
     low, high = 0, first // unit
     while fits(high * unit):

@@ -1,4 +1,4 @@
-"""Being asked to stop: note it, let the loop save, and leave."""
+"""Note a signal to stop, let the loop save its state, and exit."""
 
 import os
 import signal
@@ -9,19 +9,20 @@ from typing import Any
 
 from jax_resnet.runtime.host import STOP_SIGNALS
 
-# After so long the main thread is taken to be inside the compiler, where Python's handlers wait.
+# After so long the main thread is assumed to be inside the compiler, where Python's handlers wait.
 BLOCKED_SECONDS = 5.0
-# So long a KeyboardInterrupt has, after Ctrl-C, to end the process by itself.
+# After Ctrl-C a KeyboardInterrupt gets so long to end the process by itself.
 IMPATIENT_SECONDS = 2.0
 
 
 class Signals:
-    """Notes the first SIGINT, SIGTERM or SIGHUP, so that the loop can save and leave.
+    """Note the first SIGINT, SIGTERM or SIGHUP, so that the loop can save its state and exit.
 
-    After it Ctrl-C leaves at once. Launchers repeat SIGTERM: no further one, and no SIGHUP, cuts the save short.
+    After it Ctrl-C exits at once. A further SIGTERM, which launchers repeat, or SIGHUP never cuts the
+    save short.
 
-    `otherwise` leaves in place of a main thread that does not come back to Python: it is called with the signal, on
-    another thread, BLOCKED_SECONDS after it. None while there is unsaved state.
+    `otherwise` exits in place of a main thread that does not return to Python: another thread calls it
+    with the signal after BLOCKED_SECONDS. None while there is unsaved state.
     """
 
     def __init__(self, otherwise: Callable[[int], Any] | None = None) -> None:
@@ -33,9 +34,10 @@ class Signals:
         self._previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for signum in STOP_SIGNALS:
-                if signal.getsignal(signum) is not signal.SIG_IGN:  # as nohup wants it
+                # A signal that nohup ignores stays ignored.
+                if signal.getsignal(signum) is not signal.SIG_IGN:
                     self._previous[signum] = signal.signal(signum, self._note)
-            # Python's handlers wait until C++ code returns; what is written here does not.
+            # Python's handlers wait until C++ code returns; the bytes written to this pipe do not.
             self._read, self._write = os.pipe()
             os.set_blocking(self._write, False)
             self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
@@ -43,12 +45,13 @@ class Signals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.otherwise, self._left = None, True
+        self.otherwise = None
+        self._left = True
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(self._wakeup)
-            os.close(self._write)  # which ends the thread
+            os.close(self._write)  # ends the thread
 
     def _note(self, signum: int, _: Any) -> None:
         if self.received:
@@ -60,8 +63,8 @@ class Signals:
 
     def _watch(self, pipe: int) -> None:
         received: list[int] = []
-        while got := os.read(pipe, 1):
-            signum = got[0]
+        while byte := os.read(pipe, 1):
+            signum = byte[0]
             if signum not in self._previous:
                 continue
             received.append(signum)

@@ -1,6 +1,6 @@
-"""Count what networks cost for one image: `jax-resnet summarize resnet50`, or --all of them in one table and plot.
+"""Count the cost of networks for one image: `jax-resnet summarize resnet50`, or --all in one plot.
 
-Nothing is compiled or run, and no device is touched: all of it is counted from shapes.
+Nothing is compiled or run, and no device is used: everything is counted from shapes.
 """
 
 import re
@@ -24,14 +24,15 @@ from jax_resnet.models.zoo import ZOO, create_model, model_spec
 
 @dataclass(frozen=True)
 class Part:
-    """What a network, or its stem, a stage or its head, costs for one image."""
+    """The cost of a network, or of its stem, a stage or its head, for one image."""
 
     name: str
-    shape: tuple[int, ...]  # height, width, channels of the output; of the head, classes; of the network, of the image
+    # Height, width and channels of the output; the head's classes; the image's for a network.
+    shape: tuple[int, ...]
     blocks: int
     parameters: int
     multiply_adds: int  # of convolutions and matrix products
-    activations: int  # numbers that those give
+    activations: int  # numbers that those compute
 
 
 SORTS: dict[str, Callable[[Part], Any]] = {
@@ -40,27 +41,28 @@ SORTS: dict[str, Callable[[Part], Any]] = {
     "gmacs": lambda network: network.multiply_adds,
     "activations": lambda network: network.activations,
 }
-# Those whose names the plot has room for.
+# The plot has room for these names.
 NAMED = ("test_resnet", "cifar_resnet20", "resnet18", "resnet50", "resnet152", "resnext101_32x32d")
 
 
 def count(
     name: str, *, image_size: int | None = None, num_classes: int | None = None, in_channels: int = 3
 ) -> list[Part]:
-    """Count what the network of that name costs for one image of `image_size` pixels a side: it, and its parts.
+    """Count the cost of a network and its parts for one image of `image_size` pixels a side.
 
-    What is not given is ImageNet's, 224 pixels and 1000 classes; for a network with a CIFAR stem CIFAR-10's, 32 and 10.
+    The defaults are ImageNet's 224 pixels and 1000 classes; for a CIFAR stem CIFAR-10's 32 and 10.
     Raises UserError for an unknown name, or images too small for the network.
     """
     spec = model_spec(name)
     usual_size, usual_classes = {"cifar": (32, 10)}.get(spec.stem, (224, 1000))
-    size, classes = image_size or usual_size, num_classes or usual_classes
+    size = image_size or usual_size
+    classes = num_classes or usual_classes
     if size < spec.total_stride:
         raise UserError(f"model {name!r}: images of {size} px are too small; the least is {spec.total_stride}")
-    # From the second on, the blocks of a stage are alike unless pruned. Tracing two in place of all of them takes a
-    # fifth of the time.
+    # The blocks of a stage are alike from the second on, unless pruned. Tracing two of them takes a
+    # fifth of the time of tracing all.
     depths = tuple(min(depth, 2 + len(spec.block_widths or ()) * depth) for depth in spec.depths)
-    # Shapes do with one key. nnx.Rngs counts keys in the trace, which takes time quadratic in the depth.
+    # One key suffices for shapes. nnx.Rngs counts keys in the trace, quadratic in the depth.
     rngs: Any = SimpleNamespace(params=partial(jax.random.key, 0))
     make = partial(create_model, name, num_classes=classes, in_channels=in_channels, depths=depths, rngs=rngs)
     model: Any = nnx.eval_shape(make)
@@ -76,9 +78,11 @@ def count(
 
 
 def _count(name: str, module: Any, shape: tuple[int, ...], depth: int = 0) -> Part:
-    """Count what a module costs for one input of that shape, a stage as if it had as many blocks as `depth` says."""
-    call, x = type(module).__call__, jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    products, output = cost(call, module, x), jax.eval_shape(call, module, x).shape[1:]
+    """Count a module's cost for one input of that shape, a stage's as if it had `depth` blocks."""
+    call = type(module).__call__
+    x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    products = cost(call, module, x)
+    output = jax.eval_shape(call, module, x).shape[1:]
     parameters = sum(parameter.size for parameter in jax.tree.leaves(nnx.state(module, nnx.Param)))
     counts = np.array([parameters, products.multiply_adds, products.activations])
     if depth and depth > module.depth:
@@ -88,10 +92,11 @@ def _count(name: str, module: Any, shape: tuple[int, ...], depth: int = 0) -> Pa
 
 
 def print_table(parts: Sequence[Part]) -> None:
-    """Print a table with a row for each of them."""
+    """Print a table with a row for each part."""
     rows = [("", "shape", "blocks", "parameters", "GMACs", "activations")]
     for part in parts:
-        shape, gmacs = "×".join(map(str, part.shape)), f"{part.multiply_adds / 1e9:.6f}"
+        shape = "×".join(map(str, part.shape))
+        gmacs = f"{part.multiply_adds / 1e9:.6f}"
         rows.append((part.name, shape, str(part.blocks), f"{part.parameters:,}", gmacs, f"{part.activations:,}"))
     name_width, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     for name, *cells in rows:
@@ -127,8 +132,9 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="with --all: parameters against GMACs, as a PNG")
     usual = {"image_size": "224, or 32 with a CIFAR stem", "num_classes": "1000, or 10", "in_channels": "3"}
     for name, default in usual.items():
-        spellings, number = (f"--{name}", f"--{name}".replace("_", "-")), partial(positive_integer, f"--{name}")
-        parser.add_argument(*spellings, type=number, metavar="N", help=f"default: {default}")
+        flag = f"--{name}"
+        number = partial(positive_integer, flag)
+        parser.add_argument(flag, flag.replace("_", "-"), type=number, metavar="N", help=f"default: {default}")
     arguments = vars(parser.parse_args())
     if arguments["all"] == (arguments["network"] is not None):
         raise UserError("give a network, for example resnet50, or --all")

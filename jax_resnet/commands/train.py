@@ -1,4 +1,4 @@
-"""The command `jax-resnet train --config FILE`: what `python -m jax_resnet.main` does."""
+"""Train as `python -m jax_resnet.main` does: `jax-resnet train --config FILE`."""
 
 import runpy
 

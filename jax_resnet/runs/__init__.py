@@ -1,1 +1,1 @@
-"""The folder of a run: who writes it, what is recorded and shown, files here and in object stores."""
+"""The folder of a run: its lock, checkpoints, logs and curves, on a disk or in an object store."""

@@ -1,9 +1,9 @@
-"""The one place that knows Orbax: checkpoints of arrays with a config in a workdir, saved while training goes on.
+"""Save and restore checkpoints in a workdir: the one module that knows Orbax.
 
     jax-resnet checkpoints verify runs/mine      # or inspect, which does not read the arrays
 
-Orbax writes a step completely or not at all, but keeps no checksums: flipped bits load silently. Here each step has a
-record with digests, and nothing is used that does not agree with it.
+Orbax writes a step atomically, in the background, but keeps no checksums: flipped bits load silently.
+Each step therefore has a record with digests, and no array is used that disagrees with it.
 """
 
 import contextlib
@@ -20,35 +20,36 @@ from orbax.checkpoint.options import AtomicityMode, AtomicityOptions
 
 from jax_resnet.errors import TransientError, UserError, first_line
 from jax_resnet.runs import s3
-from jax_resnet.runs.metrics_log import evaluations
+from jax_resnet.runs.digests import Record, check_digests, check_record, check_same_tree, make_record
+from jax_resnet.runs.metrics_reader import evaluations
 from jax_resnet.runs.paths import COMMITTED, AnyPath, absolute, is_remote, make_folder, move, names
-from jax_resnet.runs.record import Record, check_digests, check_record, check_same_tree, make_record
 from jax_resnet.runs.retention import Keep, score
 from jax_resnet.runtime.distributed import all_agree, of_first_process
 
-# What tensorstore says where nothing is damaged, but the file system or the network does not give it.
+# Tensorstore's errors where nothing is damaged, but the file system or the network denies access.
 REFUSED = re.compile("PERMISSION_DENIED|UNAUTHENTICATED")
 UNAVAILABLE = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|CANCELLED")
-# Orbax numbers the saves of a process and, while it starts one, looks up the newest number time and again to tell whose
-# folders to wait for. A save that another thread starts meanwhile would be taken for it, so they start in turn.
+# While Orbax starts a save, it takes the newest of the process for its own, even one that another
+# thread has started meanwhile: saves start in turn.
 _STARTING = threading.Lock()
 
-Fields = dict[str, Any]  # what is saved, by name: "step", a replicated array, and trees of arrays
+Fields = dict[str, Any]  # replicated "step", trees of arrays
 
 
 class Damaged(UserError):
-    """A checkpoint whose files are not what was saved."""
+    """A checkpoint whose files differ from what was saved."""
 
 
 class Checkpoints:
-    """Saves and restores under workdir/checkpoints. Without `keep` it only reads, also beside a process that saves.
+    """Save and restore under workdir/checkpoints. On exit it waits until all saves are on disk.
 
-    A context manager: leaving it waits until what was saved is on disk.
+    Without `keep` it only reads, which is safe beside a process that saves.
     """
 
     def __init__(self, workdir: AnyPath, keep: Keep | None = None):
         self.directory = absolute(workdir) / "checkpoints"
-        self._workdir, self._keep = workdir, keep
+        self._workdir = workdir
+        self._keep = keep
         self._evaluations: dict[int, Mapping[str, Mapping[str, Any]]] = dict(evaluations(workdir))
         self._writer: Any = None
         if str(workdir).startswith("s3://"):
@@ -66,9 +67,9 @@ class Checkpoints:
     # -- listing
 
     def steps(self) -> list[int]:
-        """List the steps that are saved completely, ascending."""
+        """List the completely saved steps, ascending."""
         steps = [name for name in names(self.directory) if name.isdigit()]
-        # A local folder gets its name when it is complete; in an object store none is renamed.
+        # Orbax renames a local folder once it is complete; an object store cannot rename.
         if is_remote(self.directory):
             steps = [name for name in steps if (self.directory / name / COMMITTED).exists()]
         return sorted(map(int, steps))
@@ -79,11 +80,11 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """Return the step with the best evaluation in metrics.jsonl, None if it has none."""
-        scores, steps = self._scores(), self.steps()
-        return max((step for step in steps if step in scores), key=lambda step: (scores[step], step), default=None)
+        scores = self._scores()
+        return max(scores.keys() & self.steps(), key=lambda step: (scores[step], step), default=None)
 
     def find(self, which: str) -> int:
-        """Resolve "best" (the latest if none was evaluated), "latest" or a number. Raises UserError if not saved."""
+        """Resolve "best" (the latest without evaluations), "latest" or a step. Raises UserError."""
         named = {"best": self.best_step() or self.latest_step(), "latest": self.latest_step()}
         if which not in named and not which.isdigit():
             raise UserError(f"checkpoint {which!r}: must be best, latest or a step")
@@ -96,36 +97,37 @@ class Checkpoints:
     # -- saving
 
     def save(self, step: int, fields: Fields, config: dict[str, Any]) -> None:
-        """Start saving; return when the arrays have been copied. A step that is saved already is left.
+        """Start saving; return when the arrays have been copied. A saved step is left as it is.
 
-        Raises UserError if an earlier save has failed, or the folder has gone.
+        Raises UserError if an earlier save has failed, or the folder is gone.
         """
-        if step not in self.steps():
-            began = time.monotonic()
-            self._check_there()
-            # Orbax copies to the host as it sees fit.
-            with jax.transfer_guard("allow"), self._one_line("written"):
-                record = make_record(fields, config)
-                items = {"state": ocp.args.StandardSave(fields), "record": ocp.args.JsonSave(record)}
-                writer = self._manager()
-                # Orbax would do this itself, but then under the lock: one training would wait for another's disk.
-                writer.wait_until_finished()
-                with _STARTING:
-                    writer.save(step, args=ocp.args.Composite(**items), force=True)
-            self.blocked += time.monotonic() - began
+        if step in self.steps():
+            return
+        began = time.monotonic()
+        self._check_workdir()
+        # Orbax makes implicit transfers.
+        with jax.transfer_guard("allow"), self._one_line("written"):
+            record = make_record(fields, config)
+            items = {"state": ocp.args.StandardSave(fields), "record": ocp.args.JsonSave(record)}
+            writer = self._manager()
+            # Orbax would wait while it holds the lock: one training would wait for another's disk.
+            writer.wait_until_finished()
+            with _STARTING:
+                writer.save(step, args=ocp.args.Composite(**items), force=True)
+        self.blocked += time.monotonic() - began
 
     def evaluated(self, step: int, splits: Mapping[str, Mapping[str, Any]]) -> None:
-        """Note the metrics of `step`, by split: the best checkpoints stay."""
+        """Note the metrics of `step` by split, from which the best checkpoints are chosen."""
         self._evaluations[step] = splits
 
     def check(self) -> None:
-        """Raise UserError if what is being saved could not be written. Does not wait."""
+        """Raise UserError if a save has failed. Does not wait."""
         if self._writer:
             with self._one_line("written"):
                 self._writer.check_for_errors()
 
     def wait(self) -> None:
-        """Wait until everything is on disk. Raises UserError if it could not be written."""
+        """Wait until all saves are on disk. Raises UserError if one has failed."""
         if self._writer:
             began = time.monotonic()
             with self._one_line("written"):
@@ -134,7 +136,7 @@ class Checkpoints:
             self.blocked += time.monotonic() - began
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Answer Orbax which of `checkpoints` to keep."""
+        """Tell Orbax which of `checkpoints` to keep."""
         del context
         assert self._keep
         kept = self._keep.of([info.step for info in checkpoints], self._scores())
@@ -142,8 +144,10 @@ class Checkpoints:
 
     def _manager(self) -> Any:
         if not self._writer:
-            # Renaming a folder of an object store takes as long as copying it, and may be cut short.
-            atomicity = AtomicityOptions(mode=AtomicityMode.COMMIT_FILE) if is_remote(self._workdir) else None
+            atomicity = None
+            if is_remote(self._workdir):
+                # An object store renames a folder by copying it, which may be cut short.
+                atomicity = AtomicityOptions(mode=AtomicityMode.COMMIT_FILE)
             options = ocp.CheckpointManagerOptions(
                 cleanup_tmp_directories=True, preservation_policy=self, atomicity_options=atomicity
             )
@@ -160,7 +164,7 @@ class Checkpoints:
                 metric = self.config(max(self.steps()))["checkpoint"]["best_by"]
         return score(self._evaluations, metric)
 
-    def _check_there(self) -> None:
+    def _check_workdir(self) -> None:
         if not self._workdir.is_dir():
             raise UserError(f"--workdir={self._workdir}: is no longer there; it was moved or deleted during the run")
 
@@ -170,11 +174,11 @@ class Checkpoints:
             yield
         except UserError:
             raise
-        # Orbax, tensorstore and the file system have no error in common.
+        # Orbax, tensorstore and the file system have no error type in common.
         except Exception as e:
             saved = ""
             if done == "written":
-                self._check_there()
+                self._check_workdir()
                 newest = self.latest_step()
                 saved = "; no step is saved" if newest is None else f"; the newest whole one is of step {newest:,}"
             kind = UserError if isinstance(e, PermissionError) else TransientError
@@ -187,9 +191,9 @@ class Checkpoints:
         return self.record(step)["config"]
 
     def record(self, step: int) -> Record:
-        """Read what is known of `step`: its config and the shape, dtype and digest of each array.
+        """Read the record of `step`: its config and the shape, dtype and digest of each array.
 
-        Raises Damaged if the record does not agree with itself.
+        Raises Damaged if the record disagrees with its own digest.
         """
         with self._reading(step):
             folder = epath.Path(self.directory) / str(step) / "record"
@@ -198,11 +202,10 @@ class Checkpoints:
             return record
 
     def restore(self, step: int, like: Fields, *, as_saved: Collection[str] = ()) -> Fields:
-        """Restore what was saved at `step`, like the abstract arrays `like`, which are replicated.
+        """Restore the fields of `step`, replicated, with the shapes of the abstract arrays `like`.
 
-        Of the fields `as_saved`, flat dicts, all is restored that was saved, whatever `like` has of them.
-        Raises UserError naming the parameters that differ when the network is another one, and Damaged when the files
-        are not what was saved.
+        Fields named in `as_saved`, flat dicts, are restored completely, whatever `like` holds for them.
+        Raises UserError naming the arrays that differ for another network, and Damaged.
         """
         record = self.record(step)
         replicated = like["step"].sharding
@@ -214,7 +217,7 @@ class Checkpoints:
                 fields.setdefault(field, {})[rest] = abstract
         check_same_tree(record, fields, f"{self.directory}/{step}")
         with self._reading(step), jax.transfer_guard("allow"):
-            # Orbax's manager would have the processes wait for each other, also for one that has met an error.
+            # Orbax's manager would make processes wait for each other, even for one that failed.
             folder = epath.Path(self.directory) / str(step) / "state"
             restored = ocp.StandardCheckpointHandler().restore(folder, args=ocp.args.StandardRestore(fields))
             check_digests(restored, record)
@@ -223,24 +226,27 @@ class Checkpoints:
     def restore_newest(
         self, like: Fields, say: Callable[[str], None], *, as_saved: Collection[str] = ()
     ) -> tuple[int, Fields] | None:
-        """Restore the newest sound checkpoint, as `restore`: its step and fields. None if nothing has been saved.
+        """Restore the newest sound checkpoint as `restore` does.
 
-        Damaged ones that are newer are moved to workdir/damaged, and `say` gets a line about each. Processes agree.
-        Raises Damaged, with everything left where it is, when none is sound.
+        Returns its step and fields, None if nothing has been saved. Moves newer, damaged checkpoints
+        to workdir/damaged, and calls `say` with a line about each. All processes choose the same one.
+        Raises Damaged, and moves nothing, if none is sound.
         """
         reasons: dict[int, str] = {}
         for step in reversed(of_first_process(self.steps())):
             try:
                 fields = self.restore(step, like, as_saved=as_saved)
             except Damaged as e:
-                fields, reasons[step] = {}, str(e)
+                fields = {}
+                reasons[step] = str(e)
             if all_agree(bool(fields)):
                 break
             reasons.setdefault(step, f"{self.directory}/{step}: another process finds it damaged")
         else:
             if reasons:
-                first, count = next(iter(reasons.values())), len(reasons)
-                raise Damaged(f"{first}; none of the {count} saved is sound: choose another workdir to begin anew")
+                first = next(iter(reasons.values()))
+                advice = f"none of the {len(reasons)} saved is sound: choose another workdir to begin anew"
+                raise Damaged(f"{first}; {advice}")
             return None
         for damaged, reason in reasons.items():
             aside = self._workdir / "damaged" / f"{damaged}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -255,12 +261,13 @@ class Checkpoints:
         return step, fields
 
     def arrays(self, step: int) -> Any:
-        """Read the fields at `step` as numpy arrays in nested dicts, of whatever network. Raises Damaged."""
+        """Read the fields of `step`, of any network: numpy arrays in dicts. Raises Damaged."""
         record = self.record(step)
         with self._reading(step), jax.transfer_guard("allow"):
-            folder, handler = epath.Path(self.directory) / str(step) / "state", ocp.StandardCheckpointHandler()
+            folder = epath.Path(self.directory) / str(step) / "state"
+            handler = ocp.StandardCheckpointHandler()
             metadata = handler.metadata(folder)
-            tree = metadata.tree if hasattr(metadata, "tree") else metadata
+            tree = getattr(metadata, "tree", metadata)
             device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
             arrays = jax.device_get(handler.restore(folder, args=ocp.args.StandardRestore(like)))
@@ -268,9 +275,9 @@ class Checkpoints:
             return arrays
 
     def weights(self, step: int, *, averaged: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read the parameters and batch statistics at `step`, numpy arrays in nested dicts, of whatever network.
+        """Read the parameters and batch statistics of `step`, numpy arrays in nested dicts.
 
-        Where a running average was kept, they are that, unless `averaged` is False. Raises Damaged.
+        They are the running average where one was kept, unless `averaged` is False. Raises Damaged.
         """
         fields = self.arrays(step)
         weights = (averaged and fields.get("ema")) or fields
@@ -282,7 +289,7 @@ class Checkpoints:
             yield
         except UserError:
             raise
-        # In damaged files Orbax meets errors of any type.
+        # Orbax raises errors of any type for damaged files.
         except Exception as e:
             where = f"{self.directory}/{step}"
             if isinstance(e, PermissionError) or REFUSED.search(str(e)):

@@ -1,4 +1,4 @@
-"""The picture of a run."""
+"""Draw the curves of a run."""
 
 import io
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ import numpy as np
 
 from jax_resnet.runs.paths import AnyPath, write
 
-WINDOWS = 100  # of the curve of the training at most
+MAX_WINDOWS = 100  # of the training curve
 PANELS = {"loss": "loss", "accuracy_top1": "accuracy", "learning_rate": "learning rate"}
 
 
@@ -26,7 +26,8 @@ def draw_curves(rows: list[dict[str, Any]], file: AnyPath) -> None:
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
         if name == "loss" and max(tops, default=0) > 0:
-            axes.set_ylim(0, 1.15 * max(tops))  # One early loss of 20 would flatten all that comes after it.
+            # One early loss of 20 would flatten all that comes after it.
+            axes.set_ylim(0, 1.15 * max(tops))
         if axes.lines and name != "learning_rate":
             axes.legend()
     picture = io.BytesIO()
@@ -37,26 +38,27 @@ def draw_curves(rows: list[dict[str, Any]], file: AnyPath) -> None:
 def curves(rows: Sequence[dict[str, Any]], name: str) -> dict[str, np.ndarray]:
     """Return the points of a metric, float64 [points, 2], for "train" and each split that has it.
 
-    Those of the training are means over windows of equally many steps; rates are as they were.
+    The points of "train" are means over windows of equally many steps, except for the learning rate.
     """
     points: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row["kind"] in ("train", "eval") and name in row:
             points.setdefault(row.get("split", row["kind"]), []).append((row["step"], row[name]))
-    found = {split: np.array(of, np.float64) for split, of in points.items()}
-    if name != "learning_rate" and "train" in found:
-        found["train"] = windowed(found["train"])
-    return found
+    arrays = {split: np.array(pairs, np.float64) for split, pairs in points.items()}
+    if name != "learning_rate" and "train" in arrays:
+        arrays["train"] = windowed(arrays["train"])
+    return arrays
 
 
 def windowed(points: np.ndarray) -> np.ndarray:
-    """Average means over unequal numbers of steps over equal ones: [n, 2] of (last step, mean) → [at most WINDOWS, 2].
+    """Average means over unequal numbers of steps into windows of equally many steps.
 
-    A mean covers the steps since the one before it, and counts where most of them lie.
+    [n, 2] of (last step, mean) → [at most MAX_WINDOWS, 2]. A mean covers the steps since the one
+    before it, and counts in the window in which most of them lie.
     """
     steps, values = points.T
     covered = np.diff(steps, prepend=0)
-    count = min(WINDOWS, max(1, len(points) // 2))
+    count = min(MAX_WINDOWS, max(1, len(points) // 2))
     window = np.minimum((steps - covered / 2) * count // steps[-1], count - 1).astype(int)
     weight = np.bincount(window, covered, count)
     filled = weight > 0

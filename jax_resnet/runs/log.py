@@ -1,4 +1,4 @@
-"""What a run shows and leaves behind: a bar or lines, metrics.jsonl, TensorBoard events, a trace, result.json."""
+"""Report a run: a bar or lines, metrics.jsonl, TensorBoard events, a trace, result.json."""
 
 import contextlib
 import json
@@ -16,33 +16,35 @@ import jax
 from jax_resnet.errors import UserError, unwritable
 from jax_resnet.runs.console import Screen, percent, shown
 from jax_resnet.runs.curves import draw_curves
-from jax_resnet.runs.metrics_log import FILE, read_metrics
+from jax_resnet.runs.metrics_reader import FILE, read_metrics
 from jax_resnet.runs.paths import AnyPath, is_remote, write
 from jax_resnet.runs.trace import Trace
 from jax_resnet.runs.workdir import write_json
 
-LINES = 20  # of broken images
+MAX_REPORTED_IMAGES = 20
 
 
 def _summary_writer(folder: Path, purge_step: int) -> Any:
-    """TensorBoard's event writer. tensorboardX would load torch, where that is installed, only to know its tensors."""
+    """Make TensorBoard's event writer, but keep tensorboardX from importing torch."""
     hide = "torch" not in sys.modules
     if hide:
-        sys.modules["torch"] = None  # type: ignore[assignment]  # importing it now fails, as where it is absent
+        # An import of torch now fails, as if it were not installed.
+        sys.modules["torch"] = None  # type: ignore[assignment]
     try:
         from tensorboardX import SummaryWriter
     finally:
         if hide:
-            sys.modules.pop("torch", None)  # another training's thread may have done so
+            # Another training's thread may have removed it already.
+            sys.modules.pop("torch", None)
     return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 class Telemetry:
-    """Reports one run from process 0; on the others every method does nothing.
+    """Report one run from process 0; on the others every method does nothing.
 
-    `steps` are the updates of the whole training, `epoch` gives the epoch of a step. `start_step` is the step the run
-    goes on from: what was recorded after it, by a process that died, is dropped, so each step stands once. `profile` is
-    config.profile.
+    `steps` is the number of updates of the training, `epoch` returns the epoch of a step, and
+    `profile` is config.profile. The run resumes from `start_step`: records after it, by a process
+    that died, are dropped, so that each step is recorded once.
     """
 
     def __init__(
@@ -56,28 +58,35 @@ class Telemetry:
     ):
         self.active = jax.process_index() == 0
         self.workdir, self._epoch, self._step = workdir, epoch, start_step
-        self._broken: set[tuple[str, str]] = set()
-        self._began, self._before = time.monotonic(), 0.0
+        self._broken: set[tuple[str, str]] = set()  # split, name of the image
+        self._began = time.monotonic()
+        self._before = 0.0  # seconds, before the run was resumed
         self._writers: dict[str, Any] = {}
         self.trace = Trace(None, profile, steps)
         self.screen = Screen(steps, start_step, quiet=not self.active)
         if not self.active:
             return
-        rows = [r for r in read_metrics(workdir) if r["step"] <= start_step] if start_step else []
-        self._before = rows[-1]["seconds"] if rows else 0.0
-        self._broken = {(r["split"], r["name"]) for r in rows if r["kind"] == "broken"}
-        # What is appended to is kept here, for an object store takes whole files.
-        self._scratch = Path(tempfile.mkdtemp(prefix="jax_resnet-")) if is_remote(workdir) else None
-        folder = self._scratch or workdir  # of this machine
+        rows: list[dict[str, Any]] = []
+        if start_step:
+            rows = [row for row in read_metrics(workdir) if row["step"] <= start_step]
+        if rows:
+            self._before = rows[-1]["seconds"]
+        self._broken = {(row["split"], row["name"]) for row in rows if row["kind"] == "broken"}
+        self._scratch: Path | None = None
+        if is_remote(workdir):
+            # An object store cannot append to a file, so the files grow in a local folder.
+            self._scratch = Path(tempfile.mkdtemp(prefix="jax_resnet-"))
+        folder = self._scratch or workdir
         self.trace = Trace(folder, profile, steps)
-        self._uploaded: dict[Path, int] = {}
-        write(folder / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in rows).encode())
-        self._lines = (folder / "metrics.jsonl").open("a", buffering=1)
-        self._folder, self._purge_step = folder / "tensorboard", start_step + 1
+        self._uploaded: dict[Path, int] = {}  # bytes
+        write(folder / FILE, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        self._lines = (folder / FILE).open("a", buffering=1)
+        self._folder = folder / "tensorboard"
+        self._purge_step = start_step + 1
         self._writer("train")
 
     def _writer(self, name: str) -> Any:
-        """Return the writer of a run of TensorBoard: training and each split are one, so that their curves overlay."""
+        """Return the writer of "train" or of a split, each a TensorBoard run: curves overlay."""
         if name not in self._writers:
             try:
                 self._writers[name] = _summary_writer(self._folder / name, self._purge_step)
@@ -87,7 +96,7 @@ class Telemetry:
 
     @property
     def seconds(self) -> float:
-        """Wall seconds of the run, those before it was resumed included."""
+        """Return the wall seconds of the run, including those before it was resumed."""
         return self._before + time.monotonic() - self._began
 
     def __enter__(self) -> "Telemetry":
@@ -97,26 +106,31 @@ class Telemetry:
         self.trace.__exit__()
         self.screen.close()
         if self.active:
-            for file in (self._lines, *self._writers.values()):  # after an error that is the one to be told
-                with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+            # After an error, that error is the one to report.
+            ignored = (OSError,) if error else ()
+            for file in (self._lines, *self._writers.values()):
+                with contextlib.suppress(*ignored):
                     file.close()
             if self._scratch and self.upload(at_end=True):
                 shutil.rmtree(self._scratch, ignore_errors=True)
 
     def upload(self, *, at_end: bool = False) -> bool:
-        """Copy to a remote workdir what has grown since the last time; say so and return False if that fails."""
+        """Copy files that have grown to a remote workdir; report a failure and return False."""
         if not self.active or self._scratch is None:
             return True
         if not at_end:
             for writer in self._writers.values():
                 writer.flush()
         try:
-            for file in self._scratch.rglob("*"):
-                if file.is_file() and self._uploaded.get(file) != (size := file.stat().st_size):
+            for file in filter(Path.is_file, self._scratch.rglob("*")):
+                size = file.stat().st_size
+                if self._uploaded.get(file) != size:
                     write(self.workdir / str(file.relative_to(self._scratch)), file.read_bytes())
                     self._uploaded[file] = size
-        except UserError as e:  # the run matters more; a checkpoint that cannot be written will end it
-            self.say(f"{e}; {f'left in {self._scratch}' if at_end else 'tried again at the next save'}")
+        except UserError as e:
+            # The run goes on; only a checkpoint that cannot be written ends it.
+            outcome = f"left in {self._scratch}" if at_end else "tried again at the next save"
+            self.say(f"{e}; {outcome}")
             return False
         return True
 
@@ -134,10 +148,10 @@ class Telemetry:
         input_wait: float | None = None,
         skipped: int = 0,
     ) -> None:
-        """Report means over the steps since the last call; no speed for the first, whose time is the compiler's.
+        """Report means over the steps since the last call; the first, which compiles, has no speed.
 
-        `input_wait` is the share of that time that was spent waiting for batches. Of the updates `skipped` were
-        skipped, which the means leave out: if that is all of them, `metrics` is empty.
+        `input_wait` is the share of the time spent waiting for batches. The means leave out the
+        `skipped` updates; `metrics` is empty if all were skipped.
         """
         speed = ""
         if images_per_second is not None and input_wait is not None:
@@ -165,24 +179,23 @@ class Telemetry:
         self._record("eval", step, split=split, **metrics)
 
     def saving(self, step: int, blocked: float, seconds: float) -> None:
-        """Report how long saving has held up the loop, of the seconds that this process has trained."""
+        """Report how many seconds saving has blocked the loop, of the `seconds` of training."""
         if blocked > 0:
             self.say(f"saving took {blocked:.2f} s, {percent(blocked / seconds, 2)} of the time")
             self._record("save", step, blocked_seconds=round(blocked, 4), share=round(blocked / seconds, 6))
 
     def broken(self, split: str, name: str, reason: str) -> None:
-        """Report an image that cannot be decoded, once. The first LINES are printed, by the process that read them."""
+        """Report an undecodable image once. Its reader prints the first MAX_REPORTED_IMAGES."""
         if (split, name) in self._broken:
             return
         self._broken.add((split, name))
         text = f"{split} split: {name}: {reason}"
-        if len(self._broken) == LINES + 1:
-            text = f"further images that cannot be decoded are named in {self.workdir / 'metrics.jsonl'} only"
-        if len(self._broken) > LINES + 1:
-            pass
-        elif self.active:
+        excess = len(self._broken) - MAX_REPORTED_IMAGES
+        if excess == 1:
+            text = f"further images that cannot be decoded are named in {self.workdir / FILE} only"
+        if excess <= 1 and self.active:
             self.say(text)
-        else:
+        elif excess <= 1:
             print(f"process {jax.process_index()}: {text}", file=sys.stderr)
         self._record("broken", self._step, split=split, name=name, reason=reason)
 
@@ -208,5 +221,6 @@ class Telemetry:
         if kind in ("train", "eval"):
             writer = self._writer(values.get("split", kind))
             for name, value in values.items():
-                if isinstance(value, float):  # counts say nothing as curves
+                # Counts say nothing as curves.
+                if isinstance(value, float):
                     writer.add_scalar(name, value, step)

@@ -1,6 +1,7 @@
-"""Files here and in object stores, gs:// and s3://: what reads or writes in a workdir goes through this module.
+"""Read and write files of this machine and of object stores, gs:// and s3://.
 
-A path is a `pathlib.Path` of this machine, or for a URL an `epath.Path`, which has the same methods.
+All access to a workdir goes through this module. A path is a `pathlib.Path` of this machine, or for
+a URL an `epath.Path`, which has the same methods.
 """
 
 import contextlib
@@ -16,15 +17,17 @@ from etils import epath
 from jax_resnet.errors import TransientError, UserError, first_line
 
 AnyPath: TypeAlias = Path | epath.Path
-COMMITTED = "commit_success.txt"  # Orbax writes it last, where a folder cannot be renamed at once
-BACKENDS = {"gs": "gcsfs", "s3": "s3fs"}  # and the extra that brings each has the scheme's name, gcs and s3
-# A store's errors that the same command meets every time: a bucket that is not there, refused or missing credentials.
+# Orbax writes this file last, where renaming a folder is not atomic.
+COMMITTED = "commit_success.txt"
+BACKENDS = {"gs": "gcsfs", "s3": "s3fs"}
+# Errors that the same command meets every time: a missing bucket, refused or missing credentials.
 MISTAKES = (FileNotFoundError, PermissionError, ValueError)
-MISTAKEN_TYPES = re.compile("Credential|Auth|RefreshError")  # of botocore and google.auth, which may not be installed
+# Botocore and google.auth define these types, and may not be installed.
+MISTAKEN_TYPES = re.compile("Credential|Auth|RefreshError")
 
 
 def open_path(path: str | os.PathLike[str]) -> AnyPath:
-    """The folder or file that is meant, ~ expanded.
+    """Make the path of a folder or file, with ~ expanded, or of a URL.
 
     Raises UserError, which begins with `path`, for a URL that is neither gs:// nor s3://, names no bucket, or needs a
     package that is not installed.
@@ -42,30 +45,31 @@ def open_path(path: str | os.PathLike[str]) -> AnyPath:
         raise UserError(f"{path}: to reach {scheme}://, pip install 'jax-resnet-training[{extra}]'")
     import fsspec
 
-    os.environ.setdefault("EPATH_USE_TF", "false")  # TensorFlow, where it is installed, would be loaded to do it
-    # Tensorstore writes past fsspec, which would go on showing the listings that it remembers.
+    # Epath would load TensorFlow, where it is installed.
+    os.environ.setdefault("EPATH_USE_TF", "false")
+    # Tensorstore writes without fsspec, whose cached listings would go stale.
     fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
     return epath.Path(os.fspath(path))
 
 
 def is_remote(path: AnyPath) -> bool:
-    """Whether it is in an object store: no folders, no renaming, no appending, but a write is whole or not there."""
+    """Tell whether a path is in an object store: atomic writes, no folders, no renaming."""
     return "://" in str(path)
 
 
 def absolute(path: AnyPath) -> AnyPath:
-    """`path` from the root of the file system; a URL as it is."""
+    """Make a local path absolute; return a URL as it is."""
     return path if is_remote(path) else path.absolute()
 
 
 def make_folder(folder: AnyPath) -> None:
-    """Makes it and those above it. An object store has none: to ask for one may make a bucket of a mistyped name."""
+    """Make a local folder and its parents. A store might create a mistyped bucket instead."""
     if not is_remote(folder):
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def write(file: AnyPath, content: bytes) -> None:
-    """Writes all of it or nothing, in place of what is there.
+    """Write a file atomically, in place of an existing one.
 
     Raises OSError for a local file and UserError for a remote one that cannot be written.
     """
@@ -79,13 +83,13 @@ def write(file: AnyPath, content: bytes) -> None:
 
 
 def read(file: AnyPath) -> bytes:
-    """All of it. Raises FileNotFoundError if it is not there, OSError or (remote) UserError if it cannot be read."""
+    """Read a file. Raises FileNotFoundError, or else OSError or (remote) UserError."""
     with reaching(file, "read"):
         return file.read_bytes()
 
 
 def names(folder: AnyPath) -> list[str]:
-    """What is in it, in no order; nothing if it cannot be read. Raises UserError if an object store cannot be asked."""
+    """List a folder, none if it cannot be read. Raises UserError for an object store."""
     try:
         with reaching(folder, "read"):
             return [path.name for path in folder.iterdir()]
@@ -94,10 +98,10 @@ def names(folder: AnyPath) -> list[str]:
 
 
 def move(path: AnyPath, to: AnyPath) -> None:
-    """Renames a folder or file within one file system; `to` must not exist.
+    """Rename a folder or file within one file system; `to` must not exist.
 
-    In an object store each object is copied there, by the store itself, and then deleted. A process that dies meanwhile
-    leaves both; what marks a checkpoint as whole is copied last and deleted first.
+    An object store copies each object and then deletes it. A process that dies meanwhile leaves both;
+    the file that marks a checkpoint as complete is copied last and deleted first.
 
     Raises FileExistsError, FileNotFoundError, or what `write` raises.
     """
@@ -108,13 +112,13 @@ def move(path: AnyPath, to: AnyPath) -> None:
         return
     with reaching(path, "moved"):
         files: Any = _file_system(path)
-        found = sorted(files.find(str(path)), key=lambda name: (name.endswith("/" + COMMITTED), name))
-        if not found:
+        objects = sorted(files.find(str(path)), key=lambda name: (name.endswith("/" + COMMITTED), name))
+        if not objects:
             raise FileNotFoundError(2, f"{path} is not there")
         begin = len(str(path).partition("://")[2].rstrip("/"))
-        for name in found:
+        for name in objects:
             files.copy(name, str(to).rstrip("/") + name[begin:])
-        for name in reversed(found):
+        for name in reversed(objects):
             files.rm_file(name)
 
 
@@ -126,16 +130,18 @@ def _file_system(path: AnyPath) -> Any:
 
 @contextlib.contextmanager
 def reaching(path: AnyPath, done: str) -> Iterator[None]:
-    """Raise UserError where something remote cannot be `done`: "read", "written". Local errors pass as they are.
+    """Raise UserError if a remote file cannot be `done`: "read", "written". Local errors pass.
 
-    So does FileNotFoundError in reading; in writing it means the bucket, for an object needs no folder. The error is a
-    TransientError unless it tells of a missing bucket or refused credentials: a store that answers 503 may be back.
+    FileNotFoundError passes too when reading; when writing it means a missing bucket. The error is a
+    TransientError unless the bucket is missing or credentials are refused: a store that answers 503
+    may be back.
     """
     try:
         yield
     except UserError:
         raise
-    except Exception as e:  # of fsspec, the store's own library and its HTTP client, which have no error in common
+    # Fsspec, the store's own library and its HTTP client have no error type in common.
+    except Exception as e:
         if not is_remote(path) or (isinstance(e, FileNotFoundError) and done == "read"):
             raise
         if isinstance(e, MISTAKES) or MISTAKEN_TYPES.search(type(e).__name__):

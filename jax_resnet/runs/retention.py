@@ -1,15 +1,16 @@
-"""Which checkpoints of a run stay, and how good they are."""
+"""Score the checkpoints of a run, and choose which stay."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-BEST_BY = {"accuracy_top1": 1, "accuracy_top5": 1, "loss": -1}  # sign that makes the largest the best
+# The sign of each metric that makes the largest the best.
+BEST_BY = {"accuracy_top1": 1, "accuracy_top5": 1, "loss": -1}
 
 
 @dataclass(frozen=True)
 class Keep:
-    """Keeps the `latest` checkpoints, the `best` by `metric` of those evaluated, and those that `always` says."""
+    """Keep the `latest` checkpoints, the `best` by `metric`, and those that `always` names."""
 
     latest: int = 2
     best: int = 1
@@ -17,14 +18,15 @@ class Keep:
     always: Callable[[int], bool] = lambda step: False
 
     def of(self, steps: Sequence[int], scores: Mapping[int, float]) -> set[int]:
-        """Choose those of `steps` that stay. `scores` has the evaluated ones, the larger the better."""
-        ranked = sorted((step for step in steps if step in scores), key=lambda step: (scores[step], step))
-        kept = {*sorted(steps)[-self.latest :], *(step for step in steps if self.always(step))}
-        return kept | (set(ranked[-self.best :]) if self.best else set())
+        """Choose the steps that stay. `scores` holds the evaluated ones, the larger the better."""
+        evaluated = [step for step in steps if step in scores]
+        ranked = sorted(evaluated, key=lambda step: (scores[step], step), reverse=True)
+        latest = sorted(steps)[-self.latest :]
+        return {*latest, *ranked[: self.best], *filter(self.always, steps)}
 
 
 def score(evaluations: Mapping[int, Mapping[str, Mapping[str, Any]]], metric: str) -> dict[int, float]:
     """Score each step of {step: {split: metrics}} by `metric`, the larger the better."""
-    # A running average is evaluated after the weights, and is what a run is good for.
+    # A running average is evaluated after the weights, and its metrics count.
     last = {step: list(splits.values())[-1] for step, splits in evaluations.items()}
     return {step: BEST_BY[metric] * metrics[metric] for step, metrics in last.items() if metric in metrics}

@@ -1,4 +1,4 @@
-"""Traces of chosen updates, as XProf reads them."""
+"""Trace chosen updates for XProf."""
 
 import contextlib
 from typing import Any
@@ -11,20 +11,23 @@ from jax_resnet.runs.paths import AnyPath
 
 
 class Trace:
-    """Traces the updates that `steps` names, "FIRST:LAST", into folder/profile, as XProf reads it. A context manager.
+    """Trace the updates that `steps` names, "FIRST:LAST", into folder/profile. A context manager.
 
-    Without `folder` (the processes of a job but the first) or `steps` it does nothing. Raises UserError if they begin
-    after `end`, the last update of all.
+    It does nothing without `steps`, or without `folder` (in all processes of a job but the first).
+    Raises UserError if the updates begin after `end`, the last of the training.
     """
 
     def __init__(self, folder: AnyPath | None, steps: str | None, end: int):
         if steps is not None and traced_steps(steps).start > end:
             raise UserError(f"config.profile={steps}: begins after the last update, {end:,}")
-        self._folder, self._on = folder, False
-        self._steps = range(0) if folder is None or steps is None else traced_steps(steps)
+        self._folder = folder
+        self._on = False
+        self._steps = range(0)
+        if folder is not None and steps is not None:
+            self._steps = traced_steps(steps)
 
     def of(self, step: int) -> contextlib.AbstractContextManager[Any]:
-        """What to call update `step` in, counted from 1."""
+        """Return the context in which to call update `step`, counted from 1."""
         if step not in self._steps:
             return contextlib.nullcontext()
         if not self._on:
@@ -33,7 +36,7 @@ class Trace:
         return jax.profiler.StepTraceAnnotation("train", step_num=step)
 
     def after(self, step: int, sums: Any) -> None:
-        """Ends with the last of the updates, when it has given its `sums`."""
+        """Stop after the last traced update, once its `sums` are computed."""
         if self._on and step + 1 not in self._steps:
             jax.block_until_ready(sums)
             self._stop()

@@ -1,4 +1,4 @@
-"""The folder of one run: who writes it, and the config it was begun with."""
+"""Claim the folder of a run, and read the config that it was started with."""
 
 import contextlib
 import fcntl
@@ -17,28 +17,31 @@ from jax_resnet.errors import UserError
 from jax_resnet.runs.checkpoint import Checkpoints
 from jax_resnet.runs.paths import COMMITTED, AnyPath, absolute, is_remote, make_folder, names, read, write
 
-WORTH_KEEPING = 0.1  # seconds of compiling: of a run's programs about four take more
-_sharing = threading.Lock()  # held while the two below change
-_sharers: list[AnyPath] = []  # workdirs of the trainings under way
-_cache = contextlib.ExitStack()  # leaves JAX's cache as it was
+# About four programs of a run take longer to compile.
+MIN_COMPILE_SECONDS = 0.1
+_sharing = threading.Lock()  # guards the two below
+_sharers: list[AnyPath] = []  # workdirs of running trainings
+_cache = contextlib.ExitStack()  # restores JAX's own cache
 
 
 def write_json(file: AnyPath, content: dict[str, Any]) -> None:
-    """Writes all of it or nothing. Raises ValueError for a number that JSON does not have (nan, infinity)."""
+    """Write JSON atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
     write(file, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def has_checkpoints(workdir: AnyPath) -> bool:
-    """Whether something has been saved whole."""
+    """Tell whether a checkpoint has been saved completely."""
     folder = workdir / "checkpoints"
     steps = [folder / name for name in names(folder) if name.isdigit()]
-    return any((step / COMMITTED).exists() for step in steps) if is_remote(workdir) else bool(steps)
+    if is_remote(workdir):
+        return any((step / COMMITTED).exists() for step in steps)
+    return bool(steps)
 
 
 def read_config(workdir: AnyPath) -> ConfigDict | None:
-    """The config a workdir was begun with, from config.json or else the newest checkpoint; None if there is neither.
+    """Read the config of a workdir, from config.json or else the newest checkpoint.
 
-    Raises UserError if what is there is damaged.
+    Returns None if there is neither. Raises UserError if the file or the checkpoint is damaged.
     """
     file = workdir / "config.json"
     try:
@@ -57,16 +60,17 @@ def read_config(workdir: AnyPath) -> ConfigDict | None:
 
 @contextlib.contextmanager
 def claimed(workdir: AnyPath, config: ConfigDict) -> Iterator[ConfigDict | None]:
-    """Makes the folder and keeps other runs out of it; writes config.json, or checks that the run there is the same.
+    """Make the folder of a run and lock it; write config.json, or compare the stored config.
 
-    Gives the config of the run that is there, None if nothing has been saved yet: then the folder takes the new one.
-    Its `progressive` may differ, see loop.check_same_past. An object store has no locks: nothing keeps another run
-    out of one. Raises UserError if the folder cannot be written, is in use, or names what differs.
+    Yields the stored config, None if nothing has been saved yet: the folder then takes the new one.
+    `progressive` may differ, see training.resume.check_same_past. An object store has no locks, so
+    nothing keeps another run out of one. Raises UserError if the folder cannot be written or is in
+    use, and UserError naming the keys that differ.
     """
     with contextlib.ExitStack() as stack:
         try:
             make_folder(workdir)
-            local = [] if is_remote(workdir) else [workdir, workdir / "checkpoints"]
+            local = () if is_remote(workdir) else (workdir, workdir / "checkpoints")
             if any(folder.exists() and not os.access(folder, os.W_OK) for folder in local):
                 raise PermissionError(13, "Permission denied")
             if local and jax.process_index() == 0:
@@ -90,11 +94,11 @@ def claimed(workdir: AnyPath, config: ConfigDict) -> Iterator[ConfigDict | None]
 
 @contextlib.contextmanager
 def keeping_compiled(workdir: AnyPath) -> Iterator[None]:
-    """Keep in workdir/compiled what JAX compiles, unless it has a place already (JAX_COMPILATION_CACHE_DIR).
+    """Keep compiled programs in workdir/compiled, unless JAX_COMPILATION_CACHE_DIR is set.
 
-    Of a job's processes the first alone writes it, and all read: it has to be where they all, and those that take the
-    place of a preempted one, find it, and that the workdir is. JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
-    JAX has one place a process. Trainings in threads share that of the first, until the last of them ends.
+    Only the first process of a job writes the cache, and all read it, also those that replace a
+    preempted one: so it lies in the workdir. JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. JAX has
+    one cache a process: trainings in threads share that of the first, until the last of them ends.
     """
     with _sharing:
         if not _sharers:
@@ -114,20 +118,21 @@ def _cache_in(workdir: AnyPath) -> Iterator[None]:
     if jax.config.values["jax_compilation_cache_dir"]:
         yield
         return
-    least = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+    previous = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
     try:
         compilation_cache.set_cache_dir(str(absolute(workdir) / "compiled"))
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH_KEEPING)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
         yield
     finally:
         compilation_cache.set_cache_dir(None)
-        compilation_cache.reset_cache()  # it would stay with this folder
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+        # JAX would otherwise go on using this folder.
+        compilation_cache.reset_cache()
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", previous)
 
 
 def check_same_config(stored: ConfigDict, config: ConfigDict, workdir: AnyPath, group: str = "") -> None:
-    """Raises UserError naming every key, of those that begin with `group`, that makes the two compute other things."""
+    """Raise UserError naming every key in `group` by which two configs compute other things."""
     if different := [text for text in differences(stored, config) if text.startswith(group)]:
         hint = ""
         if different[0].startswith("batch_size:"):

@@ -17,7 +17,7 @@ from jax_resnet.data.loader import Feed
 from jax_resnet.errors import Interrupted, UserError
 from jax_resnet.runs.checkpoint import Checkpoints
 from jax_resnet.runs.log import Telemetry
-from jax_resnet.runs.metrics_log import evaluations
+from jax_resnet.runs.metrics_reader import evaluations
 from jax_resnet.runs.paths import AnyPath, open_path
 from jax_resnet.runs.retention import Keep
 from jax_resnet.runs.workdir import claimed, has_checkpoints, keeping_compiled, write_json

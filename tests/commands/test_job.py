@@ -10,7 +10,7 @@ from conftest import ROOT, SOAK
 from faults import SAVING, Ended, finish, injected_at
 
 from jax_resnet.runs.checkpoint import Checkpoints
-from jax_resnet.runs.metrics_log import read_metrics
+from jax_resnet.runs.metrics_reader import read_metrics
 
 TINY = ROOT / "tests" / "tiny.py"
 

@@ -126,7 +126,7 @@ def test_a_server_that_fails_is_asked_again_ever_more_seldom(
 
 
 def test_the_answer_to_a_timeout_is_no_notice(metadata: Metadata, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(notice, "HANGS", 0.05)
+    monkeypatch.setattr(notice, "HANG_SECONDS", 0.05)
     pauses: list[float] = []
 
     def sleep(seconds: float) -> None:

@@ -19,7 +19,7 @@ from jax_resnet.config import UNITS, duration, find_config, model_overrides, val
 from jax_resnet.errors import UserError
 from jax_resnet.models.torch_names import flatten, to_torch
 from jax_resnet.models.zoo import create_model, model_spec
-from jax_resnet.runs.metrics_log import read_metrics
+from jax_resnet.runs.metrics_reader import read_metrics
 from jax_resnet.training.loop import train
 from jax_resnet.training.plan import Plan
 

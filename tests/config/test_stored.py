@@ -17,7 +17,7 @@ from jax_resnet.config.keys import RENAMED, leaves
 from jax_resnet.errors import UserError
 from jax_resnet.inference.safetensors import export
 from jax_resnet.runs.checkpoint import Checkpoints
-from jax_resnet.runs.record import _digest_of_record
+from jax_resnet.runs.digests import _digest_of_record
 from jax_resnet.runs.retention import Keep
 from jax_resnet.runs.workdir import read_config, write_json
 from jax_resnet.training.evaluate import evaluate_checkpoint

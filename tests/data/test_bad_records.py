@@ -16,7 +16,7 @@ from jax_resnet.data.dataset import Split
 from jax_resnet.data.sampling import Phase, train_indices
 from jax_resnet.data.sources import open_dataset
 from jax_resnet.errors import UserError
-from jax_resnet.runs.metrics_log import read_metrics
+from jax_resnet.runs.metrics_reader import read_metrics
 
 TINY = ROOT / "tests" / "tiny.py"
 

@@ -21,7 +21,7 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 from programs import HANG_SECONDS, until
 
-from jax_resnet.runs.metrics_log import read_metrics
+from jax_resnet.runs.metrics_reader import read_metrics
 
 LAUNCH, DATA = ROOT / "launch", ROOT / "tests" / "data" / "launch"
 TRAINING = ["--", "python", "-m", "jax_resnet.main", "--config", "configs/my own.py", "--workdir", "gs://bucket/run"]

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, run_main
 from ml_collections import ConfigDict
 
-from jax_resnet.runs.metrics_log import read_metrics
+from jax_resnet.runs.metrics_reader import read_metrics
 from jax_resnet.training.loop import train
 
 TINY = ROOT / "tests" / "tiny.py"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from jax_resnet.runs.curves import WINDOWS, curves, draw_curves, windowed
+from jax_resnet.runs.curves import MAX_WINDOWS, curves, draw_curves, windowed
 
 
 def test_means_over_unequal_windows_become_means_over_equal_ones() -> None:
@@ -17,7 +17,7 @@ def test_means_over_unequal_windows_become_means_over_equal_ones() -> None:
     found = windowed(rows)
     np.testing.assert_array_equal(found[:, 0], [20, 40, 60, 80, 100])
     np.testing.assert_allclose(found[:, 1], [10.5, 30.5, 50.5, 70.5, 90.5])
-    assert len(windowed(np.stack([np.arange(1, 5001.0)] * 2, -1))) == WINDOWS
+    assert len(windowed(np.stack([np.arange(1, 5001.0)] * 2, -1))) == MAX_WINDOWS
 
 
 @pytest.mark.parametrize("count", [2, 13, 400])

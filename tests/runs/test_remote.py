@@ -20,7 +20,7 @@ from jax_resnet.errors import UserError
 from jax_resnet.inference.safetensors import export
 from jax_resnet.runs import paths, s3
 from jax_resnet.runs.checkpoint import Checkpoints
-from jax_resnet.runs.metrics_log import read_metrics
+from jax_resnet.runs.metrics_reader import read_metrics
 from jax_resnet.runs.paths import COMMITTED, AnyPath, move, names, open_path, read, write
 from jax_resnet.training.evaluate import evaluate_checkpoint
 from jax_resnet.training.loop import train

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from jax_resnet.config import validate
 from jax_resnet.errors import UserError
-from jax_resnet.runs.metrics_log import read_metrics
+from jax_resnet.runs.metrics_reader import read_metrics
 
 TINY = ROOT / "tests" / "tiny.py"
 

@@ -10,7 +10,7 @@ import programs
 import pytest
 from conftest import ROOT, main_env, run_main
 
-from jax_resnet.runs.metrics_log import read_metrics
+from jax_resnet.runs.metrics_reader import read_metrics
 
 TINY = ROOT / "tests" / "tiny.py"
 # Sums over a batch are taken in another order on another number of devices; over 20 steps of SGD that

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, SOAK
 
 from jax_resnet.runs.checkpoint import Checkpoints
-from jax_resnet.runs.metrics_log import read_metrics
+from jax_resnet.runs.metrics_reader import read_metrics
 
 TINY = ROOT / "tests" / "tiny.py"
 # 50 updates at a rate at which the rounding of sums in another order does not grow, and the loss still falls.

@@ -26,7 +26,7 @@ from jax_resnet.data.sampling import Phase, train_indices
 from jax_resnet.data.sources import open_dataset
 from jax_resnet.errors import UserError
 from jax_resnet.runs.log import Telemetry
-from jax_resnet.runs.metrics_log import read_metrics
+from jax_resnet.runs.metrics_reader import read_metrics
 from jax_resnet.runtime.host import COMPILER_THREAD
 from jax_resnet.training.experiment import build
 from jax_resnet.training.loop import train

@@ -18,7 +18,7 @@ from workdirs import assert_bit_identical, restored, wait_for_step
 from jax_resnet.commands.host import command_host
 from jax_resnet.errors import Interrupted, UserError
 from jax_resnet.runs.checkpoint import Checkpoints
-from jax_resnet.runs.metrics_log import read_metrics
+from jax_resnet.runs.metrics_reader import read_metrics
 from jax_resnet.runs.workdir import claimed
 from jax_resnet.training.experiment import build
 from jax_resnet.training.loop import train

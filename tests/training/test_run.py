@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 import jax_resnet
 from jax_resnet.config import default
 from jax_resnet.errors import UserError
-from jax_resnet.runs.metrics_log import read_metrics
+from jax_resnet.runs.metrics_reader import read_metrics
 from jax_resnet.training.evaluate import evaluate_checkpoint
 from jax_resnet.training.loop import train
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from jax_resnet.config.keys import get_key
 from jax_resnet.data.loader import train_batches
 from jax_resnet.errors import UserError
-from jax_resnet.runs.metrics_log import read_metrics
+from jax_resnet.runs.metrics_reader import read_metrics
 from jax_resnet.training.experiment import build
 from jax_resnet.training.state import TrainState
 from jax_resnet.training.step import _averaged, _sharpness_aware

@@ -1,4 +1,4 @@
-"""metrics.jsonl: what a run has recorded, one JSON object a line."""
+"""Read metrics.jsonl, in which a run records one JSON object a line."""
 
 import contextlib
 import json
@@ -8,10 +8,11 @@ from jax_resnet.errors import UserError
 from jax_resnet.runs.paths import AnyPath, read
 
 FILE = "metrics.jsonl"
+NOT_METRICS = ("step", "kind", "seconds", "split")
 
 
 def read_metrics(workdir: AnyPath) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that are whole: a killed process may have left half of one."""
+    """Read the complete lines of metrics.jsonl: a killed process may have left half of one."""
     rows = []
     file = workdir / FILE
     try:
@@ -29,10 +30,10 @@ def read_metrics(workdir: AnyPath) -> list[dict[str, Any]]:
 
 
 def evaluations(workdir: AnyPath) -> dict[int, dict[str, dict[str, Any]]]:
-    """{step: {split: metrics}} of all evaluations that are recorded; of a step that was evaluated again, the last."""
-    found: dict[int, dict[str, dict[str, Any]]] = {}
+    """Read all evaluations, of each step and split the last: {step: {split: metrics}}."""
+    splits_by_step: dict[int, dict[str, dict[str, Any]]] = {}
     for row in read_metrics(workdir):
         if row["kind"] == "eval" and "split" in row:
-            metrics = {name: value for name, value in row.items() if name not in ("step", "kind", "seconds", "split")}
-            found.setdefault(row["step"], {})[row["split"]] = metrics
-    return found
+            metrics = {name: value for name, value in row.items() if name not in NOT_METRICS}
+            splits_by_step.setdefault(row["step"], {})[row["split"]] = metrics
+    return splits_by_step

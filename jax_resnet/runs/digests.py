@@ -1,4 +1,7 @@
-"""The record of a checkpoint: its config, a digest of every array and one of itself, by which damage is found."""
+"""Digest the arrays of a checkpoint, and compare them with its record to find damage.
+
+The record holds the config, a digest of every array and a digest of itself.
+"""
 
 import hashlib
 import json
@@ -15,7 +18,8 @@ from jax_resnet.errors import UserError
 
 FORMAT = 1
 
-Record = dict[str, Any]  # format, config, arrays: {name: {"shape", "dtype", "sha256"}}, sha256
+# {"format", "config", "arrays": {name: {"shape", "dtype", "sha256"}}, "sha256"}
+Record = dict[str, Any]
 
 
 def make_record(fields: Mapping[str, Any], config: dict[str, Any]) -> Record:
@@ -31,23 +35,31 @@ def check_record(record: Record) -> None:
 
 
 def check_digests(tree: Any, record: Record) -> None:
-    """Compare the arrays of a tree with the digests in a record. Raises ValueError naming an array that differs."""
-    digests, saved = _digests(tree), record["arrays"]
+    """Compare the arrays of a tree with the digests in a record.
+
+    Raises ValueError naming an array that differs.
+    """
+    digests = _digests(tree)
+    saved = record["arrays"]
     for name in digests.keys() | saved.keys():
         if digests.get(name) != saved.get(name):
             raise ValueError(f"the digest of {name} does not agree")
 
 
 def check_same_tree(record: Record, wanted: Any, where: str) -> None:
-    """Compare the names and shapes in a record with those of the tree `wanted`. Raises UserError naming the first."""
+    """Compare the names and shapes in a record with those of the tree `wanted`.
+
+    Raises UserError naming the first array that differs.
+    """
     saved = {name: tuple(array["shape"]) for name, array in record["arrays"].items()}
     shapes = {name: tuple(leaf.shape) for name, leaf in _named(wanted).items()}
     different = sorted(name for name in saved.keys() | shapes.keys() if saved.get(name) != shapes.get(name))
     if different:
         name = different[0]
-        there, here = (tree.get(name, "absent") for tree in (saved, shapes))
+        saved_shape = saved.get(name, "absent")
+        wanted_shape = shapes.get(name, "absent")
         raise UserError(
-            f"{where}: of another network: {name} is {there} there, {here} here "
+            f"{where}: of another network: {name} is {saved_shape} there, {wanted_shape} here "
             f"({len(different)} arrays differ); choose another workdir or the config it was made with"
         )
 
@@ -71,6 +83,6 @@ def _digests(tree: Any) -> dict[str, dict[str, Any]]:
         return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": sha256}
 
     named = _named(tree)
-    # Threads, because hashing releases Python's lock.
+    # Threads suffice, because hashing releases Python's lock.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(named, pool.map(digest, map(np.asarray, named.values())), strict=True))
