@@ -80,7 +80,7 @@ class Readers:
         # Grain reads absl flags, which nothing has parsed where there is no command line.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
-        # Otherwise the first worker starts the tracker, which unblocks the signals that Feed blocks.
+        # Else the first worker starts the tracker, which unblocks the signals that Feed blocks.
         resource_tracker.ensure_running()
         processes = grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=1)
         enrol = partial(_enrol, roll)
@@ -160,8 +160,7 @@ class Feed:
         return self
 
     def __next__(self) -> dict[str, jax.Array]:
-        batch = self.take()
-        if batch is None:
+        if (batch := self.take()) is None:
             raise StopIteration
         return batch
 
@@ -201,7 +200,7 @@ class Feed:
         self._batches.close()
         if self._roll:
             self._roll.cleanup()
-            # An exception and its frames hold the last batches in cycles: Python would report a leak.
+            # An exception's frames hold the last batches in cycles, which Python reports as a leak.
             gc.collect()
             # One thread of Grain's frees shared memory, in order: wait until it has done so.
             freeing = getattr(SharedMemoryArray, "_del_thread_pool", None)

@@ -1,4 +1,4 @@
-"""Datasets by name: the digits, arrays in one file, folders of class folders, and (tfds.py) those of TFDS."""
+"""Open datasets by name: digits, arrays in one file, folders of class folders, TFDS (in tfds.py)."""
 
 import zipfile
 import zlib
@@ -17,54 +17,56 @@ from jax_resnet.errors import UserError, did_you_mean
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
-def open_dataset(c: ConfigDict) -> Dataset:
-    """Opens the dataset that `config.data` names.
+def open_dataset(data: ConfigDict) -> Dataset:
+    """Open the dataset that `data`, which is config.data, names.
 
-    Raises UserError, in one line, for a dataset that is unknown, not there, not prepared, empty, unreadable, or whose
-    labels are out of range.
+    Raises UserError, in one line, for a dataset that is unknown, missing, not prepared, empty or
+    unreadable, or whose labels are out of range.
     """
-    kind, colon, path = c.name.partition(":")
-    if c.name in ("", "npz", "folder", "prepared"):
-        raise UserError(f"config.data.name={c.name}: give a TFDS name, folder:PATH, npz:PATH, prepared:PATH or digits")
-    if c.holdout and not (colon and kind == "folder"):
-        raise UserError(f"config.data.holdout={c.holdout}: only a folder is split by it, not {c.name}")
-    if (c.train_split or c.eval_split) and (c.name == "digits" or (colon and kind == "npz")):
-        raise UserError(f"config.data.train_split and eval_split: {c.name} has train and test, and no others")
-    if c.name == "digits":
-        dataset = _open_digits(c)
+    kind, colon, path = data.name.partition(":")
+    if data.name in ("", "npz", "folder", "prepared"):
+        raise UserError(
+            f"config.data.name={data.name}: give a TFDS name, folder:PATH, npz:PATH, prepared:PATH or digits"
+        )
+    if data.holdout and not (colon and kind == "folder"):
+        raise UserError(f"config.data.holdout={data.holdout}: only a folder is split by it, not {data.name}")
+    if (data.train_split or data.eval_split) and (data.name == "digits" or (colon and kind == "npz")):
+        raise UserError(f"config.data.train_split and eval_split: {data.name} has train and test, and no others")
+    if data.name == "digits":
+        dataset = _open_digits(data)
     elif colon and kind == "npz":
-        dataset = _open_npz(path, c)
+        dataset = _open_npz(path, data)
     elif colon and kind == "folder":
-        dataset = _open_folder(path, c)
+        dataset = _open_folder(path, data)
     else:
         from jax_resnet.data.tfds import open_tfds  # takes a second to import
 
-        dataset = open_tfds(c.name, c)
+        dataset = open_tfds(data.name, data)
     for split in (dataset.train, dataset.eval):
         if len(split) == 0:
-            raise UserError(f"config.data.name={c.name}: the {split.name} split is empty")
+            raise UserError(f"config.data.name={data.name}: the {split.name} split is empty")
     kind = dataset.inputs.name
     train, evaluation = (split.element_spec()[kind].shape for split in (dataset.train, dataset.eval))
     if train != evaluation:
         raise UserError(
-            f"config.data.name={c.name}: {dataset.train.name} {kind}s are {train}, {dataset.eval.name} {kind}s "
+            f"config.data.name={data.name}: {dataset.train.name} {kind}s are {train}, {dataset.eval.name} {kind}s "
             f"{evaluation}; set config.data.{kind}.size"
         )
     return dataset
 
 
-def _open_digits(c: ConfigDict) -> Dataset:
+def _open_digits(data: ConfigDict) -> Dataset:
     train, test = (
-        in_memory(split, images, labels, len(digits.CLASSES), c.image, c.name)
+        in_memory(split, images, labels, len(digits.CLASSES), data.image, data.name)
         for split, (images, labels) in digits.load_digits().items()
     )
-    return Dataset(c.name, train, test, digits.CLASSES, ImageInputs(c))
+    return Dataset(data.name, train, test, digits.CLASSES, ImageInputs(data))
 
 
 # ---- arrays in one file ----------------------------------------------------------------------------------------------
 
 
-def _open_npz(path: str, c: ConfigDict) -> Dataset:
+def _open_npz(path: str, data: ConfigDict) -> Dataset:
     names = ("x_train", "y_train", "x_test", "y_test")
     try:
         with np.load(Path(path).expanduser(), allow_pickle=False) as file:
@@ -90,25 +92,25 @@ def _open_npz(path: str, c: ConfigDict) -> Dataset:
         raise UserError(f"npz:{path}: train label {classes - 1} of {len(train_labels)} examples; count classes from 0")
     return Dataset(
         f"npz:{path}",
-        in_memory("train", arrays["x_train"], train_labels, classes, c.image, f"npz:{path}"),
-        in_memory("test", arrays["x_test"], test_labels, classes, c.image, f"npz:{path}"),
+        in_memory("train", arrays["x_train"], train_labels, classes, data.image, f"npz:{path}"),
+        in_memory("test", arrays["x_test"], test_labels, classes, data.image, f"npz:{path}"),
         tuple(str(i) for i in range(classes)),
-        ImageInputs(c),
+        ImageInputs(data),
     )
 
 
 # ---- a folder of class folders ---------------------------------------------------------------------------------------
 
 
-def _open_folder(path: str, c: ConfigDict) -> Dataset:
+def _open_folder(path: str, data: ConfigDict) -> Dataset:
     root = Path(path).expanduser()
     if not path or not root.is_dir():
         raise UserError(f"folder:{path}: no such folder")
     subfolders = {d.name: d for d in sorted(root.iterdir()) if d.is_dir() and not d.name.startswith(".")}
-    train_name = c.train_split or "train"
-    eval_name = c.eval_split or next((n for n in EVAL_SPLITS if n in subfolders), None)
-    if train_name in subfolders and c.holdout:
-        raise UserError(f"config.data.holdout={c.holdout}: folder:{path} has splits of its own; leave it out")
+    train_name = data.train_split or "train"
+    eval_name = data.eval_split or next((n for n in EVAL_SPLITS if n in subfolders), None)
+    if train_name in subfolders and data.holdout:
+        raise UserError(f"config.data.holdout={data.holdout}: folder:{path} has splits of its own; leave it out")
     if train_name in subfolders:
         if eval_name not in subfolders:
             raise UserError(f"folder:{path}: {train_name}/ has no {eval_name or ' or '.join(EVAL_SPLITS)}/ beside it")
@@ -120,11 +122,11 @@ def _open_folder(path: str, c: ConfigDict) -> Dataset:
                 f"folder:{path}: class {name!r} is in {eval_name}/ but not in {train_name}/; "
                 + did_you_mean(name, train_files)
             )
-    elif c.train_split or c.eval_split:
+    elif data.train_split or data.eval_split:
         raise UserError(f"folder:{path}: no subfolder {train_name!r}; {did_you_mean(train_name, subfolders)}")
-    elif c.holdout:
+    elif data.holdout:
         train_name, eval_name = "train", "holdout"
-        train_files, eval_files = _hold_out(class_files(root, path), c.holdout)
+        train_files, eval_files = _hold_out(class_files(root, path), data.holdout)
     else:
         raise UserError(
             f"folder:{path}: neither train/ and val/ in it nor a stated split; to keep a "
@@ -133,10 +135,10 @@ def _open_folder(path: str, c: ConfigDict) -> Dataset:
     classes = tuple(train_files)
     return Dataset(
         f"folder:{path}",
-        _files_split(train_name, train_files, classes, c),
-        _files_split(eval_name, eval_files, classes, c),
+        _files_split(train_name, train_files, classes, data),
+        _files_split(eval_name, eval_files, classes, data),
         classes,
-        ImageInputs(c),
+        ImageInputs(data),
     )
 
 
@@ -166,7 +168,7 @@ def _hold_out(files: dict[str, list[Path]], share: float) -> tuple[dict[str, lis
     return train, held
 
 
-def _files_split(name: str, files: dict[str, list[Path]], classes: Sequence[str], c: ConfigDict) -> EncodedSplit:
+def _files_split(name: str, files: dict[str, list[Path]], classes: Sequence[str], data: ConfigDict) -> EncodedSplit:
     # Strings and one array: what a worker process is sent of a million files.
     paths = [str(file) for cls in classes for file in files.get(cls, [])]
     labels = np.repeat(np.arange(len(classes)), [len(files.get(cls, [])) for cls in classes])
@@ -180,4 +182,4 @@ def _files_split(name: str, files: dict[str, list[Path]], classes: Sequence[str]
         except OSError as e:
             raise UserError(f"{name} split: {e.filename}: {e.strerror}") from None
 
-    return encoded(name, len(paths), records, len(classes), c)
+    return encoded(name, len(paths), records, len(classes), data)
