@@ -142,7 +142,13 @@ def _features(classes: tuple[str, ...], size: tuple[int | None, int | None] = (N
     return tfds.features.FeaturesDict({"image": image, "label": tfds.features.ClassLabel(names=classes)})
 
 
-def prepare(source: Source, plan: dict[str, Any], destination: Path, workers: int, console: Console) -> None:
+def prepare(
+    source: Source,
+    plan: dict[str, Any],
+    destination: Path,
+    workers: int,
+    console: Console,
+) -> None:
     """Write the files that are missing, read all files again, then write the dataset's metadata.
 
     Raises UserError if the folder was begun with another plan, more than 1 % of the images are
@@ -162,12 +168,11 @@ def prepare(source: Source, plan: dict[str, Any], destination: Path, workers: in
             for line in facts["broken"]:
                 console.print(line)
             files[file.name] = facts
-            broken, images = _count_broken(files), sum(source.splits.values())
+            images, broken = sum(source.splits.values()), _count_broken(files)
             if broken > BROKEN_SHARE * images:
-                raise UserError(
-                    f"{plan['source']}: {broken} of {images} images are broken, more than 1 %; "
-                    f"repair or remove them, delete {destination} and begin again"
-                )
+                share = f"{broken} of {images} images are broken, more than 1 %"
+                remedy = f"repair or remove them, delete {destination} and begin again"
+                raise UserError(f"{plan['source']}: {share}; {remedy}")
             _save(state, journal)
         for split in source.splits:
             written = [file for name, file, _ in shards if name == split]
@@ -175,8 +180,7 @@ def prepare(source: Source, plan: dict[str, Any], destination: Path, workers: in
             for file in progress.track(written, description=f"checking {split}"):
                 labels.update(check(file, files[file.name], source.classes))
             parts = [files[file.name] for file in written]
-            facts = _sum_facts(parts) | {"classes": labels}
-            state["splits"][split] = facts
+            facts = state["splits"][split] = _sum_facts(parts) | {"classes": labels}
             console.print(
                 f"{split}: {facts['images']:,} images, {facts['mean_height']:.0f}×"
                 f"{facts['mean_width']:.0f} px on average, {facts['bytes'] / 1e6:,.1f} MB"
@@ -196,10 +200,10 @@ def prepare(source: Source, plan: dict[str, Any], destination: Path, workers: in
     _save(state, journal)
     if broken := _count_broken(files):
         console.print(f"left out: {broken} broken images, named in {journal}")
-    cut = ""
+    use = f"to train on it: --config.data.name=prepared:{destination}"
     if len(infos) == 1:
-        cut = " --config.data.train_split='train[:90%]' --config.data.eval_split='train[90%:]'"
-    console.print(f"to train on it: --config.data.name=prepared:{destination}{cut}")
+        use += " --config.data.train_split='train[:90%]' --config.data.eval_split='train[90%:]'"
+    console.print(use)
 
 
 def _count_broken(files: dict[str, Facts]) -> int:

@@ -1,4 +1,4 @@
-"""Open datasets by name: digits, arrays in one file, folders of class folders, TFDS (in tfds.py)."""
+"""Open datasets by name: digits, arrays in one file, class folders, and TFDS (in tfds.py)."""
 
 import zipfile
 import zlib
@@ -24,14 +24,17 @@ def open_dataset(data: ConfigDict) -> Dataset:
     unreadable, or whose labels are out of range.
     """
     kind, colon, path = data.name.partition(":")
+    setting = f"config.data.name={data.name}"
     if data.name in ("", "npz", "folder", "prepared"):
-        raise UserError(
-            f"config.data.name={data.name}: give a TFDS name, folder:PATH, npz:PATH, prepared:PATH or digits"
-        )
+        choices = "a TFDS name, folder:PATH, npz:PATH, prepared:PATH or digits"
+        raise UserError(f"{setting}: give {choices}")
     if data.holdout and not (colon and kind == "folder"):
-        raise UserError(f"config.data.holdout={data.holdout}: only a folder is split by it, not {data.name}")
-    if (data.train_split or data.eval_split) and (data.name == "digits" or (colon and kind == "npz")):
-        raise UserError(f"config.data.train_split and eval_split: {data.name} has train and test, and no others")
+        holdout = f"config.data.holdout={data.holdout}"
+        raise UserError(f"{holdout}: only a folder is split by it, not {data.name}")
+    has_fixed_splits = data.name == "digits" or (colon and kind == "npz")
+    if has_fixed_splits and (data.train_split or data.eval_split):
+        splits = "config.data.train_split and eval_split"
+        raise UserError(f"{splits}: {data.name} has train and test, and no others")
     if data.name == "digits":
         dataset = _open_digits(data)
     elif colon and kind == "npz":
@@ -44,13 +47,13 @@ def open_dataset(data: ConfigDict) -> Dataset:
         dataset = open_tfds(data.name, data)
     for split in (dataset.train, dataset.eval):
         if len(split) == 0:
-            raise UserError(f"config.data.name={data.name}: the {split.name} split is empty")
+            raise UserError(f"{setting}: the {split.name} split is empty")
     kind = dataset.inputs.name
     train, evaluation = (split.element_spec()[kind].shape for split in (dataset.train, dataset.eval))
     if train != evaluation:
         raise UserError(
-            f"config.data.name={data.name}: {dataset.train.name} {kind}s are {train}, {dataset.eval.name} {kind}s "
-            f"{evaluation}; set config.data.{kind}.size"
+            f"{setting}: {dataset.train.name} {kind}s are {train}, "
+            f"{dataset.eval.name} {kind}s {evaluation}; set config.data.{kind}.size"
         )
     return dataset
 
@@ -67,33 +70,33 @@ def _open_digits(data: ConfigDict) -> Dataset:
 
 
 def _open_npz(path: str, data: ConfigDict) -> Dataset:
-    names = ("x_train", "y_train", "x_test", "y_test")
+    name = f"npz:{path}"
+    keys = ("x_train", "y_train", "x_test", "y_test")
     try:
         with np.load(Path(path).expanduser(), allow_pickle=False) as file:
-            if missing := [n for n in names if n not in getattr(file, "files", ())]:
-                raise UserError(f"npz:{path}: no array {missing[0]}; it must hold {', '.join(names)}")
-            arrays = {n: file[n] for n in names}
+            if missing := [key for key in keys if key not in getattr(file, "files", ())]:
+                raise UserError(f"{name}: no array {missing[0]}; it must hold {', '.join(keys)}")
+            arrays = {key: file[key] for key in keys}
     except FileNotFoundError:
-        raise UserError(f"npz:{path}: no such file") from None
+        raise UserError(f"{name}: no such file") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, AttributeError, TypeError) as e:
-        raise UserError(f"npz:{path}: cannot be read as .npz ({e})") from None
-    for n in names:
-        kind = "uint8" if n.startswith("x") else "integer"
-        if not (arrays[n].dtype == np.uint8 or (kind == "integer" and np.issubdtype(arrays[n].dtype, np.integer))):
-            raise UserError(
-                f"npz:{path}: {n} is {arrays[n].dtype}; it must be {kind}"
-                + (" pixels, 0 … 255" if kind == "uint8" else "")
-            )
+        raise UserError(f"{name}: cannot be read as .npz ({e})") from None
+    for key, array in arrays.items():
+        if key.startswith("x") and array.dtype != np.uint8:
+            raise UserError(f"{name}: {key} is {array.dtype}; it must be uint8 pixels, 0 … 255")
+        if not np.issubdtype(array.dtype, np.integer):
+            raise UserError(f"{name}: {key} is {array.dtype}; it must be integer")
     train_labels, test_labels = arrays["y_train"].reshape(-1), arrays["y_test"].reshape(-1)
     if not train_labels.size:
-        raise UserError(f"npz:{path}: the train split is empty")
+        raise UserError(f"{name}: the train split is empty")
     classes = int(train_labels.max()) + 1
     if classes > len(train_labels):
-        raise UserError(f"npz:{path}: train label {classes - 1} of {len(train_labels)} examples; count classes from 0")
+        label = f"train label {classes - 1} of {len(train_labels)} examples"
+        raise UserError(f"{name}: {label}; count classes from 0")
     return Dataset(
-        f"npz:{path}",
-        in_memory("train", arrays["x_train"], train_labels, classes, data.image, f"npz:{path}"),
-        in_memory("test", arrays["x_test"], test_labels, classes, data.image, f"npz:{path}"),
+        name,
+        in_memory("train", arrays["x_train"], train_labels, classes, data.image, name),
+        in_memory("test", arrays["x_test"], test_labels, classes, data.image, name),
         tuple(str(i) for i in range(classes)),
         ImageInputs(data),
     )
@@ -110,20 +113,23 @@ def _open_folder(path: str, data: ConfigDict) -> Dataset:
     train_name = data.train_split or "train"
     eval_name = data.eval_split or next((n for n in EVAL_SPLITS if n in subfolders), None)
     if train_name in subfolders and data.holdout:
-        raise UserError(f"config.data.holdout={data.holdout}: folder:{path} has splits of its own; leave it out")
+        holdout = f"config.data.holdout={data.holdout}"
+        raise UserError(f"{holdout}: folder:{path} has splits of its own; leave it out")
     if train_name in subfolders:
         if eval_name not in subfolders:
-            raise UserError(f"folder:{path}: {train_name}/ has no {eval_name or ' or '.join(EVAL_SPLITS)}/ beside it")
+            wanted = eval_name or " or ".join(EVAL_SPLITS)
+            raise UserError(f"folder:{path}: {train_name}/ has no {wanted}/ beside it")
         train_files = class_files(subfolders[train_name], path)
         eval_files = class_files(subfolders[eval_name], path)
-        if strangers := eval_files.keys() - train_files.keys():
-            name = min(strangers)
+        if unknown := eval_files.keys() - train_files.keys():
+            name = min(unknown)
             raise UserError(
                 f"folder:{path}: class {name!r} is in {eval_name}/ but not in {train_name}/; "
                 + did_you_mean(name, train_files)
             )
     elif data.train_split or data.eval_split:
-        raise UserError(f"folder:{path}: no subfolder {train_name!r}; {did_you_mean(train_name, subfolders)}")
+        hint = did_you_mean(train_name, subfolders)
+        raise UserError(f"folder:{path}: no subfolder {train_name!r}; {hint}")
     elif data.holdout:
         train_name, eval_name = "train", "holdout"
         train_files, eval_files = _hold_out(class_files(root, path), data.holdout)
@@ -143,14 +149,18 @@ def _open_folder(path: str, data: ConfigDict) -> Dataset:
 
 
 def class_files(root: Path, path: str) -> dict[str, list[Path]]:
-    """The images of each class folder of `root`. Raises UserError, naming folder:`path`, if a class has none."""
+    """List the images of each class folder of `root`.
+
+    Raises UserError, naming folder:`path`, if a class has none.
+    """
     folders = sorted(d for d in root.iterdir() if d.is_dir() and not d.name.startswith("."))
     files = {d.name: sorted(f for f in d.rglob("*") if _is_image(f)) for d in folders}
     if not files:
         raise UserError(f"folder:{path}: {root} has no class folders in it")
-    for name, found in files.items():
-        if not found:
-            raise UserError(f"folder:{path}: {root / name} has no images in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    for name, images in files.items():
+        if not images:
+            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+            raise UserError(f"folder:{path}: {root / name} has no images in it ({suffixes})")
     return files
 
 
@@ -160,16 +170,21 @@ def _is_image(file: Path) -> bool:
 
 def _hold_out(files: dict[str, list[Path]], share: float) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
     train, held = {}, {}
-    for name, found in files.items():
-        count = min(len(found) - 1, max(1, round(len(found) * share)))
-        order = np.random.Generator(np.random.Philox(key=0)).permutation(len(found))
-        held[name] = [found[i] for i in sorted(order[:count])]
-        train[name] = [found[i] for i in sorted(order[count:])]
+    for name, images in files.items():
+        count = min(len(images) - 1, max(1, round(len(images) * share)))
+        order = np.random.Generator(np.random.Philox(key=0)).permutation(len(images))
+        held[name] = [images[i] for i in sorted(order[:count])]
+        train[name] = [images[i] for i in sorted(order[count:])]
     return train, held
 
 
-def _files_split(name: str, files: dict[str, list[Path]], classes: Sequence[str], data: ConfigDict) -> EncodedSplit:
-    # Strings and one array: what a worker process is sent of a million files.
+def _files_split(
+    name: str,
+    files: dict[str, list[Path]],
+    classes: Sequence[str],
+    data: ConfigDict,
+) -> EncodedSplit:
+    # Workers are sent the paths of perhaps a million files: as strings, and labels as one array.
     paths = [str(file) for cls in classes for file in files.get(cls, [])]
     labels = np.repeat(np.arange(len(classes)), [len(files.get(cls, [])) for cls in classes])
 
@@ -177,8 +192,8 @@ def _files_split(name: str, files: dict[str, list[Path]], classes: Sequence[str]
         try:
             for i in indices:
                 with open(paths[i], "rb", buffering=0) as file:
-                    data = file.read()
-                yield data, int(labels[i]), paths[i]
+                    content = file.read()
+                yield content, int(labels[i]), paths[i]
         except OSError as e:
             raise UserError(f"{name} split: {e.filename}: {e.strerror}") from None
 
