@@ -168,11 +168,11 @@ def prepare(
             for line in facts["broken"]:
                 console.print(line)
             files[file.name] = facts
-            images, broken = sum(source.splits.values()), _count_broken(files)
+            broken, images = _count_broken(files), sum(source.splits.values())
             if broken > BROKEN_SHARE * images:
-                share = f"{broken} of {images} images are broken, more than 1 %"
+                many = f"{plan['source']}: {broken} of {images} images are broken, more than 1 %"
                 remedy = f"repair or remove them, delete {destination} and begin again"
-                raise UserError(f"{plan['source']}: {share}; {remedy}")
+                raise UserError(f"{many}; {remedy}")
             _save(state, journal)
         for split in source.splits:
             written = [file for name, file, _ in shards if name == split]

@@ -103,9 +103,8 @@ def image_and_label(builder: Any, name: str) -> tuple[str, str]:
         has_image = isinstance(features.get(image), tfds.features.Image)
         if has_image and isinstance(features.get(label), tfds.features.ClassLabel):
             return image, label
-    raise UserError(
-        f"config.data.name={name}: not an image-classification dataset (its features: {', '.join(features)})"
-    )
+    what = f"not an image-classification dataset (its features: {', '.join(features)})"
+    raise UserError(f"config.data.name={name}: {what}")
 
 
 def _decode_all(
