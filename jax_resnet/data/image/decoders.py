@@ -35,7 +35,8 @@ class _Region(ctypes.Structure):
 def choose_decoder(name: str) -> str:
     """Choose "simplejpeg" or "turbojpeg" by config.data.image.decoder.
 
-    "auto" takes libjpeg-turbo 3 if it is installed. Raises UserError for another name, or when libjpeg-turbo 3 is asked for and not found.
+    "auto" takes libjpeg-turbo 3 if it is installed. Raises UserError for another name, or when
+    libjpeg-turbo 3 is asked for and not found.
     """
     choose("config.data.image.decoder", name, DECODERS)
     if name == "turbojpeg" and _library() is None:
@@ -81,8 +82,8 @@ class Jpeg:
     def region(self, box: tuple[int, int, int, int], channels: int) -> np.ndarray:
         """Decode a box of the image as stored, (top, left, height, width), to uint8.
 
-        Returns [height, width, channels]. The pixels equal those of the full image. Raises ValueError for CMYK, or if the file cannot
-        be decoded down to the box's end.
+        Returns [height, width, channels], the same pixels as in the full image. Raises ValueError
+        for CMYK, or if the file cannot be decoded down to the box's end.
         """
         top, left, height, width = box
         # Regions begin at a unit. With subsampled chroma, pixels at a border need their neighbours.

@@ -47,11 +47,11 @@ class ImageInputs:
 
 
 def draw(key: jax.Array, shape: Sequence[int], data: ConfigDict) -> tuple[Draws, Draws]:
-    """Draw the random numbers for `augment`, for images of `shape` [N, H, W, C], as config.data says.
+    """Draw the random numbers of `augment` for images of `shape` [N, H, W, C]; `data`: config.data.
 
-    Returns two dicts that have only what the config asks for. For each row: "corner" int32 [N, 2] of
-    the part of a padded image that is kept; "mirrored" bool [N] (with flip_alternate the host puts
-    it in the batch); "colour" float32 [N, C]; "erased" int32 [N, 2, 2], two corners.
+    Returns two dicts with only what the config asks for. For each row: "corner" int32 [N, 2] of the
+    part of a padded image that is kept; "mirrored" bool [N] (with flip_alternate the host puts it
+    in the batch); "colour" float32 [N, C]; "erased" int32 [N, 2, 2], two corners.
     For the batch: "rows" and "columns" int32 that ColOut keeps; "weight" float32 of an image's own
     pixels, [] for mixup and [H', W', 1] for CutMix; "kept", the mean weight.
     """
@@ -80,8 +80,8 @@ def draw(key: jax.Array, shape: Sequence[int], data: ConfigDict) -> tuple[Draws,
 def augment(images: jax.Array, rows: Mapping[str, jax.Array], batch: Draws, image: ConfigDict) -> jax.Array:
     """Augment and normalise images: uint8 [n, H, W, C] → float32 [n, H', W', C], smaller by ColOut.
 
-    `rows` and `batch` are those of `draw`; of the former, the n rows of these images: all, or a part
-    of the batch, which with mixing begins at an even row and has an even number of them. `image` is
+    `rows` and `batch` are those of `draw`; `rows` has the n rows of these images: all, or a part of
+    the batch, which with mixing begins at an even row and has an even number of them. `image` is
     config.data.image.
     """
     if "corner" in rows:
@@ -108,7 +108,7 @@ def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) ->
 
 
 def shift(images: jax.Array, corner: jax.Array, pad: int, mode: str) -> jax.Array:
-    """Shift images: pad them by `pad` pixels and crop at each `corner`, int [N, 2]; [N, H, W, C] → same.
+    """Pad images by `pad` pixels and crop them at each `corner`, int [N, 2]: [N, H, W, C] → same.
 
     The border is "zeros" or "reflect": mirrored at the outermost pixels, which are not repeated.
     """
@@ -122,7 +122,7 @@ def shift(images: jax.Array, corner: jax.Array, pad: int, mode: str) -> jax.Arra
 
 
 def _draw_colours(key: jax.Array, n: int, deviation: float) -> jax.Array:
-    """Draw colour shifts of pixels in [0, 1], float32 [n, 3] (Krizhevsky et al. 2012, section 4.1)."""
+    """Draw shifts, float32 [n, 3], of colours in [0, 1] (Krizhevsky et al. 2012, section 4.1)."""
     alpha = deviation * jax.random.normal(key, (n, 3))
     # Not a matrix product: TPUs and GPUs would round its factors.
     return (jnp.asarray(COLOUR_COMPONENTS) * (alpha * jnp.asarray(COLOUR_DEVIATIONS))[:, None]).sum(-1)
@@ -148,7 +148,7 @@ def _draw_rectangles(key: jax.Array, n: int, h: int, w: int, probability: float)
 
 
 def erase(images: jax.Array, rectangles: jax.Array) -> jax.Array:
-    """Set each image to 0, the mean colour, in its rectangle, int [N, 2, 2]; float [N, H, W, C] → same."""
+    """Set normalised images, float [N, H, W, C], to 0 in their rectangles, int [N, 2, 2]."""
     low, high = rectangles[:, 0], rectangles[:, 1]
     inside = jax.vmap(_rectangle, (0, 0, None, None))(low, high, *images.shape[1:3])
     return jnp.where(inside[..., None], 0.0, images)
@@ -183,6 +183,6 @@ def _draw_weights(key: jax.Array, h: int, w: int, mixup: float, cutmix: float) -
 
 
 def _rectangle(low: jax.Array, high: jax.Array, height: int, width: int) -> jax.Array:
-    """Mark the pixels from corner `low` to before `high`, both (row, column): bool [height, width]."""
+    """Mark pixels from corner `low` to before `high`, each (row, column): bool [height, width]."""
     rows, columns = jnp.arange(height)[:, None], jnp.arange(width)
     return (rows >= low[0]) & (rows < high[0]) & (columns >= low[1]) & (columns < high[1])
