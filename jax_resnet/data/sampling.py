@@ -64,8 +64,8 @@ def train_indices(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Choose the records of a batch of `count` examples, before which `start` were seen.
 
-    Returns the records and the epoch of each, two int64 [count]. The training set is shuffled anew
-    for each epoch and the epochs follow one another without a gap, so a batch may end one epoch and
+    Returns the records and the epoch of each, two int64 [count]. The training set is reshuffled for
+    each epoch and the epochs follow one another without a gap, so a batch may end one epoch and
     begin the next, and every record is seen once an epoch whatever the batch size.
 
     With `repeats`, which divides start and count, a batch holds count / repeats records, and then

@@ -63,7 +63,8 @@ class Augmentation:
     operations: int  # of RandAugment, for each image
     level: int  # of RandAugment, 0 … 30
     trivial: bool  # TrivialAugment
-    timm: tuple[int, float, float, float]  # operations, their magnitude, its deviation, their probability
+    # timm's RandAugment: operations, their mean magnitude, its deviation, their probability.
+    timm: tuple[int, float, float, float]
     jitter: tuple[float, ...]  # of brightness, contrast, saturation, hue
     bilinear: bool  # or the nearest pixel, to shear or rotate
     fill: tuple[int, ...]  # mean colour beyond an image, for timm's

@@ -35,7 +35,7 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 
 
 class Sampling(NamedTuple):
-    """How to resize an image. Antialiasing gives Pillow's pixels, at ten times the cost."""
+    """Options of `resize`. Antialiasing gives Pillow's pixels, at ten times the cost."""
 
     interpolation: str = "bilinear"  # or bicubic
     antialias: bool = False
@@ -50,8 +50,8 @@ def decode(
     """Decode an image (JPEG, PNG or another that OpenCV reads), upright by its EXIF.
 
     Returns uint8 [H, W, channels], or with `choose`, which is called once, only the box
-    `choose(H, W)`: the same pixels by every decoder. For a box, "turbojpeg" does not decode all of a
-    JPEG, and does not notice damage behind it in the file.
+    `choose(H, W)`: the same pixels by every decoder. For a box, "turbojpeg" does not decode all of
+    a JPEG, and does not notice damage behind it in the file.
 
     Alpha is dropped; 16 bits become the high 8; CMYK is read as Adobe writes it, inverted. Raises
     ValueError for data that is not an image, or is truncated.
@@ -79,7 +79,7 @@ def _decode_whole(data: bytes, channels: int) -> np.ndarray:
     if data[:3] == _JPEG:
         try:
             image = simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY")
-        except ValueError as e:  # for example for CMYK
+        except ValueError as e:  # CMYK, for one
             # OpenCV would fill the rest of a truncated image with grey.
             if "premature end" in str(e).lower():
                 raise ValueError(f"not an image that can be decoded: {e} ({len(data)} bytes)") from None
@@ -189,7 +189,7 @@ def random_box(
     Try ten rectangles, area share uniform, aspect log-uniform, for one that fits; then take the
     largest centred one whose aspect is allowed.
     """
-    # For ten numbers numpy takes ten times as long as Python.
+    # For ten numbers, arithmetic in numpy takes ten times as long as in Python.
     draws = rng.random(22).tolist()
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for share, turn in zip(draws[:10], draws[10:20], strict=True):

@@ -17,9 +17,9 @@ CROPS = ("random_resized", "scaled", "stretched")  # at random, of any size
 
 @dataclass(frozen=True)
 class Pixels:
-    """How an image, encoded or in memory, becomes one of a batch."""
+    """Turn images, encoded or in memory, into those of a batch."""
 
-    size: int | None  # pixels a side; None: those the image has
+    size: int | None  # pixels a side; None: the image's own
     channels: int
     crop: str  # of training images, as in the config
     area: tuple[float, float]  # of random-resized crops, in images

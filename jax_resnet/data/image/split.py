@@ -150,7 +150,8 @@ def in_memory(
 ) -> ArraySplit:
     """Make a split of images uint8 [N, H, W(, 1 or 3)] and labels [N].
 
-    `config` is config.data.image. Raises UserError, naming `source`, for images or labels of another form.
+    `config` is config.data.image. Raises UserError, naming `source`, for images or labels of
+    another form.
     """
     if images.ndim == 3:
         images = images[..., None]
