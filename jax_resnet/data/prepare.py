@@ -168,11 +168,7 @@ def prepare(
             for line in facts["broken"]:
                 console.print(line)
             files[file.name] = facts
-            broken, images = _count_broken(files), sum(source.splits.values())
-            if broken > BROKEN_SHARE * images:
-                many = f"{plan['source']}: {broken} of {images} images are broken, more than 1 %"
-                remedy = f"repair or remove them, delete {destination} and begin again"
-                raise UserError(f"{many}; {remedy}")
+            _check_broken(files, sum(source.splits.values()), plan, destination)
             _save(state, journal)
         for split in source.splits:
             written = [file for name, file, _ in shards if name == split]
@@ -208,6 +204,16 @@ def prepare(
 
 def _count_broken(files: dict[str, Facts]) -> int:
     return sum(len(facts["broken"]) for facts in files.values())
+
+
+def _check_broken(files: dict[str, Facts], images: int, plan: dict[str, Any], destination: Path) -> None:
+    """Raise UserError if too many of the `images` of the source are broken."""
+    broken = _count_broken(files)
+    if broken > BROKEN_SHARE * images:
+        raise UserError(
+            f"{plan['source']}: {broken} of {images} images are broken, more than 1 %; "
+            f"repair or remove them, delete {destination} and begin again"
+        )
 
 
 def _sum_facts(parts: list[Facts]) -> Facts:
