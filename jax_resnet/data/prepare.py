@@ -142,13 +142,7 @@ def _features(classes: tuple[str, ...], size: tuple[int | None, int | None] = (N
     return tfds.features.FeaturesDict({"image": image, "label": tfds.features.ClassLabel(names=classes)})
 
 
-def prepare(
-    source: Source,
-    plan: dict[str, Any],
-    destination: Path,
-    workers: int,
-    console: Console,
-) -> None:
+def prepare(source: Source, plan: dict[str, Any], destination: Path, workers: int, console: Console) -> None:
     """Write the files that are missing, read all files again, then write the dataset's metadata.
 
     Raises UserError if the folder was begun with another plan, more than 1 % of the images are
@@ -168,7 +162,7 @@ def prepare(
             for line in facts["broken"]:
                 console.print(line)
             files[file.name] = facts
-            _check_broken(files, sum(source.splits.values()), plan, destination)
+            _check_broken(files, source, plan, destination)
             _save(state, journal)
         for split in source.splits:
             written = [file for name, file, _ in shards if name == split]
@@ -206,13 +200,13 @@ def _count_broken(files: dict[str, Facts]) -> int:
     return sum(len(facts["broken"]) for facts in files.values())
 
 
-def _check_broken(files: dict[str, Facts], images: int, plan: dict[str, Any], destination: Path) -> None:
-    """Raise UserError if too many of the `images` of the source are broken."""
-    broken = _count_broken(files)
+def _check_broken(files: dict[str, Facts], source: Source, plan: dict[str, Any], to: Path) -> None:
+    """Raise UserError if too many of the source's images are broken."""
+    images, broken = sum(source.splits.values()), _count_broken(files)
     if broken > BROKEN_SHARE * images:
         raise UserError(
             f"{plan['source']}: {broken} of {images} images are broken, more than 1 %; "
-            f"repair or remove them, delete {destination} and begin again"
+            f"repair or remove them, delete {to} and begin again"
         )
 
 
