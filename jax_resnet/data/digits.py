@@ -1,7 +1,7 @@
 """scikit-learn's handwritten digits: real images that come with the default packages.
 
-1,797 grey 8×8 digits of the UCI set "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak 1998), split 80/20
-by class: 1,437 to train, 360 to test.
+1,797 grey 8×8 digits of the UCI set "Optical Recognition of Handwritten Digits" (Alpaydin and
+Kaynak 1998), split 80/20 by class: 1,437 to train, 360 to test.
 """
 
 import hashlib
@@ -24,6 +24,6 @@ def load_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def _ordered(split: str, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Order the records as TFDS orders them, from which the digits came before: runs go on with the same batches."""
+    """Order records as TFDS, which gave them before: old runs resume with the same batches."""
     order = sorted(range(len(labels)), key=lambda i: hashlib.md5(f"{split}{i}".encode()).digest())
     return images[order], labels[order]

@@ -1,4 +1,4 @@
-"""Batches read ahead of need by threads or worker processes, and put on the devices before they are asked for."""
+"""Prefetch of batches: threads or worker processes read them, a thread puts them on the devices."""
 
 import gc
 import multiprocessing
@@ -31,51 +31,71 @@ from jax_resnet.errors import TransientError, first_line
 from jax_resnet.runtime.host import STOP_SIGNALS
 from jax_resnet.runtime.mesh import global_batch, local_rows
 
-PATIENCE = 10  # seconds, with batches that are being read when they are no longer wanted
-ON_DEVICE = 2  # batches there ahead of need
-THREADS = 8  # of one process at most: about there the share of the work that holds Python's lock fills it
+PATIENCE = 10  # seconds, for reads in progress at the end
+PREFETCHED_BATCHES = 2  # on the devices
+# With about so many threads in a process, the work that holds Python's lock keeps it busy.
+MAX_THREADS = 8
+
+Loaded = tuple[dict[str, jax.Array], Broken, int]  # a batch, its broken images, rows read
 
 
 @dataclass(frozen=True)
 class Readers:
-    """Who reads: `threads` in each of `workers` processes, or, where workers is 0, in this one."""
+    """Threads that read batches: so many in each of `workers` processes, or in this one for 0."""
 
     threads: int
     workers: int
 
     @classmethod
-    def of(cls, c: ConfigDict, split: Split) -> "Readers":
-        """As `config.data` says; where it says nothing, one for each processor, in more than one process from 16 on.
+    def of(cls, data: ConfigDict, split: Split) -> "Readers":
+        """Choose the readers of a split by `data`, which is config.data.
 
-        What is in memory is read in this process: it need not be in each.
+        Where it names no number, take a thread for each core, and more than one process from 16
+        cores on. A split in memory is read in this process, so that no worker holds a copy.
         """
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = c.workers if c.workers is not None else (cores // THREADS if cores >= 2 * THREADS else 0)
+        cores = _count_cores()
+        workers = data.workers
         if split.in_memory:
             workers = 0
-        return cls(c.threads or min(max(1, cores // max(1, workers)), THREADS), workers)
+        elif workers is None:
+            workers = cores // MAX_THREADS if cores >= 2 * MAX_THREADS else 0
+        threads = max(1, cores // max(1, workers))
+        return cls(data.threads or min(threads, MAX_THREADS), workers)
 
     def __str__(self) -> str:
-        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        return threads + (f" in each of {self.workers} processes" if self.workers else "")
+        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{threads} in each of {self.workers} processes" if self.workers else threads
 
     def read(self, numbers: range, batch: Callable[[int], Batch], roll: str) -> grain.IterDataset:
-        """`batch` of each number, in order, ahead of need. Worker processes enter themselves in the folder `roll`."""
-        # One Grain element is a whole batch: per-image elements cost 10 to 100 times more on small images.
+        """Prefetch `batch` of each number, in order.
+
+        Each worker process leaves a file, named by its process id, in the folder `roll`.
+        """
+        # One Grain element is a batch: small images one by one cost 10 to 100 times more.
         batches = grain.MapDataset.range(numbers.start, numbers.stop).map(batch)
-        reading = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=self.threads + 1)
-        ahead = batches.to_iter_dataset(reading)
+        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=self.threads + 1)
+        prefetched = batches.to_iter_dataset(options)
         if not self.workers:
-            return ahead
-        if not flags.FLAGS.is_parsed():  # as where no command line is: Grain reads its own
+            return prefetched
+        # Grain reads absl flags, which nothing has parsed where there is no command line.
+        if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
-        resource_tracker.ensure_running()  # or the first process started brings it, and unblocks what Feed blocks
-        options = grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=1)
-        return ahead.mp_prefetch(options, worker_init_fn=partial(_enrol, roll)).map(_unshared)
+        # Else the first worker starts the tracker, which unblocks the signals that Feed blocks.
+        resource_tracker.ensure_running()
+        processes = grain.MultiprocessingOptions(num_workers=self.workers, per_worker_buffer_size=1)
+        enrol = partial(_enrol, roll)
+        return prefetched.mp_prefetch(processes, worker_init_fn=enrol).map(_copy_arrays)
+
+
+def _count_cores() -> int:
+    """Count the cores that this process may use, or all where the system does not tell."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _enrol(roll: str, *_: int) -> None:
-    """Tell the parent which process this is, and end when the parent does, even if that is killed."""
+    """Tell the parent this process's id, and end when the parent ends, even if it is killed."""
     Path(roll, str(os.getpid())).touch()
     parent: Any = multiprocessing.parent_process()
 
@@ -86,15 +106,17 @@ def _enrol(roll: str, *_: int) -> None:
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _unshared(batch: Batch) -> Batch:
-    # Shared memory goes when Grain's array does; JAX on the CPU may still be reading from it.
-    return {name: np.array(value) if isinstance(value, np.ndarray) else value for name, value in batch.items()}
+def _copy_arrays(batch: Batch) -> Batch:
+    """Copy a batch out of shared memory, which Grain frees while JAX on the CPU may read it."""
+    arrays = {name: value for name, value in batch.items() if isinstance(value, np.ndarray)}
+    return batch | {name: np.array(array) for name, array in arrays.items()}
 
 
 class Feed:
     """An iterator over batches on the devices: image [batch, H, W, C], label [batch], …
 
-    `waited` is how many seconds their taker has spent waiting for the host. To be closed, or run to its end.
+    `waited` is how many seconds its consumer has spent waiting for the host. Close it, or run it to
+    its end.
     """
 
     def __init__(
@@ -105,21 +127,27 @@ class Feed:
         sharding: NamedSharding,
         ledger: Ledger,
     ):
-        self._roll = tempfile.TemporaryDirectory(prefix="jax_resnet-readers-") if readers.workers else None
-        self._batches = iter(readers.read(numbers, batch, self._roll.name if self._roll else ""))
+        roll = ""
+        self._roll: tempfile.TemporaryDirectory[str] | None = None
+        if readers.workers:
+            self._roll = tempfile.TemporaryDirectory(prefix="jax_resnet-readers-")
+            roll = self._roll.name
+        self._batches = iter(readers.read(numbers, batch, roll))
         self._sharding, self._ledger = sharding, ledger
-        # Not Grain's own prefetching thread: it asks for states, for which readers in processes are begun twice.
-        # Processes inherit what is blocked here: Ctrl-C is not for them, not even while they start.
-        self._thread = ThreadPoolExecutor(1, "feed", signal.pthread_sigmask, (signal.SIG_BLOCK, STOP_SIGNALS))
-        self._coming: deque[Future[tuple[dict[str, jax.Array], Broken, int] | None]] = deque()
+        # Grain's own prefetching thread asks for states, for which workers are started twice.
+        # Workers inherit the signals that this thread blocks: Ctrl-C never reaches them.
+        block = (signal.SIG_BLOCK, STOP_SIGNALS)
+        self._thread = ThreadPoolExecutor(1, "feed", signal.pthread_sigmask, block)
+        self._coming: deque[Future[Loaded | None]] = deque()
         self.waited = 0.0
 
-    def _put(self) -> tuple[dict[str, jax.Array], Broken, int] | None:
+    def _put(self) -> Loaded | None:
         try:
             batch = next(self._batches, None)
         except RuntimeError as e:
             alive = {process.pid for process in self._started()}
-            if self._enrolled() <= alive:  # what a reader raised, for which none has ended
+            # A worker that raised an error is still alive, and the error says what is wrong.
+            if self._enrolled() <= alive:
                 raise
             why = f"{first_line(e)} Out of memory, or of /dev/shm? Give more, or --config.data.workers=0"
             raise TransientError(f"a process that reads images has ended: {why}") from e
@@ -137,16 +165,19 @@ class Feed:
         return batch
 
     def take(self, stopped: Callable[[], Any] = lambda: False) -> dict[str, jax.Array] | None:
-        """The next batch; None after the last, or if `stopped()` while it is waited for."""
-        while len(self._coming) <= ON_DEVICE:
+        """Return the next batch; None after the last, or if `stopped()` while waiting for it."""
+        while len(self._coming) <= PREFETCHED_BATCHES:
             self._coming.append(self._thread.submit(self._put))
         began = time.monotonic()
         while not stopped() and wait([self._coming[0]], timeout=0.2).not_done:
             pass
         self.waited += time.monotonic() - began
-        if stopped() or (found := self._coming.popleft().result()) is None:
+        if stopped():
             return None
-        batch, broken, read = found
+        loaded = self._coming.popleft().result()
+        if loaded is None:
+            return None
+        batch, broken, read = loaded
         self._ledger.add(broken, read)
         return batch
 
@@ -154,12 +185,12 @@ class Feed:
         return {int(name) for name in os.listdir(self._roll.name)} if self._roll else set()
 
     def _started(self) -> list[multiprocessing.process.BaseProcess]:
-        """The living processes that this feed has started: its program may have children of its own."""
+        """List the living processes that this feed started, not other children of its program."""
         enrolled = self._enrolled()
         return [process for process in multiprocessing.active_children() if process.pid in enrolled]
 
     def close(self) -> None:
-        """End the threads and processes that read, those that are stuck by force."""
+        """End the threads and processes that read; kill processes that are stuck."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         if wait([coming for coming in self._coming if coming.running()], PATIENCE).not_done:
             for process in self._started():
@@ -169,15 +200,17 @@ class Feed:
         self._batches.close()
         if self._roll:
             self._roll.cleanup()
-            gc.collect()  # the last batches lie in cycles, of an exception and its frames; Python would say they leaked
-            giving_back = getattr(SharedMemoryArray, "_del_thread_pool", None)  # Grain's one thread that does
-            if giving_back:
-                giving_back.apply(int)  # after all that it has been asked before
+            # An exception's frames hold the last batches in cycles, which Python reports as a leak.
+            gc.collect()
+            # One thread of Grain's frees shared memory, in order: wait until it has done so.
+            freeing = getattr(SharedMemoryArray, "_del_thread_pool", None)
+            if freeing:
+                freeing.apply(int)
 
 
 def train_batches(
     split: Split,
-    c: ConfigDict,
+    data: ConfigDict,
     *,
     start: int,
     stop: int,
@@ -186,23 +219,32 @@ def train_batches(
     sharding: NamedSharding,
     report: Report,
 ) -> Feed:
-    """The batches of steps start … stop − 1, read as `config.data` says.
+    """Feed the batches of steps start … stop − 1, read as `data`, which is config.data, says.
 
-    `report` is told of each image that could not be decoded, once. Taking a batch raises UserError when a record cannot
-    be read, or too many cannot be decoded.
+    `report` is called once for each image that cannot be decoded. Taking a batch raises UserError
+    when a record cannot be read, or too many cannot be decoded.
     """
     rows = {phase.batch_size: local_rows(sharding, phase.batch_size) for phase in phases}
 
     def batch(step: int) -> Batch:
         phase = phase_at(phases, step)
-        return train_batch(split, step, seed=seed, phase=phase, rows=rows[phase.batch_size], repeats=c.repeats)
+        local = rows[phase.batch_size]
+        return train_batch(split, step, seed=seed, phase=phase, rows=local, repeats=data.repeats)
 
-    return Feed(Readers.of(c, split), range(start, stop), batch, sharding, Ledger(split, report, c.max_broken))
+    ledger = Ledger(split, report, data.max_broken)
+    return Feed(Readers.of(data, split), range(start, stop), batch, sharding, ledger)
 
 
-def eval_batches(split: Split, c: ConfigDict, *, batch_size: int, sharding: NamedSharding, report: Report) -> Feed:
-    """The whole split in order, mask False where there is nothing to count; else as `train_batches`."""
+def eval_batches(
+    split: Split,
+    data: ConfigDict,
+    *,
+    batch_size: int,
+    sharding: NamedSharding,
+    report: Report,
+) -> Feed:
+    """Feed all of the split in order, as `train_batches`; mask is False where no example is."""
     rows = local_rows(sharding, batch_size)
     batch = partial(eval_batch, split, batch_size=batch_size, rows=rows)
     numbers = range(-(-len(split) // batch_size))
-    return Feed(Readers.of(c, split), numbers, batch, sharding, Ledger(split, report))
+    return Feed(Readers.of(data, split), numbers, batch, sharding, Ledger(split, report))

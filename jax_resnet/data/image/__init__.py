@@ -1,1 +1,1 @@
-"""What turns a record into an image of a batch: on the host, and inside the step."""
+"""Turn records into the images of a batch: on the host, and inside the step."""

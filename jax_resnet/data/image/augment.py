@@ -1,8 +1,8 @@
-"""One image at a time, on the host: RandAugment, timm's too, TrivialAugment, colour jitter.
+"""Augment one image at a time, on the host: RandAugment, timm's too, TrivialAugment, colour jitter.
 
-Operations and magnitudes are those of torchvision and timm, and a pixel becomes what Pillow makes of it: exactly for
-tables of grey levels and nearest-pixel geometry, within one grey level for Color, Contrast and Sharpness. Of what
-Pillow keeps to 256 levels (hue) or truncates (bilinear) the rounding differs.
+Operations and magnitudes are those of torchvision and timm, and pixels are those of Pillow: exactly
+for tables of grey levels and nearest-pixel geometry, within one grey level for Color, Contrast and
+Sharpness. Rounding differs where Pillow keeps 256 levels (hue) or truncates (bilinear).
 """
 
 import math
@@ -17,30 +17,30 @@ LEVELS = 31  # a magnitude is one of 0 … 30
 # Strongest magnitude of RandAugment and of TrivialAugment, and whether its sign is drawn.
 OPERATIONS = {
     "Identity": (0.0, 0.0, False),
-    "ShearX": (0.3, 0.99, True),  # pixels a pixel
+    "ShearX": (0.3, 0.99, True),  # pixels per pixel
     "ShearY": (0.3, 0.99, True),
     "TranslateX": (150 / 331, 32.0, True),  # shares of the side; pixels
     "TranslateY": (150 / 331, 32.0, True),
     "Rotate": (30.0, 135.0, True),  # degrees, counterclockwise
-    "Brightness": (0.9, 0.99, True),  # what is added to a factor of 1
+    "Brightness": (0.9, 0.99, True),  # added to a factor of 1
     "Color": (0.9, 0.99, True),
     "Contrast": (0.9, 0.99, True),
     "Sharpness": (0.9, 0.99, True),
     "Posterize": (4.0, 6.0, False),  # bits fewer than 8
-    "Solarize": (255.0, 255.0, False),  # grey levels under 255 from which pixels are inverted
+    "Solarize": (255.0, 255.0, False),  # 255 less the first level inverted
     "AutoContrast": (0.0, 0.0, False),
     "Equalize": (0.0, 0.0, False),
 }
 _NAMES = tuple(OPERATIONS)
-# timm's operations that grow stronger with their magnitude, how strong at 10, and whether the sign is drawn.
+# timm's operations that grow with their magnitude, how strong at 10, and whether the sign is drawn.
 TIMM_OPERATIONS = {
     "AutoContrast": (0.0, False),
     "Equalize": (0.0, False),
     "Invert": (0.0, False),
     "Rotate": (30.0, True),
     "Posterize": (4.0, False),  # bits fewer than 4
-    "Solarize": (256.0, False),  # grey levels under 256
-    "SolarizeAdd": (110.0, False),  # what is added to levels under 128
+    "Solarize": (256.0, False),  # 256 less the first level inverted
+    "SolarizeAdd": (110.0, False),  # added to levels under 128
     "Color": (0.9, True),
     "Contrast": (0.9, True),
     "Brightness": (0.9, True),
@@ -58,28 +58,29 @@ _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to training images after the crop; false where it is nothing."""
+    """Augmentation of training images after the crop; false if it changes nothing."""
 
     operations: int  # of RandAugment, for each image
     level: int  # of RandAugment, 0 … 30
     trivial: bool  # TrivialAugment
-    timm: tuple[int, float, float, float]  # operations, their magnitude, its deviation, their probability
+    # timm's RandAugment: operations, their mean magnitude, its deviation, their probability.
+    timm: tuple[int, float, float, float]
     jitter: tuple[float, ...]  # of brightness, contrast, saturation, hue
-    bilinear: bool  # rather than the nearest pixel, where an operation shears or rotates
-    fill: tuple[int, ...]  # the mean colour: timm's, of what lies beyond an image; torchvision's is black
+    bilinear: bool  # or the nearest pixel, to shear or rotate
+    fill: tuple[int, ...]  # mean colour beyond an image, for timm's
 
     @classmethod
-    def of(cls, c: ConfigDict) -> "Augmentation":
-        """As `config.data.image` says."""
-        operations, level = c.randaugment
+    def of(cls, image: ConfigDict) -> "Augmentation":
+        """Build it from `image`, which is config.data.image."""
+        operations, level = image.randaugment
         return cls(
             operations=operations,
             level=level,
-            trivial=c.trivial_augment,
-            timm=tuple(c.randaugment_timm),
-            jitter=tuple(c.color_jitter),
-            bilinear=c.augment_interpolation == "bilinear",
-            fill=tuple(min(255, round(255 * mean)) for mean in c.mean),
+            trivial=image.trivial_augment,
+            timm=tuple(image.randaugment_timm),
+            jitter=tuple(image.color_jitter),
+            bilinear=image.augment_interpolation == "bilinear",
+            fill=tuple(min(255, round(255 * mean)) for mean in image.mean),
         )
 
     def __bool__(self) -> bool:
@@ -87,12 +88,13 @@ class Augmentation:
 
 
 def augment(image: np.ndarray, rng: np.random.Generator, policy: Augmentation) -> np.ndarray:
-    """uint8 [H, W, 1 or 3] → same; `image` itself is not changed.
+    """Augment uint8 [H, W, 1 or 3] → same; `image` itself is not changed.
 
-    RandAugment (Cubuk et al. 2019): `operations` drawn one by one, all at one level. TrivialAugment (Müller & Hutter
-    2021, the wide space): one operation at a level drawn too. timm's RandAugment: operations drawn one by one, each
-    done with a probability, at a normal magnitude kept in 0 … 10. Then colour jitter: each factor uniform in 1 ± its
-    share (not below 0), the hue turned by up to that part of the circle, in random order.
+    RandAugment (Cubuk et al. 2019) draws `operations` one by one, all at one level. TrivialAugment
+    (Müller & Hutter 2021, the wide space) draws one operation and its level. timm's RandAugment
+    draws operations one by one, and does each with a probability, at a normal magnitude clipped to
+    0 … 10. Colour jitter comes last: each factor is uniform in 1 ± its share (not below 0), the hue
+    turns by up to that part of the circle, in random order.
     """
     for _ in range(1 if policy.trivial else policy.operations):
         name = _NAMES[rng.integers(len(_NAMES))]
@@ -109,31 +111,36 @@ def augment(image: np.ndarray, rng: np.random.Generator, policy: Augmentation) -
             if TIMM_OPERATIONS[name][1] and rng.integers(2):
                 value = -value
             image = apply(image, name, value, policy.bilinear, policy.fill)
-    for i in rng.permutation(len(_JITTER)) if any(policy.jitter) else ():
-        if share := policy.jitter[i]:
-            image = apply(image, _JITTER[i], rng.uniform(-min(share, 1), share))
+    if any(policy.jitter):
+        for i in rng.permutation(len(_JITTER)):
+            if share := policy.jitter[i]:
+                image = apply(image, _JITTER[i], rng.uniform(-min(share, 1), share))
     return image
 
 
 def magnitude(name: str, level: int, wide: bool, height: int, width: int) -> float:
-    """What operation `name` does at `level`, without its sign, in the unit that `apply` takes."""
+    """Return how strong operation `name` is at `level`, without a sign, in the unit of `apply`."""
     value = OPERATIONS[name][wide] * level / (LEVELS - 1)
-    if name.startswith("Translate") and not wide:
-        return value * (width if name == "TranslateX" else height)
+    if name == "TranslateX" and not wide:
+        return value * width
+    if name == "TranslateY" and not wide:
+        return value * height
     return {"Posterize": 8 - round(value), "Solarize": 255 - value}.get(name, value)
 
 
 def timm_magnitude(name: str, level: float) -> float:
-    """What operation `name` of timm's does at `level`, 0 … 10, likewise."""
+    """Return how strong operation `name` of timm's is at `level`, 0 … 10, likewise."""
     value = level / 10 * TIMM_OPERATIONS[name][0]
-    return {"Posterize": 4 - int(value), "Solarize": 256 - int(value), "SolarizeAdd": int(value)}.get(name, value)
+    steps = int(value)
+    return {"Posterize": 4 - steps, "Solarize": 256 - steps, "SolarizeAdd": steps}.get(name, value)
 
 
 def apply(
     image: np.ndarray, name: str, value: float, bilinear: bool = False, fill: tuple[int, ...] = (0, 0, 0)
 ) -> np.ndarray:
-    """Do one operation on uint8 [H, W, 1 or 3], by its name in OPERATIONS, TIMM_OPERATIONS or "Hue" (`value`: part of
-    the circle); `fill` is the colour of what lies beyond the image.
+    """Apply an operation of OPERATIONS, TIMM_OPERATIONS or "Hue" to uint8 [H, W, 1 or 3] → same.
+
+    For "Hue", `value` is a part of the circle. `fill` is the colour beyond the image.
     """
     height, width, channels = image.shape
     if matrix := _matrix(name, value, height, width):
@@ -143,17 +150,18 @@ def apply(
         case "Brightness":
             out = cv2.LUT(image, _blend_levels(0, 1 + value))
         case "Contrast":
-            grey = image if channels == 1 else cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+            grey = _grey(image)
             out = cv2.LUT(image, _blend_levels(int(cv2.mean(grey)[0] + 0.5), 1 + value))
         case "Color" if channels == 3:
-            out = _blend(cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB), image, 1 + value)
+            out = _blend(cv2.cvtColor(_grey(image), cv2.COLOR_GRAY2RGB), image, 1 + value)
         case "Sharpness":
             smooth = cv2.filter2D(image, -1, _SMOOTH, borderType=cv2.BORDER_REPLICATE).reshape(image.shape)
             for edge in (np.s_[0], np.s_[-1], np.s_[:, 0], np.s_[:, -1]):
                 smooth[edge] = image[edge]
             out = _blend(smooth, image, 1 + value)
         case "Hue" if channels == 3:
-            hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)  # 256 steps around the circle: adding wraps
+            # The full range has 256 steps around the circle, so that adding uint8 wraps.
+            hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
             hsv[..., 0] += np.uint8(round(256 * value) % 256)
             out = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
         case "Posterize":
@@ -161,7 +169,8 @@ def apply(
         case "Solarize":
             out = cv2.LUT(image, np.where(value > _GREY, _GREY, 255 - _GREY).astype(np.uint8))
         case "SolarizeAdd":
-            out = cv2.LUT(image, np.where(_GREY < 128, np.minimum(_GREY + int(value), 255), _GREY).astype(np.uint8))
+            brighter = np.minimum(_GREY + int(value), 255)
+            out = cv2.LUT(image, np.where(_GREY < 128, brighter, _GREY).astype(np.uint8))
         case "Invert":
             out = 255 - image
         case "AutoContrast":
@@ -173,10 +182,17 @@ def apply(
     return out.reshape(image.shape)
 
 
+def _grey(image: np.ndarray) -> np.ndarray:
+    if image.shape[-1] == 1:
+        return image
+    return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+
+
 def _matrix(name: str, value: float, height: int, width: int) -> tuple[float, ...] | None:
-    """Choose the matrix, as `_affine` takes it, of an operation that moves pixels; None for the others."""
-    # Pillow rounds to 15 digits too: a quarter turn moves by integral pixels.
-    cos, sin = round(math.cos(math.radians(value)), 15), round(math.sin(math.radians(value)), 15)
+    """Return the matrix for `_affine` of an operation that moves pixels; None for the others."""
+    # Pillow rounds to 15 digits too, so that a quarter turn moves by integral pixels.
+    cos = round(math.cos(math.radians(value)), 15)
+    sin = round(math.sin(math.radians(value)), 15)
     x, y = width / 2, height / 2
     return {
         "ShearX": (1, value, 0, 0, 1, 0),
@@ -190,25 +206,29 @@ def _matrix(name: str, value: float, height: int, width: int) -> tuple[float, ..
 
 
 def _affine(image: np.ndarray, matrix: tuple[float, ...], bilinear: bool, fill: tuple[int, ...]) -> np.ndarray:
-    """The pixel at (x, y) from (a·x + b·y + c, d·x + e·y + f), of centres at ½; `fill` from beyond the image."""
+    """Move pixels: (x, y) gets the one at (a·x + b·y + c, d·x + e·y + f), or `fill` from outside.
+
+    The coordinates of pixels' centres end in ½.
+    """
     a, b, c, d, e, f = matrix
     height, width = image.shape[:2]
     if bilinear:
         inverse = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
         flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
         return cv2.warpAffine(image, inverse, (width, height), flags=flags, borderValue=fill)
-    # In fixed point with 16 bits, for the very pixels that Pillow takes; cv2.warpAffine has 10.
+    # Fixed point with 16 bits takes the same pixels as Pillow; cv2.warpAffine has 10 bits.
     a, b, c, d, e, f = (math.floor(v * 65536 + 0.5) for v in (a, b, c + (a + b) / 2, d, e, f + (d + e) / 2))
     rows, columns = np.arange(height, dtype=np.int32)[:, None], np.arange(width, dtype=np.int32)
-    at = np.empty((height, width, 2), np.int16)
-    at[..., 0] = (columns * a + (rows * b + c)) >> 16
-    at[..., 1] = (columns * d + (rows * e + f)) >> 16
-    return cv2.remap(image, at, None, cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=fill)
+    source = np.empty((height, width, 2), np.int16)
+    source[..., 0] = (columns * a + (rows * b + c)) >> 16
+    source[..., 1] = (columns * d + (rows * e + f)) >> 16
+    border = cv2.BORDER_CONSTANT
+    return cv2.remap(image, source, None, cv2.INTER_NEAREST, borderMode=border, borderValue=fill)
 
 
 def _blend(start: np.ndarray, image: np.ndarray, factor: float) -> np.ndarray:
-    """start + factor · (image − start), truncated and kept in 0 … 255."""
-    # addWeighted rounds to the nearest: less ½ that truncates, but for the float32 error at whole numbers.
+    """Compute start + factor · (image − start), truncated and clipped to 0 … 255."""
+    # addWeighted rounds to nearest: less ½ that truncates, but for float32 errors at integers.
     return cv2.addWeighted(image, factor, start, 1 - factor, 1e-4 - 0.5)
 
 
@@ -222,7 +242,7 @@ def _channelwise(image: np.ndarray, tables: list[np.ndarray]) -> np.ndarray:
 
 
 def _stretched(low: int, high: int) -> np.ndarray:
-    """The table that takes low … high to 0 … 255."""
+    """Make the table that stretches low … high to 0 … 255."""
     if high <= low:
         return _GREY
     scale = 255.0 / (high - low)
@@ -230,6 +250,8 @@ def _stretched(low: int, high: int) -> np.ndarray:
 
 
 def _equalised(counts: np.ndarray) -> np.ndarray:
-    """The table that makes every level as frequent as the others, from how often each occurs: as ImageOps.equalize."""
+    """Make the table that equalises a histogram, int [256], as ImageOps.equalize does."""
     step = (counts.sum() - counts[counts.nonzero()[0][-1]]) // 255
-    return (step // 2 + counts.cumsum() - counts) // step if step else _GREY
+    if not step:
+        return _GREY
+    return (step // 2 + counts.cumsum() - counts) // step

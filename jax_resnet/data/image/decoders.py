@@ -1,7 +1,7 @@
-"""JPEG decoders: simplejpeg for whole images and, where libjpeg-turbo 3 is installed, that for a part of one.
+"""JPEG decoders: simplejpeg for full images and, if it is installed, libjpeg-turbo 3 for regions.
 
-A decoder is known by its name, so that a worker process can be told which to use. Which it is changes no pixel of a
-file that is whole.
+A decoder is known by its name, which can be sent to a worker process. The choice changes no pixel
+of an intact file.
 """
 
 import ctypes
@@ -20,11 +20,12 @@ _NOT_FOUND = (
     "libturbojpeg.so.0 of that version; auto does without"
 )
 
-# Of turbojpeg.h, version 3.
+# Constants of turbojpeg.h, version 3.
 _DECOMPRESS = 1
 _SUBSAMPLING, _WIDTH, _HEIGHT = 4, 5, 6  # parameters that a header sets
-_UNIT_WIDTHS = (8, 16, 16, 8, 8, 32, 8)  # pixels, of 4:4:4, 4:2:2, 4:2:0, grey, 4:4:0, 4:1:1, 4:4:1
-_PIXEL_FORMATS = {3: 0, 1: 6}  # by channels: red, green, blue; grey
+# Pixels, for 4:4:4, 4:2:2, 4:2:0, grey, 4:4:0, 4:1:1, 4:4:1.
+_UNIT_WIDTHS = (8, 16, 16, 8, 8, 32, 8)
+_PIXEL_FORMATS = {3: 0, 1: 6}  # by channels: RGB, grey
 
 
 class _Region(ctypes.Structure):
@@ -32,18 +33,21 @@ class _Region(ctypes.Structure):
 
 
 def choose_decoder(name: str) -> str:
-    """What `config.data.image.decoder` means here, "simplejpeg" or "turbojpeg": for auto, the latter if there is one.
+    """Choose "simplejpeg" or "turbojpeg" by config.data.image.decoder.
 
-    Raises UserError for another name, or when libjpeg-turbo 3 is asked for and not found.
+    "auto" takes libjpeg-turbo 3 if it is installed. Raises UserError for another name, or when
+    libjpeg-turbo 3 is asked for and not found.
     """
     choose("config.data.image.decoder", name, DECODERS)
     if name == "turbojpeg" and _library() is None:
         raise UserError(_NOT_FOUND)
-    return ("turbojpeg" if _library() else "simplejpeg") if name == "auto" else name
+    if name != "auto":
+        return name
+    return "turbojpeg" if _library() else "simplejpeg"
 
 
 def describe(decoder: str) -> str:
-    """A chosen decoder in a line's end: its name, and its version or the file it is."""
+    """Describe a chosen decoder for a log line: its name, and its version or library file."""
     library = _library()
     if decoder == "turbojpeg" and library:
         return f"turbojpeg (regions; {Path(library._name).name})"
@@ -51,10 +55,10 @@ def describe(decoder: str) -> str:
 
 
 class Jpeg:
-    """A JPEG of which libjpeg-turbo 3 has read the header.
+    """A JPEG whose header libjpeg-turbo 3 has read.
 
-    Raises ValueError for unusual subsampling, and for one that does not end as a JPEG does: the rows below a region
-    are not looked at, so that nothing else would show that they are missing.
+    Raises ValueError for unusual subsampling, and for a file without a JPEG's end marker: the rows
+    below a region are not decoded, so nothing else would show that they are missing.
     """
 
     _handle: int | None = None
@@ -62,9 +66,10 @@ class Jpeg:
     def __init__(self, data: bytes):
         if (library := _library()) is None:
             raise UserError(_NOT_FOUND)
-        # A handle keeps tables, and after some errors a marker, which would change what is read next: one for each.
+        # Each JPEG has a handle: tables, and after errors a marker, stay in it and affect the next.
         self._handle = library.tj3Init(_DECOMPRESS)
-        self._library, self._data = library, data
+        self._library = library
+        self._data = data
         self._check(library.tj3DecompressHeader(self._handle, data, len(data)))
         self.height, self.width = self._get(_HEIGHT), self._get(_WIDTH)  # pixels, as stored
         if self._get(_SUBSAMPLING) < 0 or not data.endswith(b"\xff\xd9"):
@@ -75,22 +80,23 @@ class Jpeg:
             self._library.tj3Destroy(self._handle)
 
     def region(self, box: tuple[int, int, int, int], channels: int) -> np.ndarray:
-        """The pixels uint8 [height, width, channels] in the box (top, left, height, width) of the image as stored.
+        """Decode a box of the image as stored, (top, left, height, width), to uint8.
 
-        They are those of the whole image, exactly. Raises ValueError for what is CMYK, or cannot be decoded down
-        to the box's end.
+        Returns [height, width, channels], the same pixels as in the full image. Raises ValueError
+        for CMYK, or if the file cannot be decoded down to the box's end.
         """
         top, left, height, width = box
-        # Columns come in whole units. Where chroma lies between them, a border's pixel needs what is beyond it.
+        # Regions begin at a unit. With subsampled chroma, pixels at a border need their neighbours.
         unit = _UNIT_WIDTHS[self._get(_SUBSAMPLING)]
-        beyond = 2 if unit > 8 else 0
-        first = max(0, left - beyond) // unit * unit
-        end = min(left + width + beyond, self.width)
+        margin = 2 if unit > 8 else 0
+        first = max(0, left - margin) // unit * unit
+        end = min(left + width + margin, self.width)
         region = _Region(first, top, end - first, height)
         self._check(self._library.tj3SetCroppingRegion(self._handle, region))
         pixels = np.empty((height, end - first, channels), np.uint8)
-        where, kind = pixels.ctypes.data, _PIXEL_FORMATS[channels]
-        self._check(self._library.tj3Decompress8(self._handle, self._data, len(self._data), where, 0, kind))
+        source = self._handle, self._data, len(self._data)
+        target = pixels.ctypes.data, 0, _PIXEL_FORMATS[channels]
+        self._check(self._library.tj3Decompress8(*source, *target))
         return pixels[:, left - first : left - first + width]
 
     def _get(self, parameter: int) -> int:
@@ -103,9 +109,12 @@ class Jpeg:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """TurboJPEG's library, of version 3 or later: the system's, or the one that the wheel turbojpeg is linked to."""
+    """Load libjpeg-turbo, version 3 or later: the system's, or that of the wheel turbojpeg."""
+    names = ["libturbojpeg.so.0", "libturbojpeg.0.dylib"]
     wheel = importlib.util.find_spec("turbojpeg")
-    for name in ("libturbojpeg.so.0", "libturbojpeg.0.dylib", *([wheel.origin] if wheel and wheel.origin else [])):
+    if wheel and wheel.origin:
+        names.append(wheel.origin)
+    for name in names:
         try:
             library = ctypes.CDLL(name)
             handle, data, size, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int
@@ -116,7 +125,7 @@ def _library() -> ctypes.CDLL | None:
             library.tj3DecompressHeader.argtypes = [handle, data, size]
             library.tj3SetCroppingRegion.argtypes = [handle, _Region]
             library.tj3Decompress8.argtypes = [handle, data, size, ctypes.c_void_p, number, number]
-        except (OSError, AttributeError):  # not there, or older
+        except (OSError, AttributeError):  # not installed, or older
             continue
         return library
     return None

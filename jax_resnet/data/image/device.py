@@ -1,6 +1,7 @@
-"""What is done to pixels on the device, inside the jitted step: shift, flip, normalise, change colours, erase, mix.
+"""Augment pixels on the device, in the jitted step: shift, flip, normalise, colour, erase, mix.
 
-All chance is drawn for a whole batch first, as small arrays; its images can then be augmented together or in parts.
+All random numbers are drawn first, for all of a batch, as small arrays; its images can then be
+augmented together or in parts.
 """
 
 import math
@@ -13,15 +14,17 @@ from ml_collections import ConfigDict
 
 from jax_resnet.data.inputs import Draws, mix
 
-ERASED_AREA, ERASED_RATIO = (0.02, 0.33), (0.3, 3.3)  # shares of the image; heights over widths
-# Of the colours (red, green, blue) of ImageNet's pixels in [0, 1], as fb.resnet.torch has them: columns are components.
+ERASED_AREA = (0.02, 0.33)  # shares of the image
+ERASED_RATIO = (0.3, 3.3)  # height over width
+# Principal components of ImageNet's pixels (red, green, blue) in [0, 1], in columns, and their
+# standard deviations, as in fb.resnet.torch.
 COLOUR_DEVIATIONS = (0.2175, 0.0188, 0.0045)
 COLOUR_COMPONENTS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
 
 @dataclass(frozen=True)
 class ImageInputs:
-    """The kind of input that is an image: see Inputs."""
+    """Images as the network's input: see Inputs."""
 
     data: ConfigDict  # config.data
     name: str = "image"
@@ -44,12 +47,13 @@ class ImageInputs:
 
 
 def draw(key: jax.Array, shape: Sequence[int], data: ConfigDict) -> tuple[Draws, Draws]:
-    """Draw all that is random about images [N, H, W, C] of that shape, as `config.data` says: what `augment` takes.
+    """Draw the random numbers of `augment` for images of `shape` [N, H, W, C]; `data`: config.data.
 
-    First for each row: "corner" int32 [N, 2] of what is kept of a padded image, "mirrored" bool [N] (with
-    flip_alternate it is the host's, in the batch), "colour" float32 [N, C], "erased" int32 [N, 2, 2]: two corners.
-    Then for the whole batch: "rows" and "columns" int32 that ColOut keeps; "weight" float32, a number for mixup and
-    [H', W', 1] for CutMix, with which an image keeps itself, and "kept", its mean. Only what is asked for is there.
+    Returns two dicts with only what the config asks for. For each row: "corner" int32 [N, 2] of the
+    part of a padded image that is kept; "mirrored" bool [N] (with flip_alternate the host puts it
+    in the batch); "colour" float32 [N, C]; "erased" int32 [N, 2, 2], two corners.
+    For the batch: "rows" and "columns" int32 that ColOut keeps; "weight" float32 of an image's own
+    pixels, [] for mixup and [H', W', 1] for CutMix; "kept", the mean weight.
     """
     n, height, width, _ = shape
     shift_key, flip_key, colour_key, erase_key, row_key, column_key, mix_key = jax.random.split(key, 7)
@@ -74,10 +78,11 @@ def draw(key: jax.Array, shape: Sequence[int], data: ConfigDict) -> tuple[Draws,
 
 
 def augment(images: jax.Array, rows: Mapping[str, jax.Array], batch: Draws, image: ConfigDict) -> jax.Array:
-    """Images as training sees them: uint8 [n, H, W, C] → normalised float32 [n, H', W', C], H' and W' less by ColOut.
+    """Augment and normalise images: uint8 [n, H, W, C] → float32 [n, H', W', C], smaller by ColOut.
 
-    `rows` and `batch` are those of `draw`, of the former the n rows that these images are: all, or a part of the batch
-    that is even in number and begins at an even row where there is mixing. `image` is config.data.image.
+    `rows` and `batch` are those of `draw`; `rows` has the n rows of these images: all, or a part of
+    the batch, which with mixing begins at an even row and has an even number of them. `image` is
+    config.data.image.
     """
     if "corner" in rows:
         images = shift(images, rows["corner"], image.pad, image.pad_mode)
@@ -90,85 +95,94 @@ def augment(images: jax.Array, rows: Mapping[str, jax.Array], batch: Draws, imag
         images = erase(images, rows["erased"])
     if "rows" in batch:
         images = images[:, batch["rows"]][:, :, batch["columns"]]
-    return mix(images, batch["weight"]) if "weight" in batch else images
+    if "weight" in batch:
+        images = mix(images, batch["weight"])
+    return images
 
 
 def normalise(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
-    """uint8 [N, H, W, C] → float32, (pixel / 255 − mean) / std per channel."""
-    offset, scale = 255.0 * jnp.asarray(mean, jnp.float32), 1 / (255.0 * jnp.asarray(std, jnp.float32))
+    """Normalise uint8 [N, H, W, C] → float32, (pixel / 255 − mean) / std per channel."""
+    offset = 255.0 * jnp.asarray(mean, jnp.float32)
+    scale = 1 / (255.0 * jnp.asarray(std, jnp.float32))
     return (images.astype(jnp.float32) - offset) * scale
 
 
 def shift(images: jax.Array, corner: jax.Array, pad: int, mode: str) -> jax.Array:
-    """What lies at each `corner`, int [N, 2], of images with a border of `pad` pixels, [N, H, W, C] → same.
+    """Pad images by `pad` pixels and crop them at each `corner`, int [N, 2]: [N, H, W, C] → same.
 
-    The border is "zeros" or "reflect": the image mirrored at its outermost pixels, which are not repeated.
+    The border is "zeros" or "reflect": mirrored at the outermost pixels, which are not repeated.
     """
     border = ((0, 0), (pad, pad), (pad, pad), (0, 0))
     padded = jnp.pad(images, border, mode="reflect" if mode == "reflect" else "constant")
-    return jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (*at, 0), images.shape[1:]))(padded, corner)
+
+    def crop(image: jax.Array, at: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(image, (*at, 0), images.shape[1:])
+
+    return jax.vmap(crop)(padded, corner)
 
 
 def _draw_colours(key: jax.Array, n: int, deviation: float) -> jax.Array:
-    """float32 [n, 3], shifts of pixels in [0, 1] (Krizhevsky et al. 2012, section 4.1)."""
+    """Draw shifts, float32 [n, 3], of colours in [0, 1] (Krizhevsky et al. 2012, section 4.1)."""
     alpha = deviation * jax.random.normal(key, (n, 3))
     # Not a matrix product: TPUs and GPUs would round its factors.
     return (jnp.asarray(COLOUR_COMPONENTS) * (alpha * jnp.asarray(COLOUR_DEVIATIONS))[:, None]).sum(-1)
 
 
 def _draw_rectangles(key: jax.Array, n: int, h: int, w: int, probability: float) -> jax.Array:
-    """int32 [n, 2, 2]: the corners, before and behind, of what `erase` erases of images h × w; equal for nothing.
+    """Draw the rectangles for `erase` in n images h × w: int32 [n, 2, 2], first corner and end.
 
-    Zhong et al. 2017 with torchvision's numbers: area uniform, ratio log-uniform, the first of ten rectangles that
-    fits, if any.
+    The two are equal where nothing is erased. Zhong et al. 2017 with torchvision's numbers: area
+    uniform, ratio log-uniform, the first of ten rectangles that fits, if any.
     """
     keys = jax.random.split(key, 4)
     area = h * w * jax.random.uniform(keys[0], (n, 10), minval=ERASED_AREA[0], maxval=ERASED_AREA[1])
     low, high = map(math.log, ERASED_RATIO)
     ratio = jnp.exp(jax.random.uniform(keys[1], (n, 10), minval=low, maxval=high))
     sides = jnp.round(jnp.sqrt(jnp.stack([area * ratio, area / ratio], -1))).astype(jnp.int32)
-    whole = jnp.array([h, w])
-    fits = (sides < whole).all(-1)
+    limits = jnp.array([h, w])
+    fits = (sides < limits).all(-1)
     sides = jnp.take_along_axis(sides, fits.argmax(-1)[:, None, None], 1)[:, 0]
-    corner = jax.random.randint(keys[2], (n, 2), 0, jnp.maximum(whole - sides, 0) + 1)
+    corner = jax.random.randint(keys[2], (n, 2), 0, jnp.maximum(limits - sides, 0) + 1)
     erased = jax.random.bernoulli(keys[3], probability, (n,)) & fits.any(-1)
     return jnp.stack([corner, corner + sides * erased[:, None]], 1)
 
 
 def erase(images: jax.Array, rectangles: jax.Array) -> jax.Array:
-    """Each image 0 in its rectangle, int [N, 2, 2]: of normalised images the mean colour. Float [N, H, W, C] → same."""
-    inside = jax.vmap(_rectangle, (0, 0, None, None))(rectangles[:, 0], rectangles[:, 1], *images.shape[1:3])
+    """Set normalised images, float [N, H, W, C], to 0 in their rectangles, int [N, 2, 2]."""
+    low, high = rectangles[:, 0], rectangles[:, 1]
+    inside = jax.vmap(_rectangle, (0, 0, None, None))(low, high, *images.shape[1:3])
     return jnp.where(inside[..., None], 0.0, images)
 
 
 def _draw_some(key: jax.Array, count: int, share: float) -> jax.Array:
-    """That share of 0 … count − 1, rounded down as Composer's ColOut does, in order: int32."""
+    """Draw a share of 0 … count − 1, rounded down as in Composer's ColOut, in order: int32."""
     return jnp.sort(jax.random.permutation(key, count)[: max(1, int(share * count))])
 
 
 def _draw_weights(key: jax.Array, h: int, w: int, mixup: float, cutmix: float) -> Draws:
-    """The weight, for `mix`, of images h × w, and "kept", its mean: float32.
+    """Draw "weight", for `mix`, of images h × w, and "kept", its mean: float32.
 
-    `mixup` (Zhang et al. 2017) and `cutmix` (Yun et al. 2019) are their α, 0 for never; of both, each batch has one,
-    with probability ½. The weight, one for the batch, is drawn from Beta(α, α); CutMix's then becomes 1 for the pixels
-    that are left, 0 for the partner's.
+    `mixup` (Zhang et al. 2017) and `cutmix` (Yun et al. 2019) are their α, 0 for never; with both,
+    each batch has either with probability ½. A batch has one weight, from Beta(α, α); CutMix makes
+    it 1 for an image's own pixels and 0 for its partner's.
     """
     choice_key, mixup_key, cutmix_key, centre_key = jax.random.split(key, 4)
     weight = kept = jnp.ones(())
     if mixup:
         weight = kept = jax.random.beta(mixup_key, mixup, mixup)
     if cutmix:
-        whole = jnp.array([h, w])
+        sides = jnp.array([h, w])
         share = 1 - jax.random.beta(cutmix_key, cutmix, cutmix)
-        half = (0.5 * jnp.sqrt(share) * whole).astype(jnp.int32)
-        centre = jax.random.randint(centre_key, (2,), 0, whole)
+        half = (0.5 * jnp.sqrt(share) * sides).astype(jnp.int32)
+        centre = jax.random.randint(centre_key, (2,), 0, sides)
         outside = 1.0 - _rectangle(centre - half, centre + half, h, w)[..., None]
         cuts = jax.random.bernoulli(choice_key) if mixup else True
-        weight, kept = jnp.where(cuts, outside, weight), jnp.where(cuts, outside.mean(), kept)
+        weight = jnp.where(cuts, outside, weight)
+        kept = jnp.where(cuts, outside.mean(), kept)
     return {"weight": weight, "kept": kept}
 
 
 def _rectangle(low: jax.Array, high: jax.Array, height: int, width: int) -> jax.Array:
-    """bool [height, width]: whether a pixel is at or after the corner `low` and before `high`, both (row, column)."""
+    """Mark pixels from corner `low` to before `high`, each (row, column): bool [height, width]."""
     rows, columns = jnp.arange(height)[:, None], jnp.arange(width)
     return (rows >= low[0]) & (rows < high[0]) & (columns >= low[1]) & (columns < high[1])

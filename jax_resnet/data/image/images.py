@@ -1,4 +1,4 @@
-"""One image at a time, on the host: bytes to uint8 pixels, crops, sizes."""
+"""Decode, crop and resize one image at a time, on the host."""
 
 import contextlib
 import math
@@ -14,7 +14,8 @@ from PIL import Image
 from jax_resnet.data.image.decoders import Jpeg
 
 cv2.setNumThreads(0)  # the loader's own threads work on different batches
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # what cannot be decoded is reported by its name
+# The caller reports an image that cannot be decoded, with its name.
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
 
 # ITU-R BT.601 luma, the weights that PIL, OpenCV and TensorFlow use for grey.
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
@@ -22,17 +23,22 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _OPENCV = {"bilinear": cv2.INTER_LINEAR, "bicubic": cv2.INTER_CUBIC}
 
 _JPEG = b"\xff\xd8\xff"
-_BEFORE_IMAGE = re.compile(rb"\xff[\xe0-\xef\xfe]")  # marks of a JPEG's applications and comments: EXIF is one
+# Markers of a JPEG's application data, as EXIF, and comments.
+_BEFORE_IMAGE = re.compile(rb"\xff[\xe0-\xef\xfe]")
 
+# EXIF orientations of images that are stored bottom up, from right to left, and by columns.
+_BOTTOM_UP = (3, 4, 7, 8)
+_RIGHT_TO_LEFT = (2, 3, 6, 7)
+_TRANSPOSED = (5, 6, 7, 8)
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 
 
 class Sampling(NamedTuple):
-    """How pixels are taken from an image of another size."""
+    """Options of `resize`. Antialiasing gives Pillow's pixels, at ten times the cost."""
 
     interpolation: str = "bilinear"  # or bicubic
-    antialias: bool = False  # as Pillow does it, whose very pixels these are then, at ten times the cost
+    antialias: bool = False
 
 
 FAST = Sampling()
@@ -41,22 +47,27 @@ FAST = Sampling()
 def decode(
     data: bytes, channels: int, choose: Callable[[int, int], Box] | None = None, decoder: str = "simplejpeg"
 ) -> np.ndarray:
-    """An encoded image (JPEG, PNG, or what else OpenCV reads) as uint8 [H, W, channels], turned as its EXIF says.
+    """Decode an image (JPEG, PNG or another that OpenCV reads), upright by its EXIF.
 
-    With `choose`, called once, only the box `choose(H, W)` of that: the same pixels by every decoder. "turbojpeg" does
-    not decode all of a JPEG for them, and does not notice damage that lies behind them in the file.
+    Returns uint8 [H, W, channels], or with `choose`, which is called once, only the box
+    `choose(H, W)`: the same pixels by every decoder. For a box, "turbojpeg" does not decode all of
+    a JPEG, and does not notice damage behind it in the file.
 
-    Alpha is left out, whatever it hides; of 16 bits a PNG keeps the high 8; CMYK is taken as Adobe writes it, inverted.
-    Raises ValueError for what is no image, or only a part of one.
+    Alpha is dropped; 16 bits become the high 8; CMYK is read as Adobe writes it, inverted. Raises
+    ValueError for data that is not an image, or is truncated.
     """
     if choose is None:
         return _decode_whole(data, channels)
     box = None
     if decoder == "turbojpeg" and data[:3] == _JPEG:
-        with contextlib.suppress(ValueError):  # the whole of it will tell whether it is an image
-            jpeg, orientation = Jpeg(data), _jpeg_orientation(data)
-            turned = orientation >= 5
-            box = choose(jpeg.width, jpeg.height) if turned else choose(jpeg.height, jpeg.width)
+        # After an error the full image is decoded below, which raises if it is damaged.
+        with contextlib.suppress(ValueError):
+            jpeg = Jpeg(data)
+            orientation = _jpeg_orientation(data)
+            height, width = jpeg.height, jpeg.width
+            if orientation in _TRANSPOSED:
+                height, width = width, height
+            box = choose(height, width)
             pixels = jpeg.region(_as_stored(box, jpeg.height, jpeg.width, orientation), channels)
             return _upright(pixels, orientation)
     image = _decode_whole(data, channels)
@@ -68,8 +79,9 @@ def _decode_whole(data: bytes, channels: int) -> np.ndarray:
     if data[:3] == _JPEG:
         try:
             image = simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY")
-        except ValueError as e:  # for one, that it is CMYK
-            if "premature end" in str(e).lower():  # OpenCV would fill up with grey
+        except ValueError as e:  # CMYK, for one
+            # OpenCV would fill the rest of a truncated image with grey.
+            if "premature end" in str(e).lower():
                 raise ValueError(f"not an image that can be decoded: {e} ({len(data)} bytes)") from None
         else:
             return _upright(image, _jpeg_orientation(data))
@@ -82,7 +94,7 @@ def _decode_whole(data: bytes, channels: int) -> np.ndarray:
 
 
 def _jpeg_orientation(data: bytes) -> int:
-    """What a JPEG's EXIF says of its orientation, 1 … 8; where it says nothing, 1: upright."""
+    """Read the orientation, 1 … 8, from a JPEG's EXIF; 1, upright, where it has none."""
     at = 2
     while _BEFORE_IMAGE.match(data, at):
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4])
@@ -105,29 +117,32 @@ def _tiff_orientation(tiff: bytes) -> int:
 
 
 def _upright(image: np.ndarray, orientation: int) -> np.ndarray:
-    """Undoes an EXIF orientation of an image [H, W, C]."""
-    if orientation == 1:
-        return image
-    if orientation >= 5:
+    """Undo an EXIF orientation of an image [H, W, C]."""
+    if orientation in _TRANSPOSED:
         image = image.swapaxes(0, 1)
-    rows, columns = (-1 if orientation in which else 1 for which in ((3, 4, 7, 8), (2, 3, 6, 7)))
-    return np.ascontiguousarray(image[::rows, ::columns])
+    if orientation in _BOTTOM_UP:
+        image = image[::-1]
+    if orientation in _RIGHT_TO_LEFT:
+        image = image[:, ::-1]
+    return image if orientation == 1 else np.ascontiguousarray(image)
 
 
 def _as_stored(box: Box, height: int, width: int, orientation: int) -> Box:
-    """Where a box of the upright image lies in the stored one, of that height and width."""
+    """Map a box of the upright image to the stored one, of that height and width."""
     top, left, h, w = box
-    if orientation >= 5:
+    if orientation in _TRANSPOSED:
         height, width = width, height
-    if orientation in (3, 4, 7, 8):
+    if orientation in _BOTTOM_UP:
         top = height - top - h
-    if orientation in (2, 3, 6, 7):
+    if orientation in _RIGHT_TO_LEFT:
         left = width - left - w
-    return (left, top, w, h) if orientation >= 5 else (top, left, h, w)
+    if orientation in _TRANSPOSED:
+        return left, top, w, h
+    return top, left, h, w
 
 
 def with_channels(images: np.ndarray, channels: int) -> np.ndarray:
-    """uint8 [..., 1 or 3] → uint8 [..., channels]: grey is repeated, colour weighted to grey."""
+    """Convert uint8 [..., 1 or 3] → uint8 [..., channels]: repeat grey, or weight the colours."""
     if images.shape[-1] == channels:
         return images
     if channels == 3:
@@ -136,9 +151,10 @@ def with_channels(images: np.ndarray, channels: int) -> np.ndarray:
 
 
 def resize(image: np.ndarray, height: int, width: int, sampling: Sampling = FAST) -> np.ndarray:
-    """uint8 [H, W, C] → uint8 [height, width, C].
+    """Resize uint8 [H, W, C] → uint8 [height, width, C].
 
-    Without antialiasing, an image that is n times as large on both sides, or more, is first averaged over n × n pixels.
+    Without antialiasing, an image at least n times as large on both sides is first averaged over
+    n × n pixels.
     """
     if image.shape[:2] == (height, width):
         return image
@@ -146,8 +162,10 @@ def resize(image: np.ndarray, height: int, width: int, sampling: Sampling = FAST
         pillow = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
         resized = np.asarray(pillow.resize((width, height), Image.Resampling[sampling.interpolation.upper()]))
     else:
-        shrunk, n = image, min(image.shape[0] // height, image.shape[1] // width)
-        if n > 1:  # OpenCV is fast at whole numbers; what is left over at the far sides is less than a pixel
+        shrunk = image
+        n = min(image.shape[0] // height, image.shape[1] // width)
+        # OpenCV is fast at integral factors; the rest at the far sides is less than a pixel.
+        if n > 1:
             rows, columns = image.shape[0] // n, image.shape[1] // n
             shrunk = cv2.resize(image[: n * rows, : n * columns], (columns, rows), interpolation=cv2.INTER_AREA)
         resized = cv2.resize(shrunk, (width, height), interpolation=_OPENCV[sampling.interpolation])
@@ -155,7 +173,7 @@ def resize(image: np.ndarray, height: int, width: int, sampling: Sampling = FAST
 
 
 def resize_and_center_crop(image: np.ndarray, size: int, crop: float, sampling: Sampling = FAST) -> np.ndarray:
-    """Resizes the short side to size / crop, keeps the size × size pixels at the centre: the usual evaluation."""
+    """Resize the short side to size / crop and crop the central size × size pixels."""
     height, width = image.shape[:2]
     scale = max(size, round(size / crop)) / min(height, width)
     image = resize(image, max(size, round(height * scale)), max(size, round(width * scale)), sampling)
@@ -166,12 +184,13 @@ def resize_and_center_crop(image: np.ndarray, size: int, crop: float, sampling: 
 def random_box(
     height: int, width: int, area: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> Box:
-    """A box of random area and aspect in an image of that size (Szegedy et al. 2014, section 6).
+    """Draw a box of random area and aspect in an image (Szegedy et al. 2014, section 6).
 
-    Ten tries at a rectangle that fits, area share uniform, aspect log-uniform; then the largest centred one whose
-    aspect is allowed.
+    Try ten rectangles, area share uniform, aspect log-uniform, for one that fits; then take the
+    largest centred one whose aspect is allowed.
     """
-    draws = rng.random(22).tolist()  # numpy on ten numbers costs ten times what Python does
+    # For ten numbers, arithmetic in numpy takes ten times as long as in Python.
+    draws = rng.random(22).tolist()
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for share, turn in zip(draws[:10], draws[10:20], strict=True):
         pixels = height * width * (area[0] + (area[1] - area[0]) * share)
@@ -187,12 +206,14 @@ def random_box(
 def resized_box(
     height: int, width: int, sides: tuple[float, float], rng: np.random.Generator, *, stretched: bool
 ) -> Box:
-    """What a random square is, before resizing, of an image that is first resized to some number of times its side.
+    """Draw the box of an image that becomes a random square crop of the resized image.
 
-    That number, at least 1, is uniform in `sides`, for the image's short side (Simonyan & Zisserman 2014, section 3.1);
-    `stretched`: for both (Kolesnikov et al. 2019). The place is uniform too.
+    The image's short side is resized to a multiple of the crop's side, at least 1 and uniform in
+    `sides` (Simonyan & Zisserman 2014, section 3.1); if `stretched`, both sides (Kolesnikov et al.
+    2019). The position is uniform too.
     """
     size, down, right = rng.random(3).tolist()
-    times = sides[0] + (sides[1] - sides[0]) * size
-    h, w = (max(1, round(side / times)) for side in ((height, width) if stretched else 2 * (min(height, width),)))
+    multiple = sides[0] + (sides[1] - sides[0]) * size
+    resized = (height, width) if stretched else 2 * (min(height, width),)
+    h, w = (max(1, round(side / multiple)) for side in resized)
     return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w

@@ -1,4 +1,4 @@
-"""Images and their labels, read by record number: in memory, or decoded when they are read."""
+"""Read images and labels by record number: from memory, or decoded when they are read."""
 
 import contextlib
 from abc import abstractmethod
@@ -16,7 +16,8 @@ from jax_resnet.data.image.pixels import CROPS, Pixels
 from jax_resnet.data.sampling import mirrored
 from jax_resnet.errors import UserError
 
-Records = Callable[[Sequence[int]], Iterable[tuple[bytes, int, str]]]  # record numbers → bytes, label and name of each
+# Record numbers → encoded image, label and name of each.
+Records = Callable[[Sequence[int]], Iterable[tuple[bytes, int, str]]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class ImageSplit(Split):
     @property
     @abstractmethod
     def original_size(self) -> tuple[int, int]:
-        """Height and width of an image as it is stored: the first one, where they differ."""
+        """Height and width of a stored image: the first one, where they differ."""
 
     @property
     def random(self) -> bool:
@@ -38,7 +39,8 @@ class ImageSplit(Split):
     def shape(self, size: int | None = None) -> tuple[int, int, int]:
         """Return height, width and channels of the images that `read` gives."""
         side = size or self.pixels.size
-        return (*((side, side) if side else self.original_size), self.pixels.channels)
+        height, width = (side, side) if side else self.original_size
+        return height, width, self.pixels.channels
 
     def element_spec(self, size: int | None = None, *, training: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
         """See Split. In training with flip_alternate an element also says whether it is mirrored."""
@@ -84,14 +86,14 @@ class ArraySplit(ImageSplit):
 
     def read(self, indices: np.ndarray, rngs: Rngs | None, size: int | None = None) -> Rows:
         """See Split."""
-        pixels, shape = self.pixels.at(size), self.shape(size)
-        found = image_ops.with_channels(self.images.take(indices, axis=0), self.pixels.channels)
-        if not pixels.leaves_alone(*found.shape[1:3], training=rngs is not None):
-            images = np.empty((len(indices), *shape), np.uint8)
-            for row, image in enumerate(found):
+        pixels = self.pixels.at(size)
+        images = image_ops.with_channels(self.images.take(indices, axis=0), pixels.channels)
+        if not pixels.leaves_alone(*images.shape[1:3], training=rngs is not None):
+            stored = images
+            images = np.empty((len(indices), *self.shape(size)), np.uint8)
+            for row, image in enumerate(stored):
                 images[row] = pixels.of_image(image, rngs[row] if rngs else None)
-            found = images
-        return Rows({"image": found, "label": self.labels[indices]}, {})
+        return Rows({"image": images, "label": self.labels[indices]}, {})
 
 
 @dataclass(frozen=True)
@@ -121,28 +123,35 @@ class EncodedSplit(ImageSplit):
 
     def read(self, indices: np.ndarray, rngs: Rngs | None, size: int | None = None) -> Rows:
         """See Split."""
-        pixels, shape = self.pixels.at(size), self.shape(size)
-        images, labels = np.empty((len(indices), *shape), np.uint8), np.empty(len(indices), np.int32)
+        pixels = self.pixels.at(size)
+        images = np.empty((len(indices), *self.shape(size)), np.uint8)
+        labels = np.empty(len(indices), np.int32)
         broken: dict[int, tuple[str, str]] = {}
         for row, (data, label, name) in enumerate(self.records(indices.tolist())):
             if not 0 <= label < self.num_classes:
-                raise UserError(
-                    f"{self.name} split: {name} has label {label}; labels must lie in 0 … {self.num_classes - 1}"
-                )
+                allowed = f"labels must lie in 0 … {self.num_classes - 1}"
+                raise UserError(f"{self.name} split: {name} has label {label}; {allowed}")
             labels[row] = label
             try:
                 images[row] = pixels.of_bytes(data, rngs[row] if rngs else None)
             except ValueError as e:
-                images[row], broken[row] = 0, (name, str(e))
+                images[row] = 0
+                broken[row] = name, str(e)
         return Rows({"image": images, "label": labels}, broken)
 
 
 def in_memory(
-    name: str, images: np.ndarray, labels: np.ndarray, num_classes: int, c: ConfigDict, source: str
+    name: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+    num_classes: int,
+    config: ConfigDict,
+    source: str,
 ) -> ArraySplit:
-    """A split of images uint8 [N, H, W(, 1 or 3)] and labels [N]; `c` is config.data.image.
+    """Make a split of images uint8 [N, H, W(, 1 or 3)] and labels [N].
 
-    Raises UserError, naming `source`, for images or labels of another form.
+    `config` is config.data.image. Raises UserError, naming `source`, for images or labels of
+    another form.
     """
     if images.ndim == 3:
         images = images[..., None]
@@ -158,24 +167,34 @@ def in_memory(
             f"{source}: {name} label {labels[bad[0]]} of record {bad[0]} is out of range; "
             f"labels must lie in 0 … {num_classes - 1}"
         )
-    size = c.size
-    if size is None and c.crop in CROPS:
+    size = config.size
+    if size is None and config.crop in CROPS:
         size = images.shape[1]
         if images.shape[1] != images.shape[2]:
-            raise UserError(
-                f"{source}: {c.crop} crops are square, the images {images.shape[1:3]}; set config.data.image.size"
-            )
-    return ArraySplit(name, Pixels.of(c, size), images, labels.astype(np.int32))
+            shapes = f"{config.crop} crops are square, the images {images.shape[1:3]}"
+            raise UserError(f"{source}: {shapes}; set config.data.image.size")
+    return ArraySplit(name, Pixels.of(config, size), images, labels.astype(np.int32))
 
 
-def encoded(name: str, size: int, records: Records, num_classes: int, c: ConfigDict) -> EncodedSplit:
-    """A split of encoded images. Raises UserError if the config has no size for them, or none can be read."""
-    if c.image.size is None:
+def encoded(
+    name: str,
+    size: int,
+    records: Records,
+    num_classes: int,
+    data: ConfigDict,
+) -> EncodedSplit:
+    """Make a split of `size` encoded images; `data` is config.data.
+
+    Raises UserError if the config has no size for them, or the first cannot be read.
+    """
+    if data.image.size is None:
         raise UserError(
-            f"config.data.name={c.name}: its images differ in size, or are too many for memory; "
+            f"config.data.name={data.name}: its images differ in size, or are too many for memory; "
             "say which the network gets: --config.data.image.size=224"
         )
-    split = EncodedSplit(name, Pixels.of(c.image, c.image.size), size, records, num_classes)
+    pixels = Pixels.of(data.image, data.image.size)
+    split = EncodedSplit(name, pixels, size, records, num_classes)
+    # An error that all records share shows now, not after an epoch.
     if size:
-        split.read(np.zeros(1, np.int64), None)  # what is wrong with all of it shows now, not after an epoch
+        split.read(np.zeros(1, np.int64), None)
     return split
