@@ -14,6 +14,8 @@ from flax import nnx
 
 from jax_resnet.models.layers import avg_pool
 
+Layer = Callable[[jax.Array], jax.Array]
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -28,7 +30,7 @@ class Parts:
     groups: int = 1  # of the bottleneck's 3×3 convolution
     attention: Callable[[int], nnx.Module] | None = None  # (features), over the residual
     # It halves the image in place of a convolution's stride.
-    antialias: Callable[[jax.Array], jax.Array] | None = None
+    antialias: Layer | None = None
     zero_init_last: bool = False
     stride_in_1x1: bool = False
 
@@ -179,7 +181,7 @@ def _antialias(stride: int, parts: Parts) -> tuple[Callable[[jax.Array], jax.Arr
     return None, stride
 
 
-def _apply(layer: Callable[[jax.Array], jax.Array] | None, x: jax.Array) -> jax.Array:
+def _apply(layer: Layer | None, x: jax.Array) -> jax.Array:
     """Apply a layer that a block may lack."""
     return layer(x) if layer else x
 

@@ -29,7 +29,7 @@ def cost(function: Callable[..., Any], *args: Any) -> Cost:
 
 
 def _products(jaxpr: Any, times: int = 1) -> Iterator[tuple[int, int]]:
-    """Yield the output elements of each convolution and matrix product, and multiply-adds an element.
+    """Yield each convolution's and matrix product's output elements and multiply-adds for each.
 
     `times` counts how often `jaxpr` runs, which is more than once inside a scan.
     """

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-# He et al. 2015, "Delving deep into rectifiers", section 2.2: the normal is not truncated. fan_out is
-# the paper's backward form.
+# He et al. 2015, "Delving deep into rectifiers", section 2.2: the normal is not truncated.
+# fan_out is the paper's backward form.
 kaiming_normal = partial(nnx.initializers.variance_scaling, 2.0, distribution="normal")
 
 
@@ -55,7 +55,7 @@ def conv(
 
 
 class StandardisedConv(nnx.Conv):
-    """A convolution whose kernel is shifted and scaled to mean 0 and variance 1 for each output channel.
+    """A convolution whose kernel has mean 0 and variance 1 for each output channel.
 
     Qiao et al. 2019, "Micro-batch training with batch-channel normalization and weight
     standardization"; the epsilon is that of BiT (Kolesnikov et al. 2019). The kernel is
@@ -85,8 +85,8 @@ class StandardisedConv(nnx.Conv):
 class SqueezeExcite(nnx.Module):
     """A gate on each channel, computed from all channels' means by two linear layers, in float32.
 
-    Hu et al. 2017, section 3. The hidden layer has `ratio` times the channels, rounded to a multiple
-    of 8, at least 8.
+    Hu et al. 2017, section 3. The hidden layer has `ratio` times the channels, rounded to a
+    multiple of 8, at least 8.
     """
 
     def __init__(self, features: int, *, ratio: float = 1 / 16, rngs: nnx.Rngs):
@@ -134,7 +134,7 @@ class DropPath(nnx.Module):
         self.deterministic = False  # model.eval() sets it
 
     def __call__(self, examples: int, key: jax.Array) -> jax.Array:
-        """Draw the factors of the residuals, 0 or 1 / share kept: float32 [blocks, examples, 1, 1, 1]."""
+        """Draw the residuals' factors, 0 or 1 / share kept: float32 [blocks, examples, 1, 1, 1]."""
         keep = jnp.array(self.keep)[:, None]
         kept = jax.random.bernoulli(key, keep, (len(self.keep), examples))
         return (kept / keep)[:, :, None, None, None]

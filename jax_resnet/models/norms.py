@@ -1,4 +1,4 @@
-"""Normalisation layers, which include the activation and compute in float32 for every input dtype."""
+"""Normalisation layers, which include the activation and compute in float32 for every dtype."""
 
 import math
 from typing import Any
@@ -14,14 +14,7 @@ class _Norm(nnx.Module):
     A norm computes in float32 for every input dtype and casts the result to that dtype once.
     """
 
-    def __init__(
-        self,
-        features: int,
-        *,
-        activation: bool = False,
-        zero_scale: bool = False,
-        epsilon: float = 1e-5,
-    ):
+    def __init__(self, features: int, *, activation: bool = False, zero_scale: bool = False, epsilon: float = 1e-5):
         self.scale = nnx.Param(jnp.zeros(features) if zero_scale else jnp.ones(features))
         self.bias = nnx.Param(jnp.zeros(features))
         self.activation = activation
@@ -41,14 +34,7 @@ class BatchNorm(_Norm):
     variance, as in torch.
     """
 
-    def __init__(
-        self,
-        features: int,
-        *,
-        group_size: int | None = None,
-        momentum: float = 0.9,
-        **options: Any,
-    ):
+    def __init__(self, features: int, *, group_size: int | None = None, momentum: float = 0.9, **options: Any):
         super().__init__(features, **options)
         self.mean = nnx.BatchStat(jnp.zeros(features))
         self.var = nnx.BatchStat(jnp.ones(features))
@@ -69,8 +55,8 @@ class BatchNorm(_Norm):
         if n % size:
             raise ValueError(f"a batch of {n} examples cannot be cut into batch-norm groups of {size}")
         grouped = x.reshape(n // size, size, h, w, c).astype(jnp.float32)
-        # The variance comes from one pass: XLA computes both sums where it produces the convolution's
-        # output. A second pass, over centred values, costs 40 % of the step on a TPU.
+        # The variance comes from one pass: XLA computes both sums where it produces the
+        # convolution's output. A second pass, over centred values, costs 40 % of the step on a TPU.
         mean = grouped.mean((1, 2, 3))
         var = jnp.maximum(jnp.square(grouped).mean((1, 2, 3)) - jnp.square(mean), 0.0)
         count = size * h * w

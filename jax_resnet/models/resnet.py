@@ -176,10 +176,11 @@ class ResNet(nnx.Module):
         return self.norm(x) if self.spec.preactivation else x
 
     def pyramid(self, images: jax.Array, *, rngs: nnx.Rngs | None = None) -> list[jax.Array]:
-        """Compute the output of each stage: [N, ⌈H/s⌉, ⌈W/s⌉, spec.channels[i]], s = spec.strides[i].
+        """Compute the output of each stage.
 
-        A stem that averages (antialias="avg") rounds odd sides down instead. A pre-activation
-        network's blocks end in a sum; the norm and activation that follow belong to the next block.
+        Stage i returns [N, ⌈H/s⌉, ⌈W/s⌉, spec.channels[i]] with s = spec.strides[i]; a stem that
+        averages (antialias="avg") rounds odd sides down instead. A pre-activation network's blocks
+        end in a sum; the norm and activation that follow belong to the next block.
         """
         x = self.stem(images.astype(self.dtype))
         scales: jax.Array | list[None] = [None] * sum(self.spec.depths)
