@@ -174,8 +174,8 @@ def _shortcut(in_features: int, out_features: int, stride: int, parts: Parts, *,
     return Shortcut(in_features, out_features, stride, parts, norm=norm)
 
 
-def _antialias(stride: int, parts: Parts) -> tuple[Callable[[jax.Array], jax.Array] | None, int]:
-    """Return what halves the image after a convolution, if anything, and the convolution's stride."""
+def _antialias(stride: int, parts: Parts) -> tuple[Layer | None, int]:
+    """Choose what halves the image after a convolution, if anything, and the stride of that."""
     if stride > 1 and parts.antialias:
         return parts.antialias, 1
     return None, stride

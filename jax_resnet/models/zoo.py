@@ -35,8 +35,8 @@ DEPTHS: dict[int, Choices] = {
 }
 
 # The letter after the depth names a variant. He et al. 2018, "Bag of tricks", figure 2: B (stride
-# on the 3×3) is this library's default; C has three 3×3 convolutions in the stem; D also averages in
-# the shortcuts. S is C with a wider stem, T is D with a tiered one.
+# on the 3×3) is this library's default; C has three 3×3 convolutions in the stem; D also averages
+# in the shortcuts. S is C with a wider stem, T is D with a tiered one.
 C: Choices = {"stem": "deep"}
 D: Choices = {"stem": "deep", "shortcut": "D"}
 S: Choices = {"stem": "deep", "stem_width": 128}
