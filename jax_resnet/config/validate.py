@@ -23,8 +23,7 @@ SCHEDULES = (
     "inverse_sqrt",
 )
 PARAMETER_KINDS = ("kernel", "norm", "bias")
-# Each rule has words for the message, a test and the keys that it applies to. None passes every
-# rule.
+# Each rule has words for the message, a test and the keys it applies to. None passes all of them.
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "at least 1",
@@ -217,25 +216,7 @@ def _check_image(image: ConfigDict) -> None:
             raise UserError(f"config.data.image.{key}={pair}: {rule}")
     if image.size:
         check_crop_resize(image, image.size)
-    operations = image.randaugment
-    if len(operations) != 2 or any(type(v) is not int or v < 0 for v in operations) or operations[1] > 30:
-        raise UserError(
-            f"config.data.image.randaugment={operations}: must be two whole numbers, operations and magnitude (0 … 30)"
-        )
-    timm = image.randaugment_timm
-    if len(timm) != 4 or type(timm[0]) is not int or min(timm) < 0 or timm[1] > 10 or timm[3] > 1:
-        raise UserError(
-            f"config.data.image.randaugment_timm={timm}: must be a whole number of operations, their magnitude "
-            "(0 … 10), its deviation and their probability"
-        )
-    policies = {
-        "randaugment": operations[0],
-        "randaugment_timm": timm[0],
-        "trivial_augment": image.trivial_augment,
-    }
-    chosen = [name for name, on in policies.items() if on]
-    if len(chosen) > 1:
-        raise UserError(f"config.data.image.{' and '.join(chosen)}: choose one of them")
+    _check_policies(image)
     if image.flip_alternate and not image.flip:
         raise UserError(
             "config.data.image.flip_alternate=True: which images are mirrored? None, with config.data.image.flip=False"
@@ -251,6 +232,25 @@ def _check_image(image: ConfigDict) -> None:
             f"config.data.image.color_jitter={jitter}: must be four numbers, not negative: brightness, contrast, "
             "saturation and hue, this at most 0.5"
         )
+
+
+def _check_policies(image: ConfigDict) -> None:
+    operations = image.randaugment
+    if len(operations) != 2 or any(type(v) is not int or v < 0 for v in operations) or operations[1] > 30:
+        raise UserError(
+            f"config.data.image.randaugment={operations}: must be two whole numbers, operations and magnitude (0 … 30)"
+        )
+    timm = image.randaugment_timm
+    if len(timm) != 4 or type(timm[0]) is not int or min(timm) < 0 or timm[1] > 10 or timm[3] > 1:
+        raise UserError(
+            f"config.data.image.randaugment_timm={timm}: must be a whole number of operations, their magnitude "
+            "(0 … 10), its deviation and their probability"
+        )
+    names = ("randaugment", "randaugment_timm", "trivial_augment")
+    enabled = (operations[0], timm[0], image.trivial_augment)
+    chosen = [name for name, on in zip(names, enabled, strict=True) if on]
+    if len(chosen) > 1:
+        raise UserError(f"config.data.image.{' and '.join(chosen)}: choose one of them")
 
 
 def check_crop_resize(image: ConfigDict, size: int) -> None:

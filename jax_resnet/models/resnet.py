@@ -110,7 +110,9 @@ class Stage(nnx.Module):
             setattr(self, f"block{i}", make_block(in_features, widths, stride, parts))
             in_features = widths[-1]
 
-    def __call__(self, x: jax.Array, scales: jax.Array | list[None]) -> jax.Array:
+    def __call__(self, x: jax.Array, scales: jax.Array | list[None] | None = None) -> jax.Array:
+        if scales is None:
+            scales = [None] * self.depth
         for i in range(self.depth):
             x = getattr(self, f"block{i}")(x, scales[i])
         return x
