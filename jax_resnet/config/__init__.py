@@ -1,4 +1,4 @@
-"""The config of a run: its defaults, what makes it trustworthy, and the command line that changes it."""
+"""The config of a run: its defaults, its validation, and the command line that changes it."""
 
 from jax_resnet.config.command_line import find_config, parse_flags
 from jax_resnet.config.defaults import default, duration, model_overrides

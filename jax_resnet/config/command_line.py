@@ -1,4 +1,4 @@
-"""The command line: which file a config is, its overrides, and one line for each mistake in them."""
+"""The command line: the config's file, its overrides, and one line for each mistake in them."""
 
 import re
 import sys
@@ -17,24 +17,28 @@ from jax_resnet.errors import UserError, did_you_mean
 
 
 def config_dirs() -> list[Path]:
-    """Return where the project's config files lie: inside the package in an installed wheel, else beside it.
+    """Return the folder of the project's config files: inside an installed package, else beside it.
 
-    What lies beside an installed package is another distribution's configs/.
+    A configs/ beside an installed package belongs to another distribution. The list is empty where
+    there is no such folder.
     """
     package = Path(__file__).resolve().parents[1]
-    inside, beside = package / "configs", package.parent / "configs"
-    return [d for d in ([inside] if inside.is_dir() else [beside]) if d.is_dir()]
+    folders = (package / "configs", package.parent / "configs")
+    return [folder for folder in folders if folder.is_dir()][:1]
 
 
 def find_config(path: str) -> str:
-    """The existing file that `path` (with an optional `:argument`) means; raises UserError with near names.
+    """Return the existing file that `path`, with an optional `:argument`, means.
 
-    Looked for as given, then in the project's configs/, with or without `.py`.
+    It is searched as it is, then in the project's configs/, with or without `.py`. Raises UserError
+    with near names if there is none.
     """
     name, colon, argument = path.partition(":")
-    inside = name.removeprefix("configs/")
-    found = [Path(name), *(d / inside for d in config_dirs() if not Path(inside).is_absolute())]
-    for candidate in found:
+    relative = name.removeprefix("configs/")
+    candidates = [Path(name)]
+    if not Path(relative).is_absolute():
+        candidates += [folder / relative for folder in config_dirs()]
+    for candidate in candidates:
         for file in (candidate, candidate.parent / f"{candidate.name}.py"):
             if file.is_file():
                 return f"{file}{colon}{argument}"
@@ -45,24 +49,20 @@ def find_config(path: str) -> str:
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the command line into `flags.FLAGS`; raises UserError with one line for any mistake in it.
+    """Parse the command line into `flags.FLAGS`; return the arguments that are no flags.
 
-    Of a duration's units (epochs, steps, examples) the one on the command line replaces the one in the file.
+    The unit of a duration (epochs, steps, examples) on the command line replaces that of the file.
+    Raises UserError with one line for any mistake.
     """
     keys = [key for key, _ in leaves(default())]
     try:
-        rest = flags.FLAGS(_with_found_config(list(argv)))
+        rest = flags.FLAGS(_find_config_flag(list(argv)))
     except UserError:
         raise
     except flags.UnrecognizedFlagError as e:
-        if e.flagname.startswith("config."):
-            raise UserError(f"--{e.flagname} needs a config to change: give --config=FILE") from None
-        meant = RENAMED.get(e.flagname, e.flagname)
-        prefixed = [k for k in keys if k == meant or k.endswith(f".{meant}")]
-        own = ["config", *(flag.name for flag in flags.FLAGS.get_flags_for_module(sys.argv[0]))]
-        hint = f"did you mean --config.{prefixed[0]}?" if prefixed else did_you_mean(e.flagname, own)
-        raise UserError(f"--{e.flagname}: no such flag; {hint}") from None
-    except (AttributeError, KeyError) as e:  # ml_collections, for a key that the config does not have
+        raise _unknown_flag(e.flagname, keys) from None
+    except (AttributeError, KeyError) as e:
+        # ml_collections raises these for a key that the config does not have.
         unknown = re.search(r"'(\w+)", str(e))
         mistyped = next((m[1] for a in argv if (m := re.match(r"--?config\.([\w.]+)", a)) and m[1] not in keys), None)
         if not unknown or not mistyped or unknown[1] not in mistyped:
@@ -88,7 +88,18 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def _with_found_config(argv: list[str]) -> list[str]:
+def _unknown_flag(name: str, keys: Sequence[str]) -> UserError:
+    if name.startswith("config."):
+        return UserError(f"--{name} needs a config to change: give --config=FILE")
+    meant = RENAMED.get(name, name)
+    for key in keys:
+        if key == meant or key.endswith(f".{meant}"):
+            return UserError(f"--{name}: no such flag; did you mean --config.{key}?")
+    own = ["config", *(flag.name for flag in flags.FLAGS.get_flags_for_module(sys.argv[0]))]
+    return UserError(f"--{name}: no such flag; {did_you_mean(name, own)}")
+
+
+def _find_config_flag(argv: list[str]) -> list[str]:
     for i, arg in enumerate(argv):
         if re.match(r"--?config=", arg):
             argv[i] = "--config=" + find_config(arg.partition("=")[2])
@@ -100,13 +111,13 @@ def _with_found_config(argv: list[str]) -> list[str]:
     return argv
 
 
-def _replace_units(c: ConfigDict, overrides: dict[str, Any]) -> None:
+def _replace_units(config: ConfigDict, overrides: dict[str, Any]) -> None:
     for key in overrides:
         parent, _, unit = key.rpartition(".")
         siblings = [u for u in UNITS if u != unit and f"{parent}.{u}" not in overrides]
-        if unit in UNITS and isinstance(get_key(c, parent), ConfigDict):
+        if unit in UNITS and isinstance(get_key(config, parent), ConfigDict):
             for sibling in siblings:
-                get_key(c, parent)[sibling] = None
+                get_key(config, parent)[sibling] = None
 
 
 def _config_file_fault(e: Exception) -> UserError:
@@ -115,15 +126,22 @@ def _config_file_fault(e: Exception) -> UserError:
         return UserError("--config: the file defines no get_config(), which must return the config")
     frames = traceback.extract_tb(e.__traceback__)
     last = next((frame for frame in reversed(frames) if "ml_collections" not in frame.filename), frames[-1])
-    file, line = (e.filename, e.lineno) if isinstance(e, SyntaxError) else (last.filename, last.lineno)
+    file: str | None = last.filename
+    line = last.lineno
+    if isinstance(e, SyntaxError):
+        file = e.filename
+        line = e.lineno
     kind = type(e).__name__
-    if "Traceback" in text:  # ml_collections hands on a fault of these types as text
+    if "Traceback" in text:
+        # ml_collections passes a TypeError and the like on as text.
         file, line = re.findall(r'File "([^"]+)", line (\d+)', text)[-1]
         kind, _, text = text.splitlines()[-1].partition(": ")
     missing = re.search(r"""['"](\w+)['"]""", text)
-    if last is not frames[-1] and missing:  # ml_collections knows a missing key by its last name
+    if last is not frames[-1] and missing:
+        # ml_collections names a missing key by its last part only.
         moved = [old for old in RENAMED if old.rpartition(".")[2] == missing[1]]
-        text = f"no key {missing[1]!r}; {moved[0]} is now {RENAMED[moved[0]]}" if moved else text
+        if moved:
+            text = f"no key {missing[1]!r}; {moved[0]} is now {RENAMED[moved[0]]}"
     return UserError(f"--config: {kind} in {file}, line {line}: {text}")
 
 
@@ -133,5 +151,7 @@ def _wrong_type(key: str, value: str, keys: Sequence[str]) -> UserError:
         return UserError(f"--config.{key}={value}: {key} is a group of keys; set one, such as --config.{inside[0]}")
     group, _, name = key.rpartition(".")
     parent = get_key(default(), group) if group else default()
-    example = f"; for example --config.{key}={parent[name]}" if parent[name] is not None else ""
-    return UserError(f"--config.{key}={value}: must be of type {parent.get_type(name).__name__}{example}")
+    message = f"--config.{key}={value}: must be of type {parent.get_type(name).__name__}"
+    if parent[name] is not None:
+        message += f"; for example --config.{key}={parent[name]}"
+    return UserError(message)

@@ -1,7 +1,7 @@
-"""The default config: every key there is, and what it means.
+"""The default config: every key and its meaning.
 
-A config file in configs/ calls `default()` and changes a few lines of it. Any value can be set on the command line,
-`--config.optimizer.learning_rate=0.4`; the type of the default is the type a value must have.
+A config file in configs/ calls `default()` and changes a few lines of it. Any value can be set on
+the command line, `--config.optimizer.learning_rate=0.4`, and must have the type of the default.
 """
 
 from typing import Any
@@ -11,177 +11,256 @@ from ml_collections.config_dict import placeholder
 
 
 def duration(epochs: float | None = None, steps: int | None = None, examples: int | None = None) -> ConfigDict:
-    """A length of training in exactly one of epochs, steps (optimizer updates) or examples."""
-    c = ConfigDict({"epochs": placeholder(float), "steps": placeholder(int), "examples": placeholder(int)})
-    c.epochs, c.steps, c.examples = epochs and float(epochs), steps, examples
-    return c
+    """Make a length of training in exactly one of epochs, steps (optimizer updates) or examples."""
+    units = {"epochs": placeholder(float), "steps": placeholder(int), "examples": placeholder(int)}
+    length = ConfigDict(units)
+    length.epochs = epochs and float(epochs)
+    length.steps = steps
+    length.examples = examples
+    return length
 
 
 def default() -> ConfigDict:
-    """Every key there is, with the value it has where a config file says nothing."""
-    c = ConfigDict()
-    c.seed = 0  # seeds the parameters, the order of the data and every augmentation
-    c.batch_size = 256  # examples in one update, over all devices
-    c.accumulate = 1  # parts in which a batch is computed, one after another, to save memory: the same update, but for
-    # what dropout and drop_path draw
-    c.train = duration(epochs=90)  # the whole schedule
-    c.stretch = 1.0  # the recipe made so many times as long: train, warmups and cooldown; all else is in shares of it
-    c.progressive = ()  # of training images: ((0, 128), (0.5, 224)) begins with 128 pixels a side, halfway come 224;
-    # a row may name a batch size too, (0, 128, 1024), in place of batch_size. Evaluation is at data.image.size
-    c.stop_after_steps = placeholder(int)  # leave at this step with a checkpoint; the schedule stays what it was
-    c.init_from = placeholder(str)  # weights to begin with: a file of safetensors or torch, a workdir, hf://ORG/NAME
-    c.freeze = ()  # parts that keep their weights and statistics: stem, stage1, …, norm, head
-    c.dtype = "auto"  # of activations: bfloat16 on TPU and GPU, float32 on CPU. The rest is always float32
-    c.log_every = 50  # steps
-    c.profile = placeholder(str)  # updates to trace, 100:105 both included, into WORKDIR/profile, for XProf
-    c.stuck_after = (
-        900.0  # seconds in which no step is done, four times so many where one is compiled: the process then
-    )
-    # ends, and says where each of its threads is. 0: it waits for ever
+    """Return every key with its default value; a None is explained in the key's comment."""
+    config = ConfigDict()
+    # The seed decides the first parameters, the order of the data and every augmentation.
+    config.seed = 0
+    config.batch_size = 256  # examples in one step, over all devices
+    # A batch is computed in so many parts, one after another, to save memory. The update is the
+    # same, except for the draws of dropout and drop_path.
+    config.accumulate = 1
+    config.train = duration(epochs=90)  # epochs, steps or examples
+    # The lengths of train, warmups and cooldown are multiplied by this factor. Boundaries, knots
+    # and progressive are shares of train and follow it.
+    config.stretch = 1.0
+    # Phases of (share of the training at which it begins, image size in pixels):
+    # ((0, 128), (0.5, 224)) trains at 128 pixels a side, from halfway on at 224. A third number,
+    # (0, 128, 1024), replaces batch_size. Evaluation is always at data.image.size.
+    config.progressive = ()
+    # The run leaves at this step with a checkpoint; its schedule is still that of train.
+    config.stop_after_steps = placeholder(int)
+    # Initial weights: a file of safetensors or torch, a workdir, or hf://ORG/NAME. None: random.
+    config.init_from = placeholder(str)
+    # Parts that keep their weights and statistics: stem, stage1, …, norm, head.
+    config.freeze = ()
+    # The dtype of activations, float32 or bfloat16. auto: bfloat16 on TPU and GPU, float32 on CPU.
+    # All else is float32.
+    config.dtype = "auto"
+    config.log_every = 50  # steps
+    # Steps to trace for XProf into WORKDIR/profile, first and last: 100:105. None: no trace.
+    config.profile = placeholder(str)
+    # A process that finishes no step in so many seconds (four times as many while it compiles)
+    # prints the stacks of its threads and ends. 0: it waits for ever.
+    config.stuck_after = 900.0
 
-    c.model = ConfigDict()
-    c.model.name = "resnet50"  # jax_resnet/models/zoo.py has the table; None below means: as the table says
-    c.model.num_classes = placeholder(int)  # None: as many as the data has
-    c.model.depths = placeholder(tuple)  # blocks of each stage
-    c.model.widths = placeholder(tuple)  # channels of the 3×3 convolutions of each stage
-    c.model.stem = placeholder(str)  # imagenet (7×7 stride 2), cifar (3×3), deep or tiered (three 3×3)
-    c.model.stem_width = placeholder(int)  # channels that the stem gives
-    c.model.stem_pool = placeholder(str)  # max, zero_max (a border of zeros), blur_max (then blurred) or conv
-    c.model.shortcut = placeholder(str)  # A (subsample, pad channels), B (projection) or D (average pool, projection)
-    c.model.attention = placeholder(str)  # se or eca
-    c.model.antialias = placeholder(str)  # avg or blur, in place of strides; blur_conv, before convolutions with one
-    c.model.norm = placeholder(str)  # batch, group, evonorm or frn
-    c.model.standardise = placeholder(bool)  # the kernels of convolutions (weight standardisation)
-    c.model.pool = placeholder(str)  # avg or max, over the last feature map
-    c.model.dropout = 0.0  # before the head
-    c.model.drop_path = 0.0  # share of the last block's residuals left out in training; earlier blocks' grows up to it
-    c.model.zero_init_last = placeholder(bool)  # start each block as the identity: scale 0 in its last norm
-    c.model.init = placeholder(str)  # fan_out or fan_in, of the convolutions' kernels
-    c.model.head_std = placeholder(float)  # of the head's kernel at the start; 0: zeros
-    c.model.head_prior = placeholder(bool)  # start the head's biases at −log(classes), for binary cross-entropy
-    c.model.bn_group_size = placeholder(int)  # consecutive examples that share statistics; None: the whole batch
-    c.model.bn_momentum = 0.9  # share of the old value a running statistic keeps each step
-    c.model.bn_epsilon = 1e-5
+    model = config.model = ConfigDict()
+    # jax_resnet/models/zoo.py has the table of names. None in a key of this group: as in the table.
+    model.name = "resnet50"
+    model.num_classes = placeholder(int)  # None: that of the dataset
+    model.depths = placeholder(tuple)  # blocks of each stage
+    model.widths = placeholder(tuple)  # channels of 3×3s, by stage
+    # imagenet (7×7, stride 2), cifar (3×3), deep or tiered (three 3×3).
+    model.stem = placeholder(str)
+    model.stem_width = placeholder(int)  # output channels of the stem
+    # max, zero_max (over a border of zeros), blur_max (then blurred) or conv.
+    model.stem_pool = placeholder(str)
+    # A (subsample, pad channels), B (projection) or D (average pool, projection).
+    model.shortcut = placeholder(str)
+    model.attention = placeholder(str)  # se or eca
+    # avg or blur in place of strides, or blur_conv before convolutions with a stride.
+    model.antialias = placeholder(str)
+    model.norm = placeholder(str)  # batch, group, evonorm or frn
+    model.standardise = placeholder(bool)  # weight standardisation
+    model.pool = placeholder(str)  # avg or max of the last feature map
+    model.dropout = 0.0  # probability, before the head
+    # The probability that an example skips the residual of the last block in training; it grows
+    # linearly over the blocks, from 0 in the first.
+    model.drop_path = 0.0
+    # Each block starts as the identity: scale 0 in its last norm.
+    model.zero_init_last = placeholder(bool)
+    model.init = placeholder(str)  # fan_out or fan_in, of convolutions
+    # The standard deviation of the head's kernel at the start. 0: zeros.
+    model.head_std = placeholder(float)
+    # The head's biases start at −log(classes), for binary cross-entropy.
+    model.head_prior = placeholder(bool)
+    # So many consecutive examples share statistics of batch norm. None: all of the batch.
+    model.bn_group_size = placeholder(int)
+    model.bn_momentum = 0.9  # share of the old value kept each step
+    model.bn_epsilon = 1e-5  # of other norms too
 
-    c.data = ConfigDict()
-    c.data.name = "imagenet2012"  # a TFDS name, folder:PATH, npz:PATH, prepared:PATH or digits
-    c.data.data_dir = placeholder(str)  # where TFDS keeps datasets; None: its own default
-    c.data.train_split = placeholder(str)  # None: train
-    c.data.eval_split = placeholder(str)  # None: validation where there is one, else test
-    c.data.holdout = 0.0  # share of each class kept for evaluation, for a folder without splits
-    c.data.repeats = 1  # times that a batch holds each of its records, augmented anew; an epoch then has fewer records
-    c.data.mixup = 0.0  # α of the weights' Beta(α, α); 0: none
-    c.data.threads = placeholder(int)  # batches read at once, in each process that reads. None: as processors, ≤ 8
-    c.data.workers = placeholder(int)  # processes that read encoded images; 0: this one. None: 0 below 16 processors
-    c.data.max_broken = 0.1  # share of images that may be undecodable: others take their places. More end the run
+    data = config.data = ConfigDict()
+    # A name in TFDS, folder:PATH, npz:PATH, prepared:PATH or digits.
+    data.name = "imagenet2012"
+    data.data_dir = placeholder(str)  # of TFDS; None: its own default
+    data.train_split = placeholder(str)  # None: train
+    data.eval_split = placeholder(str)  # None: validation, or else test
+    # The share of each class kept for evaluation, for a folder without splits.
+    data.holdout = 0.0
+    # A batch holds each of its records so many times, each augmented anew. An epoch then holds
+    # fewer records.
+    data.repeats = 1
+    data.mixup = 0.0  # α of its weights' Beta(α, α); 0: none
+    # Batches read at once in each reading process. None: the number of processors, at most 8.
+    data.threads = placeholder(int)
+    # Processes that read encoded images. 0: the training process. None: 0 below 16 processors.
+    data.workers = placeholder(int)
+    # An undecodable image is replaced by another. A larger share of them than this ends the run.
+    data.max_broken = 0.1
 
-    image = c.data.image = ConfigDict()  # what concerns images alone
-    image.size = placeholder(int)  # None: that of the images; what is kept in memory is stretched to it
-    image.channels = 3  # 1 or 3; grey images are repeated, coloured ones weighted (ITU-R 601)
+    image = data.image = ConfigDict()
+    # Pixels a side. None: the images' own size. Images kept in memory are stretched to it.
+    image.size = placeholder(int)
+    # 1 or 3. Grey images are repeated, coloured ones weighted (ITU-R 601).
+    image.channels = 3
     image.mean = (0.485, 0.456, 0.406)  # per channel, of pixels in [0, 1]
     image.std = (0.229, 0.224, 0.225)
-    image.crop = "random_resized"  # of training images; or scaled (short side to a size in crop_resize, a square of
-    # that), stretched (both sides to it, a square), pad (shifted by up to `pad`), none
-    image.crop_area = (0.08, 1.0)  # share of the image a random-resized crop covers
-    image.crop_ratio = (3 / 4, 4 / 3)  # its width over its height
-    image.crop_resize = (256, 480)  # pixels, at least size: of scaled and stretched
+    # The crop of training images: random_resized, scaled (short side to a size in crop_resize, then
+    # a square), stretched (both sides to that size, then a square), pad (shifted by up to `pad`
+    # pixels) or none.
+    image.crop = "random_resized"
+    image.crop_area = (0.08, 1.0)  # random_resized: share of the image
+    image.crop_ratio = (3 / 4, 4 / 3)  # random_resized: width / height
+    image.crop_resize = (256, 480)  # scaled, stretched: pixels, ≥ size
     image.interpolation = "bilinear"  # of every resize; or bicubic
-    image.antialias = False  # as Pillow and PyTorch's loaders: every pixel counts, at ten times the cost of resizing
+    # Resizing weights every pixel, as Pillow and PyTorch's loaders do, at ten times the cost.
+    image.antialias = False
     image.pad = 4  # pixels
-    image.pad_mode = "zeros"  # what lies beyond the border; or reflect
-    image.flip = True  # left-right, every other training image
-    image.flip_alternate = False  # each image in every other epoch rather than at random
-    image.randaugment = (0, 9)  # operations on each image, their magnitude (0 … 30 as in torchvision); (0, …): none
-    image.randaugment_timm = (0, 9.0, 0.5, 0.5)  # timm's: operations, magnitude (0 … 10), its deviation, and with what
-    # probability each is done: rand-m9-mstd0.5-inc1 is (2, 9.0, 0.5, 0.5)
-    image.trivial_augment = False  # one operation of any magnitude: torchvision's TrivialAugmentWide
-    image.augment_interpolation = "nearest"  # of what these shear and rotate; or bilinear
-    image.color_jitter = (0.0, 0.0, 0.0, 0.0)  # up to what share brightness, contrast, saturation, hue are changed
-    image.pca_noise = 0.0  # deviation of a shift of each image along the colours' principal components (AlexNet's)
-    image.colout = 0.0  # share of the rows, and of the columns, left out of a batch's images
-    image.erase = 0.0  # probability that a rectangle of an image gets the mean colour
-    image.cutmix = 0.0  # as data.mixup; with both, each batch has one of them, at random
-    image.eval_crop = 0.875  # evaluation: resize the short side to size / eval_crop, keep the centre
-    image.decoder = "auto"  # of JPEGs: turbojpeg, which decodes only what a crop needs, where there is one; simplejpeg
+    image.pad_mode = "zeros"  # or reflect
+    image.flip = True  # left-right, with probability 1/2
+    # Each image is mirrored in every other epoch rather than at random.
+    image.flip_alternate = False
+    # Operations on each image and their magnitude (0 … 30, torchvision's). (0, …): none.
+    image.randaugment = (0, 9)
+    # timm's operations, magnitude (0 … 10), its standard deviation and the probability of each
+    # operation: rand-m9-mstd0.5-inc1 is (2, 9.0, 0.5, 0.5).
+    image.randaugment_timm = (0, 9.0, 0.5, 0.5)
+    # One operation of random magnitude on each image: torchvision's TrivialAugmentWide.
+    image.trivial_augment = False
+    # The interpolation of what these three shear and rotate: nearest or bilinear.
+    image.augment_interpolation = "nearest"
+    # The largest changes of brightness, contrast, saturation and hue, as shares.
+    image.color_jitter = (0.0, 0.0, 0.0, 0.0)
+    # The standard deviation of a shift of each image along the colours' principal components
+    # (AlexNet's).
+    image.pca_noise = 0.0
+    # The share of the rows, and of the columns, left out of a batch's images.
+    image.colout = 0.0
+    # The probability that a rectangle of an image gets the mean colour.
+    image.erase = 0.0
+    # As data.mixup; with both, each batch has one of them at random.
+    image.cutmix = 0.0
+    # Evaluation resizes the short side to size / eval_crop and keeps the centre.
+    image.eval_crop = 0.875
+    # The decoder of JPEGs: turbojpeg, which decodes only what a crop needs, or simplejpeg. auto:
+    # turbojpeg if it is installed.
+    image.decoder = "auto"
 
-    c.loss = ConfigDict()
-    c.loss.name = "cross_entropy"  # or bce: binary cross-entropy for each class
-    c.loss.label_smoothing = 0.0
-    c.loss.bce_sum = False  # bce: the sum over classes rather than their mean
+    loss = config.loss = ConfigDict()
+    # cross_entropy, or bce: binary cross-entropy for each class.
+    loss.name = "cross_entropy"
+    loss.label_smoothing = 0.0  # share of the target spread over classes
+    loss.bce_sum = False  # bce: the sum over classes, not the mean
 
-    c.distill = ConfigDict()
-    c.distill.teacher = placeholder(str)  # weights, named as in init_from
-    c.distill.model = placeholder(str)  # the teacher's network; None: what its weights say
-    c.distill.temperature = 1.0
-    c.distill.alpha = 0.5  # share of the teacher's loss in the whole
+    distill = config.distill = ConfigDict()
+    distill.teacher = placeholder(str)  # weights, as in init_from
+    # The teacher's network. None: the one that its weights name.
+    distill.model = placeholder(str)
+    distill.temperature = 1.0
+    distill.alpha = 0.5  # share of the teacher's loss in the sum
 
-    c.optimizer = ConfigDict()
-    c.optimizer.name = "sgd"  # rmsprop, rmsprop_tf, adagrad, adam, adamw, lamb, lars, lion, adafactor; muon for hidden
-    # convolutions, with optimizer.rest for all else
-    c.optimizer.learning_rate = 0.1  # the peak, for a batch of reference_batch
-    c.optimizer.reference_batch = 256  # the rate is scaled by batch_size / reference_batch; 0: not scaled
-    c.optimizer.batch_scaling = "linear"  # or sqrt: by the root of that
-    c.optimizer.momentum = 0.9  # sgd, rmsprop, lars, muon: v ← m·v + g, w ← w − rate·v
-    c.optimizer.rate_in_momentum = False  # sgd, rmsprop, lars: v ← m·v + rate·g, w ← w − v: a new rate works on what
-    # comes, not on v
-    c.optimizer.nesterov = True  # sgd, lars, muon: w ← w − rate·(g + m·v)
-    c.optimizer.beta1 = 0.9  # adam, adamw, lamb, lion
-    c.optimizer.beta2 = 0.999  # adam, adamw, lamb, lion; the decay of rmsprop's mean square
-    c.optimizer.epsilon = 1e-8  # of all but sgd, lion and adafactor
-    c.optimizer.trust_coefficient = 1e-3  # lars
-    c.optimizer.newton_schulz_steps = 5  # muon
-    c.optimizer.rest = ConfigDict()
-    c.optimizer.rest.name = "adam"  # or sgd: with muon, of what is no hidden convolution
-    c.optimizer.rest.learning_rate = 1e-3  # its peak, likewise for a batch of reference_batch
-    c.optimizer.rest.momentum = 0.9  # sgd
-    c.optimizer.weight_decay = 1e-4
-    c.optimizer.decoupled = placeholder(bool)  # decay works on the weights, times the rate, not through the gradient.
-    # None: as published, for adamw, lamb, lion, adafactor and muon
-    c.optimizer.l1 = 0.0  # times the sign of a weight, added to the gradient of what no_decay does not cover
-    c.optimizer.no_decay = ("norm", "bias")  # parameters without decay: kernel, norm, bias, or a pattern of whole names
-    c.optimizer.rate_factors = ()  # (("head/.*", 10.0), …): kinds or patterns, and by what their rate is multiplied
-    c.optimizer.layer_decay = 1.0  # rate of each block over that of the next; the head has all of it
-    c.optimizer.clip_norm = 0.0  # most that the norm of all gradients together may be; 0: any
-    c.optimizer.clip_value = 0.0  # most that each number of them may be
-    c.optimizer.sam_rho = 0.0  # gradients from this far uphill (sharpness-aware minimisation); 0: from here
-    c.optimizer.sam_every = 1  # steps
+    optimizer = config.optimizer = ConfigDict()
+    # sgd, rmsprop, rmsprop_tf, adagrad, adam, adamw, lamb, lars, lion, adafactor, or muon for
+    # hidden convolutions with optimizer.rest for all else.
+    optimizer.name = "sgd"
+    optimizer.learning_rate = 0.1  # the peak, for reference_batch examples
+    # The rate is multiplied by batch_size / reference_batch (examples). 0: it is not scaled.
+    optimizer.reference_batch = 256
+    optimizer.batch_scaling = "linear"  # or sqrt: by the root of that
+    # sgd, rmsprop, lars, muon: v ← m·v + g, w ← w − rate·v.
+    optimizer.momentum = 0.9
+    # sgd, rmsprop, lars: v ← m·v + rate·g, w ← w − v, so that a new rate does not change v.
+    optimizer.rate_in_momentum = False
+    # sgd, lars, muon: w ← w − rate·(g + m·v).
+    optimizer.nesterov = True
+    optimizer.beta1 = 0.9  # adam, adamw, lamb, lion
+    # adam, adamw, lamb, lion; also the decay of rmsprop's mean square.
+    optimizer.beta2 = 0.999
+    optimizer.epsilon = 1e-8  # all but sgd, lion and adafactor
+    optimizer.trust_coefficient = 1e-3  # lars
+    optimizer.newton_schulz_steps = 5  # muon
+    rest = optimizer.rest = ConfigDict()
+    # adam or sgd: muon's partner, for all that is no hidden convolution.
+    rest.name = "adam"
+    rest.learning_rate = 1e-3  # the peak, for reference_batch examples
+    rest.momentum = 0.9  # sgd
+    optimizer.weight_decay = 1e-4
+    # Decay acts on the weights, times the rate, rather than through the gradient. None: as
+    # published, which is True for adamw, lamb, lion, adafactor and muon.
+    optimizer.decoupled = placeholder(bool)
+    # Times the sign of a weight, added to the gradient of what no_decay does not cover.
+    optimizer.l1 = 0.0
+    # Parameters without decay: kernel, norm, bias, or a pattern of full names.
+    optimizer.no_decay = ("norm", "bias")
+    # Kinds or patterns, and the factors of their rates: (("head/.*", 10.0), …).
+    optimizer.rate_factors = ()
+    # The rate of each block over that of the next; the head has the full rate.
+    optimizer.layer_decay = 1.0
+    optimizer.clip_norm = 0.0  # limit of the global norm; 0: none
+    optimizer.clip_value = 0.0  # limit of each element; 0: none
+    # Gradients are taken this far uphill (sharpness-aware minimisation). 0: at the weights.
+    optimizer.sam_rho = 0.0
+    optimizer.sam_every = 1  # steps
 
-    c.schedule = ConfigDict()
-    c.schedule.name = "cosine"  # constant, cosine, linear, polynomial, exponential, step, piecewise, one_cycle,
-    # inverse_sqrt: from the peak down
-    c.schedule.warmup = duration(epochs=5)  # linear from warmup_from × peak (one_cycle: half a cosine)
-    c.schedule.warmup_from = 0.0
-    c.schedule.cooldown = duration(epochs=0)  # at the end, linear to final × peak
-    c.schedule.final = 0.0  # what is left of the peak at the end, and at least after the warmup
-    c.schedule.power = 2.0  # polynomial
-    c.schedule.boundaries = (30 / 90, 60 / 90, 80 / 90)  # step: shares of the whole training, each ×factor
-    c.schedule.factor = 0.1
-    c.schedule.knots = ((0.0, 0.0), (0.2, 1.0), (1.0, 0.0))  # piecewise: shares of the training and of the peak; the
-    # warmup, which is in them, must be 0
+    schedule = config.schedule = ConfigDict()
+    # The decay from the peak: constant, cosine, linear, polynomial, exponential, step, piecewise,
+    # one_cycle or inverse_sqrt.
+    schedule.name = "cosine"
+    # Epochs, steps or examples: linear from warmup_from × peak (one_cycle: half a cosine).
+    schedule.warmup = duration(epochs=5)
+    schedule.warmup_from = 0.0
+    # Epochs, steps or examples at the end: linear to final × peak.
+    schedule.cooldown = duration(epochs=0)
+    # The share of the peak at the end, and at least after the warmup.
+    schedule.final = 0.0
+    schedule.power = 2.0  # polynomial
+    # step: shares of the training, at each of which the rate is multiplied by `factor`.
+    schedule.boundaries = (30 / 90, 60 / 90, 80 / 90)
+    schedule.factor = 0.1
+    # piecewise: shares of the training and of the peak. They include the warmup, which must be 0.
+    schedule.knots = ((0.0, 0.0), (0.2, 1.0), (1.0, 0.0))
 
-    c.ema = ConfigDict()
-    c.ema.decay = 0.0  # of a running average of weights and statistics, evaluated beside them; 0: none is kept
-    c.ema.every = 1  # steps between its updates
-    c.ema.warmup = duration(epochs=0)  # until then each update makes it a copy
-    c.ema.ramp = False  # decay at most (1 + n) / (10 + n) at the n-th update after that
+    ema = config.ema = ConfigDict()
+    # The decay of a running average of weights and statistics, evaluated beside them. 0: none.
+    ema.decay = 0.0
+    ema.every = 1  # steps between its updates
+    # Epochs, steps or examples during which each update copies the weights.
+    ema.warmup = duration(epochs=0)
+    # The decay is at most (1 + n) / (10 + n) at the n-th update after that.
+    ema.ramp = False
 
-    c.guard = ConfigDict()  # an update whose loss or gradients are not finite is skipped: all but the step stays
-    c.guard.max_skipped = 10  # so many skipped in a row end the run; 0: no guard, the run ends at the next report
+    # An update whose loss or gradients are not finite is skipped: only the step number changes.
+    config.guard = ConfigDict()
+    # So many skipped in a row end the run. 0: no guard; a loss that is not finite ends the run at
+    # the next report.
+    config.guard.max_skipped = 10
 
-    c.eval = ConfigDict()
-    c.eval.every = duration(epochs=1)
-    c.eval.batch_size = placeholder(int)  # None: batch_size
-    c.eval.mirror = False  # the mean of the logits of an image and its mirror image
+    config.eval = ConfigDict()
+    config.eval.every = duration(epochs=1)  # epochs, steps or examples
+    config.eval.batch_size = placeholder(int)  # examples; None: batch_size
+    # Logits are the mean of those of an image and its mirror image.
+    config.eval.mirror = False
 
-    c.checkpoint = ConfigDict()
-    c.checkpoint.every = duration(epochs=1)  # besides every evaluation and the last step
-    c.checkpoint.keep = 2  # the latest
-    c.checkpoint.keep_best = 1  # of those evaluated, besides
-    c.checkpoint.best_by = "accuracy_top1"  # or accuracy_top5, loss
-    c.checkpoint.keep_every = duration(epochs=0.0)  # one is saved, and stays, each time; 0: none
-    return c
+    checkpoint = config.checkpoint = ConfigDict()
+    # Epochs, steps or examples. Every evaluation and the last step are saved besides.
+    checkpoint.every = duration(epochs=1)
+    checkpoint.keep = 2  # latest checkpoints
+    checkpoint.keep_best = 1  # best of those evaluated, besides
+    checkpoint.best_by = "accuracy_top1"  # or accuracy_top5, loss
+    # Epochs, steps or examples after each of which one is saved and stays. 0: none.
+    checkpoint.keep_every = duration(epochs=0.0)
+    return config
 
 
-def model_overrides(c: ConfigDict) -> dict[str, Any]:
-    """What `config.model` changes of the named network, for `model_spec` and `create_model`; None: nothing."""
-    return {key: value for key, value in c.model.items() if key not in ("name", "num_classes")}
+def model_overrides(config: ConfigDict) -> dict[str, Any]:
+    """Return the fields of `config.model` for `model_spec` and `create_model`; None: no change."""
+    return {key: value for key, value in config.model.items() if key not in ("name", "num_classes")}

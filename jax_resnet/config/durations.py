@@ -1,4 +1,4 @@
-"""Lengths of training: in epochs, steps or examples, and as steps."""
+"""Lengths of training in epochs, steps or examples, converted to steps."""
 
 import re
 
@@ -15,33 +15,41 @@ MAY_BE_0 = ("schedule.warmup", "schedule.cooldown", "ema.warmup", "checkpoint.ke
 
 
 def in_steps(length: ConfigDict, what: str, *, batch_size: int, num_examples: int) -> float:
-    """The duration `length` in steps, not rounded.
+    """Convert the duration `length` to steps, not rounded.
 
-    Raises UserError naming `what` when not exactly one unit is given, or it is negative.
+    Raises UserError naming `what` unless exactly one unit is set, to a number that is not negative.
     """
-    given = {unit: length[unit] for unit in UNITS if length[unit] is not None}
-    if len(given) != 1:
-        found = " and ".join(f"{u}={v}" for u, v in given.items()) or "none of them"
+    set_units = {unit: length[unit] for unit in UNITS if length[unit] is not None}
+    if len(set_units) != 1:
+        settings = " and ".join(f"{u}={v}" for u, v in set_units.items()) or "none of them"
         raise UserError(
-            f"config.{what}: give exactly one of {', '.join(UNITS)}; found {found} "
+            f"config.{what}: give exactly one of {', '.join(UNITS)}; found {settings} "
             "(a config file sets it whole, with duration(steps=…))"
         )
-    ((unit, value),) = given.items()
+    ((unit, value),) = set_units.items()
     if not 0 <= value < 1e15:
         raise UserError(f"config.{what}.{unit}={value}: must be a number, not negative")
-    return {"epochs": value * num_examples / batch_size, "steps": value, "examples": value / batch_size}[unit]
+    if unit == "epochs":
+        return value * num_examples / batch_size
+    if unit == "examples":
+        return value / batch_size
+    return value
 
 
 def traced_steps(profile: str) -> range:
-    """The updates that config.profile, "FIRST:LAST", names. Raises UserError if it names none."""
-    found = re.fullmatch(r"(\d+):(\d+)", profile)
-    first, last = map(int, found.groups()) if found else (0, 0)
-    if not 1 <= first <= last:
-        raise UserError(f"config.profile={profile}: must be the first and the last update to trace, such as 100:105")
-    return range(first, last + 1)
+    """Parse config.profile, "FIRST:LAST", as updates. Raises UserError if it names none."""
+    if match := re.fullmatch(r"(\d+):(\d+)", profile):
+        first, last = map(int, match.groups())
+        if 1 <= first <= last:
+            return range(first, last + 1)
+    rule = "must be the first and the last update to trace, such as 100:105"
+    raise UserError(f"config.profile={profile}: {rule}")
 
 
-def phase_rows(c: ConfigDict) -> list[tuple[float, int | None, int]]:
-    """Of each phase the share of the training at which it begins, its image size (None: the data's), its batch size."""
-    rows = c.progressive or ((0.0, None),)
-    return [(begin, size, batch[0] if batch else c.batch_size) for begin, size, *batch in rows]
+def phase_rows(config: ConfigDict) -> list[tuple[float, int | None, int]]:
+    """List each phase's first share of the training, image size in pixels and batch size.
+
+    An image size of None is that of the data.
+    """
+    rows = config.progressive or ((0.0, None),)
+    return [(begin, size, *(batch or [config.batch_size])) for begin, size, *batch in rows]

@@ -1,4 +1,4 @@
-"""Keys of a config by their whole names, optimizer.learning_rate."""
+"""Keys of a config by their full names, such as optimizer.learning_rate."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from jax_resnet.errors import did_you_mean
 
-# Keys of earlier versions by their names today; config/stored.py has the version.
+# The current names of keys by their names in earlier versions; config/stored.py has the version.
 RENAMED = {"data.image_size": "data.image.size"} | {
     f"data.{name}": f"data.image.{name}"
     for name in (
@@ -19,34 +19,38 @@ RENAMED = {"data.image_size": "data.image.size"} | {
 
 
 def near_key(mistyped: str, keys: Sequence[str]) -> str:
-    """Return the whole key meant, also when it was renamed, or the group was left out or mistyped."""
+    """Suggest the full key, also where it was renamed or its group was left out or mistyped."""
     if mistyped in RENAMED:
         return f"it is now {RENAMED[mistyped]}"
-    groups = {key[:i] for key in keys for i, c in enumerate(key) if c == "."}
+    groups = {key[:i] for key in keys for i, char in enumerate(key) if char == "."}
     hint = did_you_mean(mistyped, [*keys, *groups])
     if hint.startswith("did you mean"):
         return hint
     last = mistyped.rpartition(".")[2]
     same = [k for k in keys if k.rpartition(".")[2] == last]
-    return f"did you mean {same[0]}?" if len(same) == 1 else did_you_mean(last, same or keys)
+    if len(same) == 1:
+        return f"did you mean {same[0]}?"
+    return did_you_mean(last, same or keys)
 
 
-def leaves(c: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield each key with its value, groups left out."""
-    for key in c:
-        if isinstance(c[key], ConfigDict):
-            yield from leaves(c[key], f"{prefix}{key}.")
+def leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each full key that is no group, with its value."""
+    for key in config:
+        if isinstance(config[key], ConfigDict):
+            yield from leaves(config[key], f"{prefix}{key}.")
         else:
-            yield prefix + key, c[key]
+            yield prefix + key, config[key]
 
 
-def get_key(c: ConfigDict, key: str) -> Any:
-    """Return the value, or group, of a whole key."""
+def get_key(config: ConfigDict, key: str) -> Any:
+    """Return the value, or group, of a full key."""
     for part in key.split("."):
-        c = c[part]
-    return c
+        config = config[part]
+    return config
 
 
 def as_tuples(value: Any) -> Any:
-    """Return lists, and those within, as tuples: JSON has none, and a config holds no lists."""
-    return tuple(map(as_tuples, value)) if isinstance(value, list | tuple) else value
+    """Convert lists, and lists inside them, to tuples: JSON has only lists, a config none."""
+    if isinstance(value, list | tuple):
+        return tuple(map(as_tuples, value))
+    return value

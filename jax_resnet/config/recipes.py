@@ -1,4 +1,4 @@
-"""What several published recipes have in common; the files in configs/ begin with it and say what is their own."""
+"""The common lines of published recipes, with which files in configs/ begin."""
 
 from collections.abc import Mapping
 from typing import TypeVar
@@ -15,54 +15,67 @@ V = TypeVar("V")
 
 
 def variant(what: str, name: str, variants: Mapping[str, V]) -> V:
-    """What `variants` has under `name`, a config file's argument. Raises UserError, naming `what`, for another."""
+    """Return the variant called `name`, a config file's argument.
+
+    Raises UserError, naming `what`, for an unknown name.
+    """
     choose(f"--config: {what} after the colon", name, variants)
     return variants[name]
 
 
 def imagenet(network: str, *, batch_size: int, epochs: float) -> ConfigDict:
-    """`network` on ImageNet at 224 pixels; rates are for this batch, and scaled with another."""
-    c = _recipe(network, batch_size)
-    c.train = duration(epochs=epochs)
-    c.data.name = "imagenet2012"
-    c.data.image.size = 224
-    return c
+    """Make a config for `network` on ImageNet at 224 pixels a side.
+
+    Learning rates are for `batch_size` examples, and scaled where a user changes it.
+    """
+    config = _recipe(network, batch_size)
+    config.train = duration(epochs=epochs)
+    config.data.name = "imagenet2012"
+    config.data.image.size = 224
+    return config
 
 
 def cifar(network: str, *, batch_size: int) -> ConfigDict:
-    """`network` on CIFAR-10: shifted by up to 4 pixels, mirrored; rates as for `imagenet`."""
-    c = _recipe(network, batch_size)
-    c.data.name = "cifar10"
-    image = c.data.image
-    image.crop, image.pad = "pad", 4
-    image.mean, image.std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-    c.eval.every = duration(epochs=4)
-    c.checkpoint.every = duration(epochs=4)
-    return c
+    """Make a config for `network` on CIFAR-10, images shifted by up to 4 pixels and mirrored.
+
+    Learning rates are as in `imagenet`.
+    """
+    config = _recipe(network, batch_size)
+    config.data.name = "cifar10"
+    image = config.data.image
+    image.crop = "pad"
+    image.pad = 4
+    image.mean = (0.4914, 0.4822, 0.4465)
+    image.std = (0.2470, 0.2435, 0.2616)
+    config.eval.every = duration(epochs=4)
+    config.checkpoint.every = duration(epochs=4)
+    return config
 
 
 def nvidia(network: str, *, batch_size: int, epochs: float) -> ConfigDict:
-    """NVIDIA DeepLearningExamples' ResNet-50 v1.5, for `network`.
+    """Make a config for `network` by the recipe of NVIDIA DeepLearningExamples' ResNet-50 v1.5.
 
-    Rate 0.256 for 256 images, momentum 0.875, 8 epochs of warmup, cosine to 0, decay 1/32768 on all but norms,
-    smoothing 0.1, kernels by fan-in.
+    Rate 0.256 for 256 images, momentum 0.875, 8 epochs of warmup, cosine to 0, decay 1/32768 on all
+    but norms, smoothing 0.1, kernels by fan-in.
     """
-    c = imagenet(network, batch_size=batch_size, epochs=epochs)
-    c.model.init = "fan_in"
-    c.optimizer.learning_rate, c.optimizer.reference_batch = 0.256, 256
-    c.optimizer.momentum = 0.875
-    c.optimizer.weight_decay = 1 / 32768
-    c.optimizer.no_decay = ("norm",)
-    c.schedule.warmup = duration(epochs=8)
-    c.loss.label_smoothing = 0.1
-    return c
+    config = imagenet(network, batch_size=batch_size, epochs=epochs)
+    config.model.init = "fan_in"
+    config.optimizer.learning_rate = 0.256
+    config.optimizer.reference_batch = 256
+    config.optimizer.momentum = 0.875
+    config.optimizer.weight_decay = 1 / 32768
+    config.optimizer.no_decay = ("norm",)
+    config.schedule.warmup = duration(epochs=8)
+    config.loss.label_smoothing = 0.1
+    return config
 
 
 def _recipe(network: str, batch_size: int) -> ConfigDict:
-    c = default()
-    c.model.name = network
-    model_spec(network)  # an unknown name is an error here already
-    c.batch_size = batch_size
-    c.optimizer.reference_batch = batch_size
-    c.optimizer.nesterov = False
-    return c
+    config = default()
+    config.model.name = network
+    # An unknown name is reported before anything is built.
+    model_spec(network)
+    config.batch_size = batch_size
+    config.optimizer.reference_batch = batch_size
+    config.optimizer.nesterov = False
+    return config

@@ -1,4 +1,4 @@
-"""A config as JSON in a workdir, and what may differ when its run goes on."""
+"""A config as JSON in a workdir, and the keys that may change when its run resumes."""
 
 import json
 from typing import Any
@@ -9,8 +9,9 @@ from jax_resnet.config.defaults import default
 from jax_resnet.config.keys import RENAMED, as_tuples, leaves
 from jax_resnet.errors import UserError
 
-VERSION = 2  # of a config's keys; one stored without a version is of version 1
-# Keys that are no more, by their names in version 2, and the values that were their defaults.
+# The version of a config's keys. A config stored without a version has version 1.
+VERSION = 2
+# Keys that were dropped, by their names in version 2, and their former defaults.
 DROPPED: dict[str, Any] = {
     "data.mix_until": 1.0,
     "gradient_sums": "auto",
@@ -21,7 +22,8 @@ DROPPED: dict[str, Any] = {
     "spread_optimizer": False,
 }
 
-# What may differ when a run goes on in its workdir: nothing here changes what is computed from whole files.
+# These keys may change when a run resumes. With intact files they do not change what is computed,
+# except that `accumulate` changes the draws of dropout and drop_path.
 MAY_CHANGE = (
     "stop_after_steps", "log_every", "stuck_after", "profile", "accumulate", "eval.every", "eval.batch_size",
     "checkpoint", "guard.max_skipped", "data.data_dir", "data.image.decoder", "data.threads", "data.workers",
@@ -30,12 +32,13 @@ MAY_CHANGE = (
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """One text for each key that differs in a way that changes what is computed: `batch_size: 128 there, 256 here`."""
-    a, b = dict(leaves(old)), dict(leaves(new))
+    """Describe each difference that is not in MAY_CHANGE: `batch_size: 128 there, 256 here`."""
+    olds = dict(leaves(old))
+    news = dict(leaves(new))
     return [
-        f"{key}: {a.get(key, 'absent')} there, {b.get(key, 'absent')} here"
-        for key in sorted(a.keys() | b.keys())
-        if as_tuples(a.get(key)) != as_tuples(b.get(key))
+        f"{key}: {olds.get(key, 'absent')} there, {news.get(key, 'absent')} here"
+        for key in sorted(olds.keys() | news.keys())
+        if as_tuples(olds.get(key)) != as_tuples(news.get(key))
         and not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
     ]
 
@@ -48,8 +51,8 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 def from_json(values: dict[str, Any]) -> ConfigDict:
     """Return the config that `to_json` wrote, now or in an earlier version.
 
-    Keys unknown to all versions are kept, and reported by `validate`. Raises UserError for the config of a newer
-    version, and for values of dropped keys that were not their defaults.
+    Keys unknown to all versions are kept, and reported by `validate`. Raises UserError for the
+    config of a newer version, and for values of dropped keys that were not their defaults.
     """
     version = values.get("version", 1)
     if version > VERSION:

@@ -1,1 +1,1 @@
-"""The networks: layers, residual blocks, the ResNet they make up, and the table of named variants."""
+"""The networks: layers, residual blocks, the ResNet they form, and the table of named variants."""

@@ -1,7 +1,8 @@
 """Residual blocks (He et al. 2015, 2016) and their shortcuts.
 
-A block maps [N, H, W, in_features] to [N, ⌈H/stride⌉, ⌈W/stride⌉, widths[-1]], where `widths` are the channels that its
-convolutions give. `scale`, [N, 1, 1, 1], multiplies the residual, if not None: stochastic depth.
+A block maps [N, H, W, in_features] to [N, ⌈H/stride⌉, ⌈W/stride⌉, widths[-1]], where `widths` are
+the channels that its convolutions give. `scale`, [N, 1, 1, 1], multiplies the residual if it is not
+None: stochastic depth, whose schedule over the blocks is made by `layers.DropPath`.
 """
 
 from collections.abc import Callable
@@ -13,38 +14,47 @@ from flax import nnx
 
 from jax_resnet.models.layers import avg_pool
 
+Layer = Callable[[jax.Array], jax.Array]
+
 
 @dataclass(frozen=True)
 class Parts:
-    """What the blocks of a stage are built from, with the network's choices filled in."""
+    """The layers and choices of the network that the blocks of a stage are built from."""
 
-    conv: Callable[..., nnx.Conv]  # (in_features, out_features, kernel_size, stride=, groups=)
-    norm: Callable[..., nnx.Module]  # (features, activation=, zero_scale=)
+    # They are called as conv(in_features, out_features, kernel_size, stride=, groups=) and
+    # norm(features, activation=, zero_scale=).
+    conv: Callable[..., nnx.Conv]
+    norm: Callable[..., nnx.Module]
     shortcut: str  # A, B or D
     shortcut_kernel: int = 1
     groups: int = 1  # of the bottleneck's 3×3 convolution
     attention: Callable[[int], nnx.Module] | None = None  # (features), over the residual
-    antialias: Callable[[jax.Array], jax.Array] | None = None  # halves the image, in place of a convolution's stride
+    # It halves the image in place of a convolution's stride.
+    antialias: Layer | None = None
     zero_init_last: bool = False
     stride_in_1x1: bool = False
 
 
 class Shortcut(nnx.Module):
-    """What the residual is added to when a block changes size or width.
+    """The path beside the residual in a block that changes size or width.
 
-    kind "A": every stride-th pixel, zeros for the new channels, half on either side (He et al. 2015, section 3.3; the
-    placing of the zeros is that of the usual CIFAR code). "B": strided 1×1 convolution and norm. "D": 2×2 average pool,
-    then 1×1 convolution and norm, so that no pixel is dropped (He et al. 2018, "Bag of tricks", section 4.2).
-    Pre-activation blocks leave out the norm. A wider kernel is used only with a stride.
+    kind "A": every stride-th pixel, zeros for the new channels, half on either side (He et al.
+    2015, section 3.3; the usual CIFAR code places the zeros so). "B": strided 1×1 convolution and
+    norm. "D": 2×2 average pool, then 1×1 convolution and norm, so that no pixel is dropped (He et
+    al. 2018, "Bag of tricks", section 4.2). Pre-activation blocks leave out the norm. A kernel
+    wider than 1×1 is used only with a stride.
     """
 
     def __init__(self, in_features: int, out_features: int, stride: int, parts: Parts, *, norm: bool):
-        self.kind, self.stride, self.new_channels = parts.shortcut, stride, out_features - in_features
+        self.kind = parts.shortcut
+        self.stride = stride
+        self.new_channels = out_features - in_features
         if self.kind not in ("A", "B", "D"):
             raise ValueError(f"shortcut {self.kind!r}: must be A, B or D")
         if self.kind != "A":
             kernel_size = parts.shortcut_kernel if stride > 1 else 1
-            self.conv = parts.conv(in_features, out_features, kernel_size, stride=1 if self.kind == "D" else stride)
+            conv_stride = 1 if self.kind == "D" else stride
+            self.conv = parts.conv(in_features, out_features, kernel_size, stride=conv_stride)
             if norm:
                 self.norm = parts.norm(out_features)
 
@@ -55,8 +65,7 @@ class Shortcut(nnx.Module):
             return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, self.new_channels - before)))
         if self.kind == "D" and self.stride > 1:
             x = avg_pool(x)
-        x = self.conv(x)
-        return self.norm(x) if hasattr(self, "norm") else x
+        return _apply(getattr(self, "norm", None), self.conv(x))
 
 
 class BasicBlock(nnx.Module):
@@ -64,8 +73,8 @@ class BasicBlock(nnx.Module):
 
     def __init__(self, in_features: int, widths: tuple[int, int], stride: int, parts: Parts):
         inner, out = widths
-        self.antialias = parts.antialias if stride > 1 else None
-        self.conv1 = parts.conv(in_features, inner, 3, stride=1 if self.antialias else stride)
+        self.antialias, conv_stride = _antialias(stride, parts)
+        self.conv1 = parts.conv(in_features, inner, 3, stride=conv_stride)
         self.norm1 = parts.norm(inner, activation=True)
         self.conv2 = parts.conv(inner, out, 3)
         self.norm2 = parts.norm(out, zero_scale=parts.zero_init_last)
@@ -74,23 +83,25 @@ class BasicBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
         y = self.norm1(self.conv1(x))
-        y = self.antialias(y) if self.antialias else y
+        y = _apply(self.antialias, y)
         y = self.norm2(self.conv2(y))
-        y = self.attention(y) if self.attention else y
-        return nnx.relu(_scaled(y, scale) + (self.shortcut(x) if self.shortcut else x))
+        y = _apply(self.attention, y)
+        return nnx.relu(_scaled(y, scale) + _apply(self.shortcut, x))
 
 
 class Bottleneck(nnx.Module):
     """1×1 reduce, 3×3, 1×1 expand by 4 (He et al. 2015, figure 5 right).
 
-    The stride sits on the 3×3 convolution ("v1.5", as in torchvision), or on the first 1×1 with `stride_in_1x1` (the
-    paper's v1).
+    The stride sits on the 3×3 convolution ("v1.5", as in torchvision), or on the first 1×1 with
+    `stride_in_1x1` (the paper's v1).
     """
 
     def __init__(self, in_features: int, widths: tuple[int, int, int], stride: int, parts: Parts):
         first, inner, out = widths
-        self.antialias = parts.antialias if stride > 1 else None
-        stride1, stride2 = (stride, 1) if parts.stride_in_1x1 else (1, 1 if self.antialias else stride)
+        self.antialias, stride2 = _antialias(stride, parts)
+        stride1 = 1
+        if parts.stride_in_1x1:
+            stride1, stride2 = stride, 1
         self.conv1 = parts.conv(in_features, first, 1, stride=stride1)
         self.norm1 = parts.norm(first, activation=True)
         self.conv2 = parts.conv(first, inner, 3, stride=stride2, groups=parts.groups)
@@ -103,14 +114,17 @@ class Bottleneck(nnx.Module):
     def __call__(self, x: jax.Array, scale: jax.Array | None = None) -> jax.Array:
         y = self.norm1(self.conv1(x))
         y = self.norm2(self.conv2(y))
-        y = self.antialias(y) if self.antialias else y
+        y = _apply(self.antialias, y)
         y = self.norm3(self.conv3(y))
-        y = self.attention(y) if self.attention else y
-        return nnx.relu(_scaled(y, scale) + (self.shortcut(x) if self.shortcut else x))
+        y = _apply(self.attention, y)
+        return nnx.relu(_scaled(y, scale) + _apply(self.shortcut, x))
 
 
 class PreActBasicBlock(nnx.Module):
-    """Norm and activation before each convolution (He et al. 2016, "Identity mappings", figure 4e); WRN's block too."""
+    """Two 3×3 convolutions, norm and activation before each; also the block of wide ResNets.
+
+    He et al. 2016, "Identity mappings in deep residual networks", figure 4e.
+    """
 
     def __init__(self, in_features: int, widths: tuple[int, int], stride: int, parts: Parts):
         inner, out = widths
@@ -124,7 +138,10 @@ class PreActBasicBlock(nnx.Module):
         active = self.norm1(x)
         y = self.conv1(active)
         y = self.conv2(self.norm2(y))
-        return _scaled(y, scale) + (self.shortcut(active) if self.shortcut else x)
+        y = _scaled(y, scale)
+        if self.shortcut:
+            x = self.shortcut(active)
+        return y + x
 
 
 class PreActBottleneck(nnx.Module):
@@ -145,13 +162,28 @@ class PreActBottleneck(nnx.Module):
         y = self.conv1(active)
         y = self.conv2(self.norm2(y))
         y = self.conv3(self.norm3(y))
-        return _scaled(y, scale) + (self.shortcut(active) if self.shortcut else x)
+        y = _scaled(y, scale)
+        if self.shortcut:
+            x = self.shortcut(active)
+        return y + x
 
 
 def _shortcut(in_features: int, out_features: int, stride: int, parts: Parts, *, norm: bool) -> Shortcut | None:
     if stride == 1 and in_features == out_features:
         return None
     return Shortcut(in_features, out_features, stride, parts, norm=norm)
+
+
+def _antialias(stride: int, parts: Parts) -> tuple[Layer | None, int]:
+    """Choose what halves the image after a convolution, if anything, and the stride of that."""
+    if stride > 1 and parts.antialias:
+        return parts.antialias, 1
+    return None, stride
+
+
+def _apply(layer: Layer | None, x: jax.Array) -> jax.Array:
+    """Apply a layer that a block may lack."""
+    return layer(x) if layer else x
 
 
 def _scaled(residual: jax.Array, scale: jax.Array | None) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Convolutions and maxima computed otherwise than XLA does by itself: the same numbers, but for rounding."""
+"""Convolutions and maxima in forms that are fast on CPUs: XLA's numbers, apart from rounding."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,61 +12,73 @@ from jax.sharding import Mesh, PartitionSpec
 from jax_resnet.models.layers import blurred_conv
 from jax_resnet.models.resnet import StemPool
 
-CACHE = 4 * 2**20  # bytes that a core finds close by
+CACHE_BYTES = 4 * 2**20  # of one core
 
 
 def for_cpu(model: nnx.Module, mesh: Mesh) -> nnx.Module:
-    """Have `model` compute otherwise what XLA is slow at on CPUs, convolutions and gradients of maxima; return it.
+    """Replace the convolutions and maxima of `model` by forms that are fast on CPUs; return it.
 
-    Of several devices in `mesh` each has its share of the rows of a batch.
+    Batches are sharded by rows over the devices of `mesh`.
     """
     product = partial(as_product, mesh=mesh if mesh.size > 1 else None)
     for _, module in nnx.iter_graph(model):
         if isinstance(module, nnx.Conv):
-            blurs = module.conv_general_dilated is blurred_conv
-            module.conv_general_dilated = partial(blurred_conv, conv=product) if blurs else product
+            if module.conv_general_dilated is blurred_conv:
+                module.conv_general_dilated = partial(blurred_conv, conv=product)
+            else:
+                module.conv_general_dilated = product
         if isinstance(module, StemPool):
             module.max_pool = max_pool_by_comparing
     return model
 
 
 def _with_gradient(forward: Callable[..., jax.Array], for_kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`forward` of x and a kernel, whose gradient is `for_kernel` of both and the gradient for what `forward` gives."""
+    """Return forward(x, kernel) with the kernel's gradient computed by for_kernel(x, kernel, grad).
 
-    def backward(given: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x, kernel = given
+    `grad` is the gradient of the output.
+    """
+
+    def backward(inputs: tuple[jax.Array, ...], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x, kernel = inputs
         (for_x,) = jax.vjp(lambda x: forward(x, kernel), x)[1](grad)
         return for_x, for_kernel(x, kernel, grad)
 
     with_gradient = jax.custom_vjp(forward)
-    with_gradient.defvjp(lambda *given: (forward(*given), given), backward)
+    with_gradient.defvjp(lambda *inputs: (forward(*inputs), inputs), backward)
     return with_gradient
 
 
 def as_product(
     x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, *, mesh: Mesh | None = None, **options: Any
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated` for x [N, H, W, C] and a kernel HWIO; a product of matrices where that is faster.
+    """Convolve x [N, H, W, C] with a kernel HWIO, by a matrix product where that is faster.
 
-    That is where the kernel sees one pixel, and where it is larger than the image that it gives: XLA:CPU then leaves
-    its fast path, forward or for the image's gradient, and takes 20 to 50 times as long. Elsewhere only the gradient
-    for the kernel is one, by parts of the batch: XLA:CPU transposes what it is computed from and, where channels are
-    few, uses one core (benchmarks/convolutions.py). The devices of `mesh` each go through the parts of their rows.
+    The arguments are those of `jax.lax.conv_general_dilated`, and `mesh`. The product is faster for
+    1×1 kernels, and for kernels larger than the output: XLA:CPU then leaves its fast path, forward
+    or for the image's gradient, and takes 20 to 50 times as long. For all others only the kernel's
+    gradient is a product, over parts of the batch: XLA:CPU transposes its operands and, where
+    channels are few, uses one core (benchmarks/convolutions.py). Each device of `mesh` computes the
+    parts of its own rows.
     """
 
     def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **options)
 
-    dilated = any(by not in (None, 1, (1, 1)) for by in (options.get("lhs_dilation"), options.get("rhs_dilation")))
-    if x.ndim != 4 or options.get("feature_group_count", 1) > 1 or isinstance(padding, str) or dilated:
+    dilations = (options.get("lhs_dilation"), options.get("rhs_dilation"))
+    dilated = any(dilation not in (None, 1, (1, 1)) for dilation in dilations)
+    grouped = options.get("feature_group_count", 1) > 1
+    if x.ndim != 4 or grouped or isinstance(padding, str) or dilated:
         return forward(x, kernel)
-    window, precision = kernel.shape[:2], options.get("precision")
-    spans = zip(x.shape[1:3], window, strides, padding, strict=True)
-    if window == (1, 1) or any((size + sum(pads) - of) // by + 1 < of for size, of, by, pads in spans):
-        seen = patches(x, window, strides, padding)
-        rows = seen.reshape(-1, seen.shape[-1])  # of more dimensions XLA:CPU transposes all for the kernel's gradient
-        found = jnp.matmul(rows, kernel.reshape(-1, kernel.shape[-1]), precision=precision)
-        return found.reshape(*seen.shape[:-1], -1)
+    window = kernel.shape[:2]
+    precision = options.get("precision")
+    sides = zip(x.shape[1:3], window, strides, padding, strict=True)
+    small = any((size + sum(pads) - k) // step + 1 < k for size, k, step, pads in sides)
+    if window == (1, 1) or small:
+        columns = patches(x, window, strides, padding)
+        # XLA:CPU transposes arrays of more dimensions for the kernel's gradient.
+        matrix = columns.reshape(-1, columns.shape[-1])
+        product = jnp.matmul(matrix, kernel.reshape(-1, kernel.shape[-1]), precision=precision)
+        return product.reshape(*columns.shape[:-1], -1)
     for_kernel: Callable[..., jax.Array] = partial(_for_kernel, strides=strides, padding=padding, precision=precision)
     if mesh:
         for_kernel = _summed_over(mesh, for_kernel)
@@ -74,14 +86,21 @@ def as_product(
 
 
 def patches(x: jax.Array, window: Any, strides: Any, padding: Any) -> jax.Array:
-    """What each pixel of a convolution's result is computed from: of x [N, H, W, C] [N, H', W', rows · columns · C]."""
+    """Gather the inputs of each output pixel of a convolution (im2col).
+
+    x [N, H, W, C] → [N, H', W', rows · columns · C], for a `window` of rows × columns.
+    """
     return jnp.concatenate(_moved(jnp.pad(x, ((0, 0), *padding, (0, 0))), window, strides), -1)
 
 
 def _moved(x: jax.Array, window: Any, strides: Any) -> list[jax.Array]:
-    """For each place in a window, row by row, what of x [N, H, W, C] lies there, in all windows: [N, H', W', C]."""
+    """List for each position in a window, row by row, the pixels of x at it in all windows.
+
+    x [N, H, W, C] → rows · columns arrays [N, H', W', C].
+    """
     down, right = strides
-    height, width = ((size - of) // by + 1 for size, of, by in zip(x.shape[1:3], window, strides, strict=True))
+    height = (x.shape[1] - window[0]) // down + 1
+    width = (x.shape[2] - window[1]) // right + 1
     return [
         x[:, i : i + down * (height - 1) + 1 : down, j : j + right * (width - 1) + 1 : right]
         for i in range(window[0])
@@ -90,9 +109,9 @@ def _moved(x: jax.Array, window: Any, strides: Any) -> list[jax.Array]:
 
 
 def max_pool_by_comparing(x: jax.Array, *, stride: int = 2, zero_padded: bool = False) -> jax.Array:
-    """`layers.max_pool`, whose gradient is found by comparing: it goes to the first of the largest in a window.
+    """Compute `layers.max_pool` with a gradient by comparison, to the first maximum in each window.
 
-    XLA:CPU finds that place anew, along with four arrays of integers that number all places.
+    XLA:CPU searches for the maximum again, with four arrays of integers that number all pixels.
     """
     border = 0 if zero_padded else -jnp.inf
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=border)
@@ -100,13 +119,14 @@ def max_pool_by_comparing(x: jax.Array, *, stride: int = 2, zero_padded: bool = 
     def forward(padded: jax.Array) -> jax.Array:
         return nnx.max_pool(padded, (3, 3), strides=(stride, stride))
 
-    def backward(given: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array]:
-        padded, largest = given
-        seen, back = jax.vjp(partial(_moved, window=(3, 3), strides=(stride, stride)), padded)
-        found, grads = jnp.zeros(largest.shape, bool), []
-        for of in seen:
-            grads.append(jnp.where((of == largest) & ~found, grad, 0))
-            found |= of == largest
+    def backward(residuals: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array]:
+        padded, largest = residuals
+        shifted, back = jax.vjp(partial(_moved, window=(3, 3), strides=(stride, stride)), padded)
+        assigned = jnp.zeros(largest.shape, bool)
+        grads = []
+        for pixels in shifted:
+            grads.append(jnp.where((pixels == largest) & ~assigned, grad, 0))
+            assigned |= pixels == largest
         return back(grads)
 
     compared = jax.custom_vjp(forward)
@@ -115,52 +135,73 @@ def max_pool_by_comparing(x: jax.Array, *, stride: int = 2, zero_padded: bool = 
 
 
 def _summed_over(mesh: Mesh, for_kernel: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """The sum of what each device finds for its rows. Left to XLA, the devices would add up part after part."""
-    whole, rows = PartitionSpec(), PartitionSpec("data")
+    """Compute the kernel's gradient on each device's rows, then sum over devices once.
+
+    XLA by itself would sum over devices after each part of the batch.
+    """
+    replicated = PartitionSpec()
+    by_rows = PartitionSpec("data")
     return jax.shard_map(
-        lambda *given: jax.lax.psum(for_kernel(*given), "data"),
+        lambda *operands: jax.lax.psum(for_kernel(*operands), "data"),
         mesh=mesh,
-        in_specs=(rows, whole, rows),
-        out_specs=whole,
-        check_vma=False,  # a scan's first total would have to be marked as each device's own
+        in_specs=(by_rows, replicated, by_rows),
+        out_specs=replicated,
+        # With the check, the scan's first total would have to be marked as varying over devices.
+        check_vma=False,
     )
 
 
 def _for_kernel(
     x: jax.Array, kernel: jax.Array, grad: jax.Array, strides: Any, padding: Any, precision: Any
 ) -> jax.Array:
-    """The gradient for a kernel, from that for the result: a product of copies of both, whichever take less memory.
+    """Compute a kernel's gradient from that of the output, by a product of copies of x and `grad`.
 
-    A kernel of k×k takes each pixel of `grad` beside k² of x. These can be laid side by side or, with stride 1, k
-    copies of each, of x moved down and of `grad` moved right. Copies of a part of the batch stay in a core's cache.
+    A kernel of k×k takes each pixel of `grad` beside k² of x. Either these k² are copied (patches)
+    or, with stride 1, k copies of each are made, of x shifted down and of `grad` shifted right:
+    whichever takes less memory. Copies of a part of the batch stay in a core's cache.
     """
-    (rows, columns, channels, features), width = kernel.shape, x.shape[2]
-    seen, moved = rows * columns * channels * grad.size // features, rows * x.size + columns * grad.size
-    moves = max(strides) == 1 and moved < seen
+    rows, columns, channels, features = kernel.shape
+    width = x.shape[2]
+    patches_size = rows * columns * channels * grad.size // features
+    shifted_size = rows * x.size + columns * grad.size
+    shifts = max(strides) == 1 and shifted_size < patches_size
 
-    def of_part(x: jax.Array, grad: jax.Array) -> jax.Array:
-        if moves:
-            height, ((top, bottom), (left, right)) = grad.shape[1], padding
-            none, zero = (0, 0, 0), jnp.zeros((), x.dtype)
+    def part_gradient(x: jax.Array, grad: jax.Array) -> jax.Array:
+        if shifts:
+            height = grad.shape[1]
+            (top, bottom), (left, right) = padding
+            none = (0, 0, 0)
+            zero = jnp.zeros((), x.dtype)
             x = jax.lax.pad(x, zero, (none, (top, bottom, 0), none, none))
-            grad = jax.lax.pad(grad, zero, (none, none, (columns - 1 - left, columns - 1 - right, 0), none))
+            sides = (columns - 1 - left, columns - 1 - right, 0)
+            grad = jax.lax.pad(grad, zero, (none, none, sides, none))
             x = jnp.concatenate([x[:, i : i + height] for i in range(rows)], -1)
-            grad = jnp.concatenate([grad[:, :, j : j + width] for j in reversed(range(columns))], -1)
+            shifted = [grad[:, :, j : j + width] for j in reversed(range(columns))]
+            grad = jnp.concatenate(shifted, -1)
         else:
             x = patches(x, (rows, columns), strides, padding)
-        x, grad = (of.reshape(-1, of.shape[-1]) for of in (x, grad))
-        dtype = jnp.promote_types(x.dtype, jnp.float32)  # of a sum
-        return jax.lax.dot_general(x, grad, (((0,), (0,)), ((), ())), precision, dtype)
+        x = x.reshape(-1, x.shape[-1])
+        grad = grad.reshape(-1, grad.shape[-1])
+        sum_dtype = jnp.promote_types(x.dtype, jnp.float32)
+        return jax.lax.dot_general(x, grad, (((0,), (0,)), ((), ())), precision, sum_dtype)
 
-    size, batch = x.dtype.itemsize * (moved if moves else seen), len(x)
-    parts = next(n for n in range(1, batch + 1) if batch % n == 0 and (size <= n * CACHE or n == batch))
+    copied = shifted_size if shifts else patches_size
+    parts = _count_parts(len(x), x.dtype.itemsize * copied)
     if parts > 1:
-        cut = [of.reshape(parts, -1, *of.shape[1:]) for of in (x, grad)]
-        nothing = jnp.zeros_like(jax.eval_shape(of_part, cut[0][0], cut[1][0]))
-        found, _ = jax.lax.scan(lambda total, part: (total + of_part(*part), None), nothing, cut)
+        cut = [array.reshape(parts, -1, *array.shape[1:]) for array in (x, grad)]
+        zeros = jnp.zeros_like(jax.eval_shape(part_gradient, cut[0][0], cut[1][0]))
+        total, _ = jax.lax.scan(lambda sums, part: (sums + part_gradient(*part), None), zeros, cut)
     else:
-        found = of_part(x, grad)
-    found = found.astype(kernel.dtype)
-    if not moves:
-        return found.reshape(kernel.shape)
-    return found.reshape(rows, channels, columns, features).transpose(0, 2, 1, 3)
+        total = part_gradient(x, grad)
+    total = total.astype(kernel.dtype)
+    if not shifts:
+        return total.reshape(kernel.shape)
+    return total.reshape(rows, channels, columns, features).transpose(0, 2, 1, 3)
+
+
+def _count_parts(batch_size: int, copied_bytes: int) -> int:
+    """Return the fewest equal parts of a batch whose copies fit a core's cache, or its size."""
+    for parts in range(1, batch_size):
+        if batch_size % parts == 0 and copied_bytes <= parts * CACHE_BYTES:
+            return parts
+    return batch_size

@@ -1,4 +1,4 @@
-"""The layers, but for norms, that Flax does not have in the form residual networks need."""
+"""Layers other than norms that Flax does not have in the form residual networks need."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-# He et al. 2015, "Delving deep into rectifiers", section 2.2: untruncated normal. fan_out is the backward form.
+# He et al. 2015, "Delving deep into rectifiers", section 2.2: the normal is not truncated.
+# fan_out is the paper's backward form.
 kaiming_normal = partial(nnx.initializers.variance_scaling, 2.0, distribution="normal")
 
 
@@ -27,14 +28,17 @@ def conv(
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """A square convolution without bias, padded by kernel_size // 2 on every side.
+    """Make a square convolution without bias, padded by kernel_size // 2 on every side.
 
-    XLA's SAME pads a stride-2 convolution on the right and bottom only, which gives other numbers than the networks
-    published in torch: on ResNet-50 by 7 % of the largest logit. With `blur`, one with a stride and 16 channels or more
-    blurs them first (FFCV's and Composer's BlurPool): `blurred_conv`.
+    XLA's SAME pads a stride-2 convolution on the right and bottom only, which gives other numbers
+    than the networks published in torch: on ResNet-50 by 7 % of the largest logit. With `blur`, a
+    convolution with a stride and at least 16 input channels blurs them first (FFCV's and Composer's
+    BlurPool): `blurred_conv`.
     """
     pad = kernel_size // 2
-    return (StandardisedConv if standardise else nnx.Conv)(
+    kind = StandardisedConv if standardise else nnx.Conv
+    blurs = blur and stride > 1 and in_features >= 16
+    return kind(
         in_features,
         out_features,
         (kernel_size, kernel_size),
@@ -45,57 +49,62 @@ def conv(
         dtype=dtype,
         param_dtype=jnp.float32,
         kernel_init=kaiming_normal(init),
-        conv_general_dilated=blurred_conv
-        if blur and stride > 1 and in_features >= 16
-        else jax.lax.conv_general_dilated,
+        conv_general_dilated=blurred_conv if blurs else jax.lax.conv_general_dilated,
         rngs=rngs,
     )
 
 
 class StandardisedConv(nnx.Conv):
-    """A convolution whose kernel is shifted and scaled, for each output channel, to mean 0 and variance 1.
+    """A convolution whose kernel has mean 0 and variance 1 for each output channel.
 
-    Qiao et al. 2019, "Micro-batch training with batch-channel normalization and weight standardization"; the epsilon is
-    that of BiT (Kolesnikov et al. 2019). The kernel is standardised in float32, then cast.
+    Qiao et al. 2019, "Micro-batch training with batch-channel normalization and weight
+    standardization"; the epsilon is that of BiT (Kolesnikov et al. 2019). The kernel is
+    standardised in float32, then cast.
     """
 
     EPSILON = 1e-8
 
     def __call__(self, x: jax.Array) -> jax.Array:  # type: ignore[override]
-        """[N, H, W, in_features] → [N, H', W', out_features]."""
+        """Convolve: [N, H, W, in_features] → [N, H', W', out_features]."""
         kernel = self.kernel[...]
         strides: Any = (self.strides, self.strides)
         padding: Any = self.padding
         centred = kernel - kernel.mean((0, 1, 2))
         kernel = centred * jax.lax.rsqrt(jnp.square(centred).mean((0, 1, 2)) + self.EPSILON)
         x, kernel = self.promote_dtype((x, kernel), dtype=self.dtype)
-        numbers = ("NHWC", "HWIO", "NHWC")
         return self.conv_general_dilated(
-            x, kernel, strides, padding, dimension_numbers=numbers, feature_group_count=self.feature_group_count
+            x,
+            kernel,
+            strides,
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=self.feature_group_count,
         )
 
 
 class SqueezeExcite(nnx.Module):
-    """Channels weighted by a small network of their means (Hu et al. 2017, section 3). All of it in float32.
+    """A gate on each channel, computed from all channels' means by two linear layers, in float32.
 
-    The inside has `ratio` times the channels, rounded to a multiple of 8, at least 8.
+    Hu et al. 2017, section 3. The hidden layer has `ratio` times the channels, rounded to a
+    multiple of 8, at least 8.
     """
 
     def __init__(self, features: int, *, ratio: float = 1 / 16, rngs: nnx.Rngs):
-        inside = max(8, int(features * ratio + 4) // 8 * 8)
-        self.fc1 = nnx.Linear(features, inside, kernel_init=kaiming_normal("fan_out"), rngs=rngs)
-        self.fc2 = nnx.Linear(inside, features, kernel_init=kaiming_normal("fan_out"), rngs=rngs)
+        hidden = max(8, int(features * ratio + 4) // 8 * 8)
+        self.fc1 = nnx.Linear(features, hidden, kernel_init=kaiming_normal("fan_out"), rngs=rngs)
+        self.fc2 = nnx.Linear(hidden, features, kernel_init=kaiming_normal("fan_out"), rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [N, H, W, C] → the same shape and dtype."""
+        """Weight the channels: x [N, H, W, C] → the same shape and dtype."""
         gate = jax.nn.sigmoid(self.fc2(nnx.relu(self.fc1(_means(x)))))
         return x * gate[:, None, None].astype(x.dtype)
 
 
 class EfficientChannelAttention(nnx.Module):
-    """Channels weighted by a convolution along their means (Wang et al. 2019, section 3.2). All of it in float32.
+    """A gate on each channel, computed from its neighbours' means by a convolution, in float32.
 
-    The kernel grows with the logarithm of the width: of `features`, or of `nominal`, the width before pruning.
+    Wang et al. 2019, section 3.2. The kernel grows with the logarithm of the number of channels:
+    `nominal`, which is that before pruning, or `features`.
     """
 
     def __init__(self, features: int, *, nominal: int | None = None, rngs: nnx.Rngs):
@@ -104,7 +113,7 @@ class EfficientChannelAttention(nnx.Module):
         self.conv = nnx.Conv(1, 1, (size,), padding=size // 2, use_bias=False, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [N, H, W, C] → the same shape and dtype."""
+        """Weight the channels: x [N, H, W, C] → the same shape and dtype."""
         gate = jax.nn.sigmoid(self.conv(_means(x)[..., None]))[..., 0]
         return x * gate[:, None, None].astype(x.dtype)
 
@@ -114,9 +123,10 @@ def _means(x: jax.Array) -> jax.Array:
 
 
 class DropPath(nnx.Module):
-    """Which residuals an example goes without in training: stochastic depth (Huang et al. 2016).
+    """The schedule and draws of stochastic depth, which drops residuals of examples in training.
 
-    The share dropped grows linearly from 0 in the first block to `rate` in the last (section 3, "linear decay").
+    Huang et al. 2016. The share dropped grows linearly from 0 in the first block to `rate` in the
+    last (section 3, "linear decay").
     """
 
     def __init__(self, rate: float, blocks: int):
@@ -124,14 +134,17 @@ class DropPath(nnx.Module):
         self.deterministic = False  # model.eval() sets it
 
     def __call__(self, examples: int, key: jax.Array) -> jax.Array:
-        """float32 [blocks, examples, 1, 1, 1], by which the residuals are multiplied: 0 or 1 / the share kept."""
+        """Draw the residuals' factors, 0 or 1 / share kept: float32 [blocks, examples, 1, 1, 1]."""
         keep = jnp.array(self.keep)[:, None]
         kept = jax.random.bernoulli(key, keep, (len(self.keep), examples))
         return (kept / keep)[:, :, None, None, None]
 
 
 def max_pool(x: jax.Array, *, stride: int = 2, zero_padded: bool = False) -> jax.Array:
-    """3×3 maximum, padded by one pixel of −∞ (or of zeros) on every side. [N, H, W, C] → [N, ⌈H/stride⌉, …, C]."""
+    """Take the 3×3 maximum, padded by one pixel of −∞ or of zeros on every side.
+
+    [N, H, W, C] → [N, ⌈H/stride⌉, ⌈W/stride⌉, C].
+    """
     pad = ((1, 1), (1, 1))
     if zero_padded:
         return nnx.max_pool(jnp.pad(x, ((0, 0), *pad, (0, 0))), (3, 3), strides=(stride, stride))
@@ -139,19 +152,24 @@ def max_pool(x: jax.Array, *, stride: int = 2, zero_padded: bool = False) -> jax
 
 
 def avg_pool(x: jax.Array) -> jax.Array:
-    """2×2 mean at stride 2; at an odd border, the mean of what is there. [N, H, W, C] → [N, ⌈H/2⌉, ⌈W/2⌉, C]."""
+    """Take the 2×2 mean at stride 2, at an odd border that of the pixels inside.
+
+    [N, H, W, C] → [N, ⌈H/2⌉, ⌈W/2⌉, C].
+    """
     pad = tuple((0, size % 2) for size in x.shape[1:3])
     return nnx.avg_pool(x, (2, 2), strides=(2, 2), padding=pad, count_include_pad=False)
 
 
 def blur_pool(x: jax.Array, *, stride: int = 2, zero_padded: bool = False) -> jax.Array:
-    """Binomial 3×3 filter, mirrored at the border (or zeros beyond it). [N, H, W, C] → [N, ⌈H/stride⌉, …, C].
+    """Blur by a binomial 3×3 filter, the image mirrored at the border or continued by zeros.
 
-    Zhang 2019, "Making convolutional networks shift-invariant again". To be mirrored, both sides must be at least 2.
+    [N, H, W, C] → [N, ⌈H/stride⌉, ⌈W/stride⌉, C]. Zhang 2019, "Making convolutional networks
+    shift-invariant again". An image to be mirrored must be at least 2 pixels high and wide.
     """
     mode = "constant" if zero_padded else "reflect"
     y = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), mode=mode).astype(jnp.float32)
-    for axis in (1, 2):  # the filter is the outer product of (1, 2, 1) / 4 with itself
+    # The filter is the outer product of (1, 2, 1) / 4 with itself.
+    for axis in (1, 2):
         last = (y.shape[axis] - 3) // stride * stride
         a, b, c = (jax.lax.slice_in_dim(y, i, i + last + 1, stride, axis) for i in range(3))
         y = (a + 2 * b + c) / 4
@@ -167,9 +185,14 @@ def blurred_conv(
     conv: Callable[..., jax.Array] = jax.lax.conv_general_dilated,
     **options: Any,
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated` of x blurred, with zeros beyond the border. x: [N, H, W, C]; kernel: HWIO."""
-    if kernel.shape[:2] == (1, 1):  # sees one pixel a stride: the others need not be made
-        x, strides = blur_pool(x, stride=strides[0], zero_padded=True), (1, 1)
+    """Blur x [N, H, W, C] with zeros beyond the border, then convolve it with a kernel HWIO.
+
+    The arguments are those of `jax.lax.conv_general_dilated`.
+    """
+    if kernel.shape[:2] == (1, 1):
+        # A 1×1 kernel reads one pixel a stride, so that only those need to be blurred.
+        x = blur_pool(x, stride=strides[0], zero_padded=True)
+        strides = (1, 1)
     else:
         x = blur_pool(x, stride=1, zero_padded=True)
     return conv(x, kernel, strides, padding, **options)

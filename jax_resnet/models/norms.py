@@ -1,4 +1,4 @@
-"""Normalisation layers: float32 inside whatever the input's dtype, with the activation as part of them."""
+"""Normalisation layers, which include the activation and compute in float32 for every dtype."""
 
 import math
 from typing import Any
@@ -9,9 +9,9 @@ from flax import nnx
 
 
 class _Norm(nnx.Module):
-    """Scale and bias for each channel, float32, and whether the activation is part of it.
+    """The float32 scale and bias of each channel, and the activation if the norm includes it.
 
-    What a norm computes is float32 whatever the input's dtype; the result is cast to it once.
+    A norm computes in float32 for every input dtype and casts the result to that dtype once.
     """
 
     def __init__(self, features: int, *, activation: bool = False, zero_scale: bool = False, epsilon: float = 1e-5):
@@ -25,12 +25,13 @@ class _Norm(nnx.Module):
 
 
 class BatchNorm(_Norm):
-    """Batch normalisation (Ioffe and Szegedy 2015) over stated groups of examples, then ReLU if `activation`.
+    """Batch normalisation over stated groups of examples, then ReLU if `activation`.
 
-    The batch is cut into runs of `group_size` consecutive examples, each normalised by its own statistics; None means
-    one group, the whole batch over all devices. What is computed therefore does not depend on how many devices hold the
-    batch; when each device holds whole groups, no statistics travel between them. Running statistics follow the mean
-    over groups, with the unbiased variance, as torch keeps it.
+    Ioffe and Szegedy 2015. The batch is cut into groups of `group_size` consecutive examples, each
+    normalised by its own statistics; None means one group, the batch over all devices. The result
+    therefore does not depend on the number of devices; when no group is divided between devices,
+    they exchange no statistics. Running statistics follow the mean over groups, with the unbiased
+    variance, as in torch.
     """
 
     def __init__(self, features: int, *, group_size: int | None = None, momentum: float = 0.9, **options: Any):
@@ -42,21 +43,26 @@ class BatchNorm(_Norm):
         self.use_running_average = False  # model.eval() sets it
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [N, H, W, C] → the same shape and dtype. Raises ValueError if the groups do not divide N in training."""
+        """Normalise x [N, H, W, C] to the same shape and dtype.
+
+        Raises ValueError in training if N is not a multiple of the group size.
+        """
         if self.use_running_average:
-            return self._activate(self._normalise(x.astype(jnp.float32), self.mean[...], self.var[...]).astype(x.dtype))
+            y = self._normalise(x.astype(jnp.float32), self.mean[...], self.var[...])
+            return self._activate(y.astype(x.dtype))
         n, h, w, c = x.shape
         size = n if self.group_size is None else self.group_size
         if n % size:
             raise ValueError(f"a batch of {n} examples cannot be cut into batch-norm groups of {size}")
         grouped = x.reshape(n // size, size, h, w, c).astype(jnp.float32)
-        # One pass: XLA computes both sums where the convolution's output is produced. A second pass over centred values
-        # costs 40 % of the step on a TPU.
+        # The variance comes from one pass: XLA computes both sums where it produces the
+        # convolution's output. A second pass, over centred values, costs 40 % of the step on a TPU.
         mean = grouped.mean((1, 2, 3))
         var = jnp.maximum(jnp.square(grouped).mean((1, 2, 3)) - jnp.square(mean), 0.0)
         count = size * h * w
         keep = self.momentum
-        # Not `self.mean[...] = …`: Flax then compares shardings, which takes a walk over all that is traced so far.
+        # `self.mean[...] = …` would be slow: Flax then compares shardings, for which it walks over
+        # everything traced so far.
         self.mean.set_value(keep * self.mean[...] + (1 - keep) * mean.mean(0))
         self.var.set_value(keep * self.var[...] + (1 - keep) * var.mean(0) * (count / max(count - 1, 1)))
         spread = (slice(None), None, None, None)
@@ -68,17 +74,20 @@ class BatchNorm(_Norm):
 
 
 def _grouped(x: jax.Array) -> jax.Array:
-    """Cut [N, H, W, C] into float32 [N, H, W, groups, C / groups]; of 32 groups, as many as divide C."""
-    *shape, c = x.shape
-    groups = math.gcd(32, c)
-    return x.astype(jnp.float32).reshape(*shape, groups, c // groups)
+    """Cut [N, H, W, C] into float32 [N, H, W, groups, C / groups], with gcd(32, C) groups."""
+    *shape, channels = x.shape
+    groups = math.gcd(32, channels)
+    return x.astype(jnp.float32).reshape(*shape, groups, channels // groups)
 
 
 class GroupNorm(_Norm):
-    """Each example normalised over space and each of 32 groups of channels (Wu and He 2018), then ReLU."""
+    """Normalisation of each example over space and each of 32 groups of channels, then ReLU.
+
+    Wu and He 2018. The ReLU is left out without `activation`.
+    """
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [N, H, W, C] → the same shape and dtype."""
+        """Normalise x [N, H, W, C] to the same shape and dtype."""
         y = _grouped(x)
         mean = y.mean((1, 2, 4), keepdims=True)
         var = jnp.maximum(jnp.square(y).mean((1, 2, 4), keepdims=True) - jnp.square(mean), 0.0)
@@ -89,7 +98,7 @@ class GroupNorm(_Norm):
 class EvoNorm(_Norm):
     """EvoNorm-S0 (Liu et al. 2020, table 2): x · sigmoid(v · x) / std of the channel's group.
 
-    Norm and activation in one. Without `activation` it only scales and shifts, as timm has it.
+    It is norm and activation in one. Without `activation` it only scales and shifts, as in timm.
     """
 
     def __init__(self, features: int, **options: Any):
@@ -98,7 +107,7 @@ class EvoNorm(_Norm):
             self.v = nnx.Param(jnp.ones(features))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [N, H, W, C] → the same shape and dtype."""
+        """Normalise x [N, H, W, C] to the same shape and dtype."""
         y = x.astype(jnp.float32)
         if self.activation:
             grouped = _grouped(x)
@@ -108,7 +117,10 @@ class EvoNorm(_Norm):
 
 
 class FilterResponseNorm(_Norm):
-    """Each channel over its root mean square, then max(·, τ) with a learnt τ (Singh and Krishnan 2019)."""
+    """Each channel divided by its root mean square, then max(·, τ) with a learnt τ.
+
+    Singh and Krishnan 2019. The maximum is left out without `activation`.
+    """
 
     def __init__(self, features: int, **options: Any):
         super().__init__(features, **options)
@@ -116,8 +128,10 @@ class FilterResponseNorm(_Norm):
             self.tau = nnx.Param(jnp.zeros(features))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [N, H, W, C] → the same shape and dtype."""
+        """Normalise x [N, H, W, C] to the same shape and dtype."""
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.square(y).mean((1, 2), keepdims=True) + self.epsilon)
         y = y * self.scale[...] + self.bias[...]
-        return (jnp.maximum(y, self.tau[...]) if self.activation else y).astype(x.dtype)
+        if self.activation:
+            y = jnp.maximum(y, self.tau[...])
+        return y.astype(x.dtype)

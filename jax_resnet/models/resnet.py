@@ -1,6 +1,7 @@
 """The residual network: stem, stages of blocks, head, from one description of its shape."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ from jax.typing import DTypeLike
 from jax_resnet.models import blocks, layers, norms
 from jax_resnet.models.spec import ResNetSpec
 
-BLOCKS: dict[tuple[str, bool], Any] = {  # block, preactivation
+BLOCKS: dict[tuple[str, bool], Any] = {  # (block, preactivation): class
     ("basic", False): blocks.BasicBlock,
     ("basic", True): blocks.PreActBasicBlock,
     ("bottleneck", False): blocks.Bottleneck,
@@ -29,45 +30,53 @@ ANTIALIAS = {"avg": layers.avg_pool, "blur": layers.blur_pool}  # in place of st
 
 
 class Stem(nnx.Module):
-    """Takes the image to the first stage: conv1, norm1, …, then a pool of stride 2 unless it is "cifar".
+    """The layers before the first stage: conv1, norm1, …, then a pool of stride 2 unless "cifar".
 
-    "imagenet": a 7×7 convolution of stride 2. "cifar": a 3×3 convolution. "deep": three 3×3 convolutions, the first of
-    stride 2, the first two of half the width (He et al. 2018, "Bag of tricks", section 4.2, ResNet-C). "tiered": the
-    same with 3/8 and 1/2 of the width.
+    "imagenet": a 7×7 convolution of stride 2. "cifar": a 3×3 convolution. "deep": three 3×3
+    convolutions, the first of stride 2, the first two of half the width (He et al. 2018, "Bag of
+    tricks", section 4.2, ResNet-C). "tiered": the same with 3/8 and 1/2 of the width.
 
     Pre-activation networks have no last norm: their first block begins with one.
     """
 
     def __init__(self, in_channels: int, spec: ResNetSpec, parts: blocks.Parts):
         width = spec.stem_width
-        kernel_size, stride = (3, 1) if spec.stem == "cifar" else (7 if spec.stem == "imagenet" else 3, 2)
-        inside = {"deep": (width // 2, width // 2), "tiered": (3 * width // 8, width // 2)}.get(spec.stem, ())
-        self.depth = len(inside) + 1
-        for i, out in enumerate((*inside, width), 1):
+        kernel_size, stride, *inner = {
+            "imagenet": (7, 2),
+            "cifar": (3, 1),
+            "deep": (3, 2, width // 2, width // 2),
+            "tiered": (3, 2, 3 * width // 8, width // 2),
+        }[spec.stem]
+        self.depth = len(inner) + 1
+        for i, out in enumerate((*inner, width), 1):
             setattr(self, f"conv{i}", parts.conv(in_channels, out, kernel_size, stride=stride))
             if i < self.depth or not spec.preactivation:
                 setattr(self, f"norm{i}", parts.norm(out, activation=True))
-            in_channels, stride = out, 1
+            in_channels = out
+            stride = 1
         self.pool = None if spec.stem == "cifar" else StemPool(width, spec, parts)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for i in range(1, self.depth + 1):
             x = getattr(self, f"conv{i}")(x)
-            x = getattr(self, f"norm{i}")(x) if hasattr(self, f"norm{i}") else x
+            if hasattr(self, f"norm{i}"):
+                x = getattr(self, f"norm{i}")(x)
         return self.pool(x) if self.pool else x
 
 
 class StemPool(nnx.Module):
-    """Halves the image after the stem's convolutions.
+    """The layer that halves the image after the stem's convolutions.
 
-    "max": a 3×3 maximum. "zero_max": the same over a border of zeros, as BiT has it. "blur_max": of stride 1, then
-    blurred with zeros beyond the border, as Composer has it. "conv": a 3×3 convolution, norm and activation (ResNet-RS:
-    Bello et al. 2021, section 4.2). Anti-aliasing in place of strides blurs after the maximum or convolution, which
-    then have stride 1, or takes the mean in place of the maximum.
+    "max": a 3×3 maximum. "zero_max": the same over a border of zeros, as in BiT. "blur_max": a 3×3
+    maximum of stride 1, then a blur with zeros beyond the border, as in Composer. "conv": a 3×3
+    convolution, norm and activation (ResNet-RS: Bello et al. 2021, section 4.2). Anti-aliasing in
+    place of strides blurs after the maximum or convolution, which then have stride 1, or takes the
+    mean in place of the maximum.
     """
 
     def __init__(self, width: int, spec: ResNetSpec, parts: blocks.Parts):
-        self.kind, self.antialias = spec.stem_pool, spec.antialias if parts.antialias else None
+        self.kind = spec.stem_pool
+        self.antialias = spec.antialias if parts.antialias else None
         self.max_pool = layers.max_pool
         if self.kind == "conv":
             self.conv = parts.conv(width, width, 3, stride=1 if self.antialias else 2)
@@ -76,8 +85,11 @@ class StemPool(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.kind == "conv":
             x = self.conv(x)
-            return self.norm(ANTIALIAS[self.antialias](x) if self.antialias else x)
-        if self.antialias == "avg":  # without the border that ⌈H/2⌉ would add: so the published networks have it here
+            if self.antialias:
+                x = ANTIALIAS[self.antialias](x)
+            return self.norm(x)
+        if self.antialias == "avg":
+            # Unlike layers.avg_pool, the published networks round an odd side down in this place.
             return nnx.avg_pool(x, (2, 2), strides=(2, 2))
         if self.antialias == "blur":
             return layers.blur_pool(self.max_pool(x, stride=1))
@@ -87,30 +99,34 @@ class StemPool(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Chains the blocks of one size, block0, block1, …; the first has the stride."""
+    """The blocks of one size, block0, block1, …, in sequence; the first has the stride."""
 
     def __init__(self, in_features: int, spec: ResNetSpec, stage: int, parts: blocks.Parts):
         make_block = BLOCKS[spec.stage_blocks[stage], spec.preactivation]
         self.depth = spec.depths[stage]
         for i in range(self.depth):
-            widths, stride = spec.conv_widths(stage, i), 2 if stage > 0 and i == 0 else 1
+            widths = spec.conv_widths(stage, i)
+            stride = 2 if stage > 0 and i == 0 else 1
             setattr(self, f"block{i}", make_block(in_features, widths, stride, parts))
             in_features = widths[-1]
 
-    def __call__(self, x: jax.Array, scales: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, scales: jax.Array | list[None] | None = None) -> jax.Array:
+        if scales is None:
+            scales = [None] * self.depth
         for i in range(self.depth):
-            x = getattr(self, f"block{i}")(x, None if scales is None else scales[i])
+            x = getattr(self, f"block{i}")(x, scales[i])
         return x
 
 
 class ResNet(nnx.Module):
-    """Maps images to logits: a residual network.
+    """A residual network, which maps images to logits.
 
-    Parameters have stable names, such as `stem/conv1/kernel`, `stage1/block0/norm1/scale`, `head/bias`.
-    Activations have `dtype`; parameters, batch statistics, pooled features and logits are float32.
+    Parameters have stable names, such as `stem/conv1/kernel`, `stage1/block0/norm1/scale`,
+    `head/bias`. Activations have `dtype`; parameters, batch statistics, pooled features and logits
+    are float32.
 
-    Images are normalised [N, H, W, in_channels]. Where a method takes `rngs`, a network in training that drops features
-    or residuals needs its `dropout` stream.
+    Images are normalised [N, H, W, in_channels]. Where a method takes `rngs`, a network in training
+    that drops features or residuals needs its `dropout` stream.
     """
 
     def __init__(
@@ -122,25 +138,26 @@ class ResNet(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.spec, self.num_classes, self.in_channels, self.dtype = spec, num_classes, in_channels, dtype
+        self.spec = spec
+        self.num_classes = num_classes
+        self.in_channels = in_channels
+        self.dtype = dtype
         parts = _parts(spec, dtype, rngs)
         self.stem = Stem(in_channels, spec, parts)
         features = spec.stem_width
         for i, channels in enumerate(spec.channels):
-            attention: Any = None
-            if spec.attention == "se":
-                attention = partial(layers.SqueezeExcite, ratio=spec.se_ratio, rngs=rngs)
-            elif spec.attention == "eca":
-                attention = partial(layers.EfficientChannelAttention, nominal=spec.nominal_channels(i), rngs=rngs)
-            setattr(self, f"stage{i + 1}", Stage(features, spec, i, replace(parts, attention=attention)))
+            stage_parts = replace(parts, attention=_attention(spec, i, rngs))
+            setattr(self, f"stage{i + 1}", Stage(features, spec, i, stage_parts))
             features = channels
         if spec.preactivation:
             self.norm = parts.norm(features, activation=True)
-        self.drop_path = layers.DropPath(spec.drop_path, sum(spec.depths)) if spec.drop_path else None
+        total = sum(spec.depths)
+        self.drop_path = layers.DropPath(spec.drop_path, total) if spec.drop_path else None
         self.dropout = nnx.Dropout(spec.dropout)
         kernel_init = nnx.initializers.normal(spec.head_std)
-        # Composer's linear_log_constant_bias
-        bias_init = nnx.initializers.constant(-math.log(num_classes) if spec.head_prior else 0.0)
+        # The prior is Composer's linear_log_constant_bias.
+        bias = -math.log(num_classes) if spec.head_prior else 0.0
+        bias_init = nnx.initializers.constant(bias)
         self.head = nnx.Linear(features, num_classes, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs)
 
     def __call__(self, images: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
@@ -148,40 +165,52 @@ class ResNet(nnx.Module):
         return self.head(self.dropout(self.pooled(images, rngs=rngs), rngs=rngs))
 
     def pooled(self, images: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
-        """Compute what the head sees: float32 [N, spec.channels[-1]]."""
+        """Compute the input of the head: float32 [N, spec.channels[-1]]."""
         x = self.features(images, rngs=rngs).astype(jnp.float32)
         return x.mean((1, 2)) if self.spec.pool == "avg" else x.max((1, 2))
 
     def features(self, images: jax.Array, *, rngs: nnx.Rngs | None = None) -> jax.Array:
         """Compute the last feature map, [N, H/s, W/s, spec.channels[-1]] with s = spec.total_stride.
 
-        It is rounded as in `pyramid`. In pre-activation networks it has gone through the last norm.
+        Its sides are rounded as in `pyramid`. In pre-activation networks the last norm is applied.
         """
         x = self.pyramid(images, rngs=rngs)[-1]
         return self.norm(x) if self.spec.preactivation else x
 
     def pyramid(self, images: jax.Array, *, rngs: nnx.Rngs | None = None) -> list[jax.Array]:
-        """Compute what each stage gives: for stage i, [N, ⌈H/s⌉, ⌈W/s⌉, spec.channels[i]] with s = spec.strides[i].
+        """Compute the output of each stage.
 
-        Where the stem averages (antialias="avg"), what it makes of an odd side is rounded down.
-        A pre-activation network's blocks end in a sum; the norm and activation that follow are the next block's.
+        Stage i returns [N, ⌈H/s⌉, ⌈W/s⌉, spec.channels[i]] with s = spec.strides[i]; a stem that
+        averages (antialias="avg") rounds odd sides down instead. A pre-activation network's blocks
+        end in a sum; the norm and activation that follow belong to the next block.
         """
         x = self.stem(images.astype(self.dtype))
-        scales = None
+        scales: jax.Array | list[None] = [None] * sum(self.spec.depths)
         if self.drop_path and not self.drop_path.deterministic:
             if rngs is None:
                 raise ValueError("drop_path in training needs keys: model(images, rngs=nnx.Rngs(dropout=0))")
             scales = self.drop_path(len(images), rngs.dropout())
-        maps, done = [], 0
+        maps = []
+        done = 0
         for i, depth in enumerate(self.spec.depths, 1):
-            x = getattr(self, f"stage{i}")(x, None if scales is None else scales[done : done + depth])
+            x = getattr(self, f"stage{i}")(x, scales[done : done + depth])
             maps.append(x)
             done += depth
         return maps
 
 
+def _attention(spec: ResNetSpec, stage: int, rngs: nnx.Rngs) -> Callable[[int], nnx.Module] | None:
+    """Choose the layer that weights the channels of a stage's residuals."""
+    if spec.attention == "se":
+        return partial(layers.SqueezeExcite, ratio=spec.se_ratio, rngs=rngs)
+    if spec.attention == "eca":
+        nominal = spec.nominal_channels(stage)
+        return partial(layers.EfficientChannelAttention, nominal=nominal, rngs=rngs)
+    return None
+
+
 def _parts(spec: ResNetSpec, dtype: DTypeLike, rngs: nnx.Rngs) -> blocks.Parts:
-    """Choose what the blocks are built from, but for attention, which depends on the stage."""
+    """Choose the layers of the blocks, except attention, which depends on the stage."""
     norm_options: dict[str, Any] = {"epsilon": spec.bn_epsilon}
     if spec.norm == "batch":
         norm_options |= {"group_size": spec.bn_group_size, "momentum": spec.bn_momentum}

@@ -5,47 +5,61 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args, get_origin
 
 Block = Literal["basic", "bottleneck"]
-EXPANSION = {"basic": 1, "bottleneck": 4}  # channels that a block gives over those of its inside
+EXPANSION = {"basic": 1, "bottleneck": 4}  # a block's output channels / `widths`
 
 
 @dataclass(frozen=True)
 class ResNetSpec:
-    """Tells one network of the family from another. The defaults are ResNet-50's (v1.5)."""
+    """The shape of one network of the family. The defaults are ResNet-50's (v1.5)."""
 
     block: Block | tuple[Block, ...] = "bottleneck"  # or one for each stage
-    depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks of each stage; every stage but the first halves the image
-    widths: tuple[int, ...] = (64, 128, 256, 512)  # channels of each stage's 3×3 convolutions; output ×4 in bottlenecks
+    # The blocks of each stage. Every stage but the first halves the image.
+    depths: tuple[int, ...] = (3, 4, 6, 3)
+    # The channels of each stage's 3×3 convolutions; bottlenecks have 4 times as many outputs.
+    widths: tuple[int, ...] = (64, 128, 256, 512)
     stem: Literal["imagenet", "cifar", "deep", "tiered"] = "imagenet"
-    stem_width: int = 64  # channels that the stem gives
-    stem_pool: Literal["max", "zero_max", "blur_max", "conv"] = "max"  # after every stem but "cifar"
+    stem_width: int = 64  # output channels of the stem
+    stem_pool: Literal["max", "zero_max", "blur_max", "conv"] = "max"  # unless the stem is "cifar"
     shortcut: Literal["A", "B", "D"] = "B"
     shortcut_kernel: Literal[1, 3] = 1  # of projections with a stride
     preactivation: bool = False  # v2
-    stride_in_1x1: bool = False  # the stride of the first paper (v1) rather than v1.5
-    inner_factor: float = 1.0  # width of a bottleneck's inside over `widths`: 2 in wide_resnet50_2
-    first_factor: float = 1.0  # width of a block's first convolution over that of its second: 1/2 in SENet-154
-    groups: int = 1  # of a bottleneck's 3×3 convolution: 32 in ResNeXt-50 32×4d, with inner_factor 32 · 4 / 64
-    block_widths: tuple[tuple[tuple[int, ...], ...], ...] | None = None  # of each block's convolutions, after pruning
+    stride_in_1x1: bool = False  # v1, the first paper, not v1.5
+    # The width of a bottleneck's 3×3 convolution over `widths`: 2 in wide_resnet50_2.
+    inner_factor: float = 1.0
+    # The width of a block's first convolution over that of its second: 1/2 in SENet-154.
+    first_factor: float = 1.0
+    # The groups of a bottleneck's 3×3 convolution: 32 in ResNeXt-50 32×4d, where inner_factor is
+    # 32 · 4 / 64.
+    groups: int = 1
+    # The output channels of each convolution of each block, by stage, after pruning.
+    block_widths: tuple[tuple[tuple[int, ...], ...], ...] | None = None
     attention: Literal[None, "se", "eca"] = None
     se_ratio: float = 1 / 16
-    # What halves the image, in place of strides and of max pooling; blur_conv: blurred before convolutions with one.
+    # avg and blur halve the image in place of strides and of max pooling; blur_conv blurs before
+    # convolutions with a stride.
     antialias: Literal[None, "avg", "blur", "blur_conv"] = None
     norm: Literal["batch", "group", "evonorm", "frn"] = "batch"
-    standardise: bool = False  # the kernels of convolutions (weight standardisation)
+    standardise: bool = False  # weight standardisation
     pool: Literal["avg", "max"] = "avg"
     dropout: float = 0.0
-    drop_path: float = 0.0  # share of residuals that an example goes without in the last block; grows linearly from 0
-    init: Literal["fan_out", "fan_in"] = "fan_out"  # of convolutions: 2 over it is their kernels' variance
-    head_std: float = 0.01  # deviation of the head's kernel at the start
-    head_prior: bool = False  # the head's biases start at −log(classes), where sigmoids give near 1 / classes
-    zero_init_last: bool = True  # Goyal et al. 2017, section 5.1; pre-activation blocks do not end in a norm
-    bn_group_size: int | None = None
+    # The share of examples whose residual the last block drops; it grows linearly from 0.
+    drop_path: float = 0.0
+    # The kernels of convolutions start with variance 2 / fan_out or 2 / fan_in.
+    init: Literal["fan_out", "fan_in"] = "fan_out"
+    head_std: float = 0.01  # standard deviation of its first kernel
+    # The head's biases start at −log(classes), where sigmoids are near 1 / classes.
+    head_prior: bool = False
+    # The last norm's scale starts at 0 (Goyal et al. 2017, section 5.1). Pre-activation blocks
+    # end in no norm.
+    zero_init_last: bool = True
+    bn_group_size: int | None = None  # examples; None: the batch
     bn_momentum: float = 0.9
     bn_epsilon: float = 1e-5  # of the other norms too
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            values, value = get_args(field.type), getattr(self, field.name)
+            values = get_args(field.type)
+            value = getattr(self, field.name)
             if get_origin(field.type) is Literal and value not in values:
                 raise ValueError(f"{field.name}={value!r}: must be {' or '.join(map(str, values))}")
         for name in ("depths", "widths"):
@@ -57,7 +71,8 @@ class ResNetSpec:
             raise ValueError(f"depths={self.depths} and widths={self.widths}: one of each for every stage")
         for name in ("stem_width", "groups", "bn_group_size"):
             value = getattr(self, name)
-            if not (type(value) is int and value > 0) and not (name == "bn_group_size" and value is None):
+            optional = name == "bn_group_size" and value is None
+            if not optional and not (type(value) is int and value > 0):
                 raise ValueError(f"{name}={value}: must be a whole number, at least 1")
         for name in ("dropout", "drop_path", "bn_momentum"):
             if not 0 <= getattr(self, name) < 1:
@@ -122,7 +137,7 @@ class ResNetSpec:
         return (self.block,) * len(self.depths) if isinstance(self.block, str) else tuple(self.block)
 
     def conv_widths(self, stage: int, block: int) -> tuple[int, ...]:
-        """Count the channels that the convolutions of a block give, the last those of the stage."""
+        """Return the output channels of a block's convolutions; the last are those of the stage."""
         if self.block_widths:
             return self.block_widths[stage][block]
         width = self.widths[stage]
@@ -137,15 +152,16 @@ class ResNetSpec:
 
     @property
     def channels(self) -> tuple[int, ...]:
-        """Count the channels of each stage's output."""
+        """Return the channels of each stage's output."""
         return tuple(self.conv_widths(stage, 0)[-1] for stage in range(len(self.depths)))
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Count the pixels of the image to one of each stage's output, along one side."""
-        return tuple((1 if self.stem == "cifar" else 4) * 2**stage for stage in range(len(self.depths)))
+        """Return the pixels of the image for one of each stage's output, along one side."""
+        stem_stride = 1 if self.stem == "cifar" else 4
+        return tuple(stem_stride * 2**stage for stage in range(len(self.depths)))
 
     @property
     def total_stride(self) -> int:
-        """Count the pixels of the image to one of the last feature map, along one side."""
+        """Return the pixels of the image for one of the last feature map, along one side."""
         return self.strides[-1]

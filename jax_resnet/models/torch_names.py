@@ -1,8 +1,8 @@
 """Weights under the names and in the layouts that timm and torchvision give them.
 
-The name of a parameter here says its name there, given the network's `ResNetSpec`: post-activation networks go by
-timm's resnet.py (and torchvision, which agrees), pre-activation ones by its resnetv2.py. Kernels are OIHW there, HWIO
-here.
+PyTorch's name of a parameter follows from ours and the network's `ResNetSpec`: post-activation
+networks have the names of timm's resnet.py (and of torchvision, which agrees), pre-activation ones
+those of its resnetv2.py. PyTorch's kernels are OIHW, ours HWIO.
 """
 
 import re
@@ -21,50 +21,60 @@ from jax_resnet.models.spec import ResNetSpec
 Arrays = dict[str, np.ndarray]
 
 LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-# What training scripts wrap a state dict in; the averaged weights are the ones to have.
+# Training scripts wrap a state dict in these keys; averaged weights come first, to be preferred.
 WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "state_dict", "model_state_dict", "model")
 PREFIXES = re.compile(r"^((module|_orig_mod|model|ema)\.)+")
-TRUNK = re.compile(r"(conv1|bn1|maxpool|layer\d+|stem|stages|norm)\.")  # names of any network but for its head
+TRUNK = re.compile(r"(conv1|bn1|maxpool|layer\d+|stem|stages|norm)\.")  # all but the head
 NOT_WEIGHTS = re.compile(r"(^|\.)(num_batches_tracked|n_averaged)$")
-OTHER_NAMES = ((re.compile(r"^linear\."), "fc."), (re.compile(r"\.shortcut\."), ".downsample."))  # usual CIFAR code
+# The usual CIFAR code has names of its own.
+OTHER_NAMES = (
+    (re.compile(r"^linear\."), "fc."),
+    (re.compile(r"\.shortcut\."), ".downsample."),
+)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What an import did, by names: ours for what is in the network, theirs for what was in the file."""
+    """The result of an import: our names of the network's arrays, PyTorch's of those left out."""
 
     loaded: tuple[str, ...]
     left_out: tuple[str, ...]
     new: tuple[str, ...]  # kept the values the network had
-    summed: tuple[str, ...] = ()  # loaded, their input channels summed and spread over as many as there are
+    # These are loaded too, their input channels summed and spread over the network's.
+    summed: tuple[str, ...] = ()
 
     def lines(self) -> dict[str, str]:
-        """A line for each heading: loaded, left out, new."""
-        summed = f", {self.summed[0]} summed over the input channels" if self.summed else ""
+        """Write a line for each heading: loaded, left out, new."""
+        loaded = f"{len(self.loaded)} of {len(self.loaded) + len(self.new)} arrays"
+        if self.summed:
+            loaded += f", {self.summed[0]} summed over the input channels"
         return {
-            "loaded": f"{len(self.loaded)} of {len(self.loaded) + len(self.new)} arrays{summed}",
+            "loaded": loaded,
             "left out": _listed(self.left_out),
             "new": _listed(self.new),
         }
 
 
 def export_weights(model: ResNet) -> Arrays:
-    """The parameters and batch statistics of `model` as float32 arrays under PyTorch's names and layouts.
+    """Return parameters and batch statistics as float32 arrays under PyTorch's names and layouts.
 
-    timm (and torchvision, for the networks it has) loads it with strict=True. What PyTorch counts besides,
-    `num_batches_tracked`, has no meaning here and is not in it.
+    timm (and torchvision, for the networks it has) loads them with strict=True. PyTorch's counters,
+    `num_batches_tracked`, have no counterpart in this library and are left out.
     """
     return to_torch(flatten(nnx.state(model, (nnx.Param, nnx.BatchStat))), model.spec)
 
 
 def import_weights(model: ResNet, state_dict: Mapping[str, Any], *, strict: bool = True) -> Report:
-    """Sets the parameters and batch statistics of `model` to those of a PyTorch state dict; the inverse of export.
+    """Set the parameters and batch statistics of `model` to those of a PyTorch state dict.
 
-    `state_dict` holds numpy arrays or torch tensors; what scripts wrap around it (`state_dict`, `model_ema`, `module.`)
-    is taken off. With `strict` every name and shape must agree. Without, a head for another number of classes, or none,
-    leaves the model's own; a first kernel for another number of channels is summed; and what is not of the network is
-    left out. Raises UserError naming a parameter that is missing, left over or of another shape; the model is then as
-    it was.
+    This is the inverse of `export_weights`. `state_dict` holds numpy arrays or torch tensors; the
+    wrappers of training scripts (`state_dict`, `model_ema`, `module.`) are removed. With `strict`
+    every name and shape must agree. Without, the model keeps its own head if the file has none or
+    one for another number of classes, a first kernel for another number of channels is summed, and
+    names that the network lacks are left out.
+
+    Raises UserError naming a parameter that is missing, left over or of another shape; the model is
+    then unchanged.
     """
     state = nnx.state(model, (nnx.Param, nnx.BatchStat))
     shapes = {name: leaf.shape for name, leaf in flatten(state).items()}
@@ -75,7 +85,7 @@ def import_weights(model: ResNet, state_dict: Mapping[str, Any], *, strict: bool
 
 
 def to_torch(arrays: Mapping[str, Any], spec: ResNetSpec) -> Arrays:
-    """{our name: array} → {PyTorch's name: float32 array in PyTorch's layout}."""
+    """Convert {our name: array} to {PyTorch's name: float32 array in PyTorch's layout}."""
     return {
         torch_name(name, spec): np.ascontiguousarray(_to_layout(name, np.asarray(array, np.float32), spec))
         for name, array in arrays.items()
@@ -85,38 +95,39 @@ def to_torch(arrays: Mapping[str, Any], spec: ResNetSpec) -> Arrays:
 def from_torch(
     state_dict: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], spec: ResNetSpec, *, strict: bool
 ) -> tuple[Arrays, Report]:
-    """The arrays for our `shapes` that a PyTorch state dict has, under our names, and what became of all.
+    """Convert a PyTorch state dict to arrays of our names and `shapes`, and report on each name.
 
-    Raises UserError as `import_weights` says. Without `strict`, what is left out must not be named as if it were of the
-    network's stem or stages: then the file holds another network.
+    Raises UserError as `import_weights` does. Without `strict`, a name left out must not look like
+    one of the network's stem or stages: then the file holds another network.
     """
     tensors = unwrap(state_dict)
     theirs = {name: torch_name(name, spec) for name in shapes}
     left_over = tuple(sorted(tensors.keys() - theirs.values()))
-    heads = [name for name in shapes if name.startswith("head/")]
+    head = tuple(name for name in shapes if name.startswith("head/"))
+
+    def fits(name: str) -> bool:
+        if theirs[name] not in tensors:
+            return False
+        return _squeezed(tensors[theirs[name]].shape) == _squeezed(_layout(name, shapes, spec))
+
     new: tuple[str, ...] = ()
-    if not strict and any(
-        theirs[name] not in tensors or _squeezed(tensors[theirs[name]].shape) != _squeezed(_layout(name, shapes, spec))
-        for name in heads
-    ):
-        new = tuple(heads)
-        left_over += tuple(theirs[name] for name in heads if theirs[name] in tensors)
+    if not strict and not all(map(fits, head)):
+        new = head
+        left_over += tuple(theirs[name] for name in head if theirs[name] in tensors)
     wanted = [name for name in shapes if name not in new]
 
     missing = [name for name in wanted if theirs[name] not in tensors]
     foreign = [name for name in left_over if strict or TRUNK.match(name)]
     if missing or foreign:
-        raise UserError(
-            "holds another network: "
-            + "; ".join(
-                [f"{theirs[n]} ({n}) is missing, one of {len(missing)}" for n in missing[:1]]
-                + [f"{n} is not of this network, one of {len(foreign)}" for n in foreign[:1]]
-            )
-        )
+        faults = [f"{theirs[n]} ({n}) is missing, one of {len(missing)}" for n in missing[:1]]
+        faults += [f"{n} is not of this network, one of {len(foreign)}" for n in foreign[:1]]
+        raise UserError("holds another network: " + "; ".join(faults))
 
-    arrays, summed = {}, []
+    arrays = {}
+    summed = []
     for name in wanted:
-        array, shape = _float32(tensors[theirs[name]]), _layout(name, shapes, spec)
+        array = _float32(tensors[theirs[name]])
+        shape = _layout(name, shapes, spec)
         if not strict and name == "stem/conv1/kernel" and array.ndim == 4 and array.shape[1] != shape[1]:
             array = np.repeat(array.sum(1, keepdims=True) / shape[1], shape[1], axis=1)
             summed.append(name)
@@ -127,9 +138,9 @@ def from_torch(
 
 
 def unwrap(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The tensors of a training script's checkpoint by their plain names; averaged weights rather than raw ones.
+    """Return the tensors of a training script's checkpoint by plain names, averaged if it has such.
 
-    Raises UserError if there are none.
+    Raises UserError if it holds no tensors.
     """
     for key in WRAPPERS:
         if content.get(key) and isinstance(content[key], Mapping):
@@ -137,7 +148,8 @@ def unwrap(content: Mapping[str, Any]) -> dict[str, Any]:
     averaged = [name for name in content if str(name).startswith("ema.")]
     tensors: dict[str, Any] = {}
     for original in averaged or content:
-        name, tensor = PREFIXES.sub("", str(original)), content[original]
+        name = PREFIXES.sub("", str(original))
+        tensor = content[original]
         if hasattr(tensor, "shape") and not NOT_WEIGHTS.search(name):
             for pattern, usual in OTHER_NAMES:
                 name = pattern.sub(usual, name)
@@ -150,13 +162,20 @@ def unwrap(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flatten(*trees: Any) -> dict[str, Any]:
-    """{"stage1/block0/conv1/kernel": leaf} of nnx States or nested dicts that have no name in common."""
-    pure = (nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree for tree in trees)
-    return {"/".join(map(str, path)): x for tree in pure for path, x in nnx.traversals.flatten_mapping(tree).items()}
+    """Flatten nnx States or nested dicts to {"stage1/block0/conv1/kernel": leaf}.
+
+    The trees must have no name in common.
+    """
+    flat = {}
+    for tree in trees:
+        pure = nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
+        for path, leaf in nnx.traversals.flatten_mapping(pure).items():
+            flat["/".join(map(str, path))] = leaf
+    return flat
 
 
 def torch_name(name: str, spec: ResNetSpec) -> str:
-    """timm's name for our parameter or statistic: stage1/block0/norm1/scale → layer1.0.bn1.weight."""
+    """Return timm's name of an array: stage1/block0/norm1/scale → layer1.0.bn1.weight."""
     module, _, leaf = name.rpartition("/")
     for pattern, theirs in _renames(spec):
         module = re.sub(pattern, theirs, module)
@@ -166,16 +185,19 @@ def torch_name(name: str, spec: ResNetSpec) -> str:
 def _renames(spec: ResNetSpec) -> Iterable[tuple[str, str]]:
     deep = spec.stem in ("deep", "tiered")
     if spec.preactivation:
-        yield r"^stem/(conv|norm)1$", r"stem/\g<1>1" if deep else r"stem/\1"
+        if not deep:
+            yield r"^stem/(conv|norm)1$", r"stem/\1"
         for i in range(len(spec.depths)):
             yield rf"^stage{i + 1}/block", f"stages/{i}/blocks/"
         yield r"/shortcut/", r"/downsample/"
         yield r"^head$", "head/fc"
         return
-    if deep:  # a Sequential of conv, norm, ReLU, conv, norm, ReLU, conv
+    if deep:
+        # The stem is a Sequential of conv, norm, ReLU, conv, norm, ReLU, conv; then comes bn1.
+        yield r"^stem/norm3$", "bn1"
         for i in range(3):
             yield rf"^stem/conv{i + 1}$", f"conv1/{3 * i}"
-            yield rf"^stem/norm{i + 1}$", f"conv1/{3 * i + 1}" if i < 2 else "bn1"
+            yield rf"^stem/norm{i + 1}$", f"conv1/{3 * i + 1}"
     yield r"^stem/conv1$", "conv1"
     yield r"^stem/norm1$", "bn1"
     yield r"^stem/pool/conv$", "maxpool/0"
@@ -183,7 +205,8 @@ def _renames(spec: ResNetSpec) -> Iterable[tuple[str, str]]:
     yield r"^stage(\d+)/block(\d+)", r"layer\1/\2"
     yield r"/norm(\d)$", r"/bn\1"
     yield r"/attention/", "/se/"
-    average = int(spec.shortcut == "D")  # the pool is the first of the Sequential
+    # The average pool is the first layer of the Sequential.
+    average = int(spec.shortcut == "D")
     yield r"/shortcut/conv$", f"/downsample/{average}"
     yield r"/shortcut/norm$", f"/downsample/{average + 1}"
     yield r"^head$", "fc"
@@ -191,7 +214,7 @@ def _renames(spec: ResNetSpec) -> Iterable[tuple[str, str]]:
 
 def _to_layout(name: str, array: np.ndarray, spec: ResNetSpec) -> np.ndarray:
     array = array.transpose({4: (3, 2, 0, 1), 3: (2, 1, 0), 2: (1, 0), 1: (0,)}[array.ndim])
-    # 1×1 convolutions there, though they see one pixel.
+    # PyTorch has 1×1 convolutions where we have linear layers.
     if array.ndim == 2 and ("/attention/" in name or (name.startswith("head/") and spec.preactivation)):
         array = array[:, :, None, None]
     return array
@@ -209,15 +232,20 @@ def _from_layout(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 def _squeezed(shape: Iterable[int]) -> tuple[int, ...]:
     shape = tuple(shape)
-    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
+    if len(shape) == 4 and shape[2:] == (1, 1):
+        return shape[:2]
+    return shape
 
 
 def _float32(tensor: Any) -> np.ndarray:
-    if hasattr(tensor, "detach"):  # torch's, which numpy takes only from the CPU and in its own types
+    if hasattr(tensor, "detach"):
+        # numpy takes a torch tensor only from the CPU, without gradient, and not as bfloat16.
         tensor = tensor.detach().cpu().float()
     return np.asarray(tensor).astype(np.float32)
 
 
 def _listed(names: tuple[str, ...]) -> str:
+    if not names:
+        return "nothing"
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more if names else "nothing"
+    return ", ".join(names[:4]) + more

@@ -14,8 +14,9 @@ from jax_resnet.models.spec import ResNetSpec
 
 Choices = dict[str, Any]  # fields of ResNetSpec
 
-# Depth → block and blocks of each stage. He et al. 2015, table 1; 200: He et al. 2016, section 4.2; 10, 14, 26: timm;
-# 269: SENet's and ECA's authors; 270, 350, 420: Bello et al. 2021, table 10.
+# Each depth stands for a block and the number of them in each stage. He et al. 2015, table 1;
+# 200: He et al. 2016, section 4.2; 10, 14, 26: timm; 269: SENet's and ECA's authors; 270, 350, 420:
+# Bello et al. 2021, table 10.
 DEPTHS: dict[int, Choices] = {
     10: {"block": "basic", "depths": (1, 1, 1, 1)},
     14: {"block": "bottleneck", "depths": (1, 1, 1, 1)},
@@ -33,9 +34,9 @@ DEPTHS: dict[int, Choices] = {
     420: {"block": "bottleneck", "depths": (4, 44, 87, 4)},
 }
 
-# The letter after the depth. He et al. 2018, "Bag of tricks", figure 2: B (stride on the 3×3) is the default here; C
-# has three 3×3 convolutions in the stem; D also averages in the shortcuts. S is C with a wider stem, T is D with a
-# tiered one.
+# The letter after the depth names a variant. He et al. 2018, "Bag of tricks", figure 2: B (stride
+# on the 3×3) is this library's default; C has three 3×3 convolutions in the stem; D also averages
+# in the shortcuts. S is C with a wider stem, T is D with a tiered one.
 C: Choices = {"stem": "deep"}
 D: Choices = {"stem": "deep", "shortcut": "D"}
 S: Choices = {"stem": "deep", "stem_width": 128}
@@ -59,19 +60,25 @@ def _net(depth: int, *choices: Choices, **more: Any) -> ResNetSpec:
 
 
 def _groups(groups: int, width: int) -> Choices:
-    """ResNeXt's 32×4d: 32 groups of 4 channels in the first stage (Xie et al. 2016, table 1)."""
+    """Choose ResNeXt's groups: 32×4d has 32 of 4 channels in the first stage.
+
+    Xie et al. 2016, table 1.
+    """
     return {"groups": groups, "inner_factor": groups * width / 64}
 
 
 def _bit(factor: int) -> Choices:
-    """Big Transfer (Kolesnikov et al. 2019, section 3.1): group norm, standardised kernels, every width × factor."""
+    """Choose Big Transfer's networks: group norm, standardised kernels, every width × factor.
+
+    Kolesnikov et al. 2019, section 3.1.
+    """
     widths = tuple(factor * width for width in (64, 128, 256, 512))
     norm = {"norm": "group", "standardise": True}
     return V2 | norm | {"stem_pool": "zero_max", "stem_width": 64 * factor, "widths": widths}
 
 
 def _pruned(*stages: tuple[int, tuple[tuple[int, int], ...]]) -> Choices:
-    """For each stage, what it gives and the widths inside each block."""
+    """Choose block widths: for each stage its output channels and each block's inner widths."""
     return {"block_widths": tuple(tuple((*inside, out) for inside in blocks) for out, blocks in stages)}
 
 
@@ -93,8 +100,8 @@ PRUNED_101D = _pruned(
 )
 # fmt: on
 
-# Names of the form resnet50 are v1.5 (stride on the 3×3), resnet50_v1 the first paper's, resnetv2_50 pre-activation.
-# What timm also has goes by timm's name, and has its shape.
+# resnet50 is v1.5 (stride on the 3×3), resnet50_v1 that of the first paper, resnetv2_50
+# pre-activation. Networks that timm also has share its names and shapes.
 ZOO: dict[str, ResNetSpec] = {
     **{
         f"resnet{depth}{letter}": _net(depth, LETTERS[letter])
@@ -185,10 +192,11 @@ ZOO: dict[str, ResNetSpec] = {
 
 
 def model_spec(name: str, **overrides: Any) -> ResNetSpec:
-    """The description of the network called `name`, with fields replaced by `overrides` (None: not replaced).
+    """Return the spec of the network called `name`, with fields replaced by `overrides`.
 
-    Besides the names of the table: cifar_resnet<6n+2>, cifar_resnetv2_<6n+2> and wrn_<6n+4>_<k> of any size.
-    Raises UserError, naming near names, for an unknown name, field or value.
+    An override of None replaces nothing. Names are those of the table, and cifar_resnet<6n+2>,
+    cifar_resnetv2_<6n+2> and wrn_<6n+4>_<k> of any size. Raises UserError, with near names, for an
+    unknown name, field or value.
     """
     spec = ZOO.get(name) or _by_rule(name)
     if spec is None:
@@ -213,12 +221,13 @@ def create_model(
     dtype: DTypeLike = jnp.float32,
     **overrides: Any,
 ) -> ResNet:
-    """Builds the network called `name`, which maps images to logits.
+    """Build the network called `name`, which maps images to logits.
 
-    It takes normalised float images [N, H, W, in_channels] and gives float32 [N, num_classes].
-    `overrides` replace fields of `ResNetSpec`: depths, widths, stem, shortcut, pool, dropout, bn_group_size …
-    A new model is in training mode, where batch norm uses the batch's statistics; `model.eval()` switches to the
-    running ones. Images must be at least `model.spec.total_stride` pixels a side to be of use.
+    It takes normalised float images [N, H, W, in_channels] and returns float32 [N, num_classes].
+    `overrides` replace fields of `ResNetSpec`: depths, widths, stem, shortcut, pool, dropout,
+    bn_group_size … A new model is in training mode, where batch norm uses the batch's statistics;
+    `model.eval()` switches to the running ones. Images should be at least
+    `model.spec.total_stride` pixels high and wide.
 
         model = create_model("resnet50", num_classes=1000, rngs=nnx.Rngs(0))
         model.eval()
@@ -227,12 +236,11 @@ def create_model(
     Training with dropout needs keys for it: `model(images, rngs=nnx.Rngs(dropout=0))`.
     Raises UserError for an unknown name or option, or fewer than one class or channel.
     """
-    for what, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+    for option, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if value < 1:
-            raise UserError(f"model {name!r}: {what}={value} must be at least 1")
-    return ResNet(
-        model_spec(name, **overrides), num_classes=num_classes, in_channels=in_channels, dtype=dtype, rngs=rngs
-    )
+            raise UserError(f"model {name!r}: {option}={value} must be at least 1")
+    spec = model_spec(name, **overrides)
+    return ResNet(spec, num_classes=num_classes, in_channels=in_channels, dtype=dtype, rngs=rngs)
 
 
 def _by_rule(name: str) -> ResNetSpec | None:
@@ -241,15 +249,16 @@ def _by_rule(name: str) -> ResNetSpec | None:
         if depth < 8 or (depth - 2) % 6:
             near = max(8, 6 * round((depth - 2) / 6) + 2)
             raise UserError(f"model {name!r}: a CIFAR ResNet has 6n+2 layers; the nearest depth is {near}")
-        return ResNetSpec(**CIFAR, depths=((depth - 2) // 6,) * 3, shortcut="A", preactivation=bool(match[1]))
+        depths = ((depth - 2) // 6,) * 3
+        return ResNetSpec(**CIFAR, depths=depths, shortcut="A", preactivation=bool(match[1]))
     if match := re.fullmatch(r"wrn_(\d+)_(\d+)", name):
-        depth, k = int(match[1]), int(match[2])
+        depth = int(match[1])
+        k = int(match[2])
         if k < 1:
             raise UserError(f"model {name!r}: the widening factor after the depth must be at least 1")
         if depth < 10 or (depth - 4) % 6:
             near = max(10, 6 * round((depth - 4) / 6) + 4)
             raise UserError(f"model {name!r}: a wide ResNet has 6n+4 layers; the nearest depth is {near}")
-        return ResNetSpec(
-            **CIFAR | {"widths": (16 * k, 32 * k, 64 * k)}, depths=((depth - 4) // 6,) * 3, preactivation=True
-        )
+        widths = {"widths": (16 * k, 32 * k, 64 * k)}
+        return ResNetSpec(**CIFAR | V2 | widths, depths=((depth - 4) // 6,) * 3)
     return None
