@@ -243,8 +243,8 @@ def _check_policies(image: ConfigDict) -> None:
     timm = image.randaugment_timm
     if len(timm) != 4 or type(timm[0]) is not int or min(timm) < 0 or timm[1] > 10 or timm[3] > 1:
         raise UserError(
-            f"config.data.image.randaugment_timm={timm}: must be a whole number of operations, their magnitude "
-            "(0 … 10), its deviation and their probability"
+            f"config.data.image.randaugment_timm={timm}: must be a whole number of operations, "
+            "their magnitude (0 … 10), its deviation and their probability"
         )
     names = ("randaugment", "randaugment_timm", "trivial_augment")
     enabled = (operations[0], timm[0], image.trivial_augment)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax_resnet.models.layers import blurred_conv
 from jax_resnet.models.resnet import StemPool
 
-CACHE_BYTES = 4 * 2**20  # of one core
+CACHE = 4 * 2**20  # bytes, of one core
 
 
 def for_cpu(model: nnx.Module, mesh: Mesh) -> nnx.Module:
@@ -202,6 +202,6 @@ def _for_kernel(
 def _count_parts(batch_size: int, copied_bytes: int) -> int:
     """Return the fewest equal parts of a batch whose copies fit a core's cache, or its size."""
     for parts in range(1, batch_size):
-        if batch_size % parts == 0 and copied_bytes <= parts * CACHE_BYTES:
+        if batch_size % parts == 0 and copied_bytes <= parts * CACHE:
             return parts
     return batch_size
