@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -99,8 +100,13 @@ def run(main: Callable[[], None]) -> None:
     print_plainly()
     try:
         main()
+        sys.stdout.flush()
     except UserError as e:
         sys.exit(fail(e))
+    except BrokenPipeError:
+        # The reader is gone (`| head`), and Python would flush once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

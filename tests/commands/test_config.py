@@ -2,6 +2,9 @@
 
 import importlib.util
 import math
+import os
+import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -217,6 +220,15 @@ def test_only_published_splits_stand_in(resnet50):
     resnet50.data.train_split, resnet50.data.name = None, "svhn_cropped"
     with pytest.raises(UserError, match="svhn_cropped: not prepared"):
         overview.prepare(resnet50)
+
+
+def test_a_closed_pipe_is_no_traceback():
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = [sys.executable, "-m", "jax_resnet", "config", "resnet20_digits"]
+    done = subprocess.run(arguments, stdout=writer, stderr=subprocess.PIPE, env=main_env(), cwd=ROOT, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def command(*args, cwd=ROOT):
