@@ -20,7 +20,7 @@ from train_step import config
 from jax_resnet.commands import overview
 from jax_resnet.models import cpu as convolution
 from jax_resnet.models import layers
-from jax_resnet.training import experiment as job
+from jax_resnet.training import network
 
 # batch, pixels a side, channels in and out, kernel, stride: of ResNet-50 at 64 pixels, of CIFAR networks, of
 # ResNet-50 at 224, and between.
@@ -104,11 +104,11 @@ def steps(name: str, size: int, batch: int) -> float:
     """How many times as long the step takes with XLA's convolutions and maxima."""
     c, runs = config(name, size, batch), []
     for computed in (lambda model, mesh: model, convolution.for_cpu):
-        job.for_cpu = computed
+        network.for_cpu = computed
         ready = overview.prepare(c)
-        step = ready.train_step.lower(*ready.shapes(ready.plan.phases[0])).compile()
+        step = ready.steps.train.lower(*ready.shapes(ready.plan.phases[0])).compile()
         host = {"image": np.zeros((batch, size, size, 3), np.uint8), "label": np.zeros(batch, np.int32)}
-        state, data = [ready.fresh_state()], jax.device_put(host, ready.sharding)
+        state, data = [ready.network.fresh_state()], jax.device_put(host, ready.sharding)
 
         def run(step: Any = step, state: list[Any] = state, data: Any = data) -> Any:
             state[0], sums = step(state[0], data)

@@ -9,7 +9,6 @@ from jax_resnet.errors import UserError
 from jax_resnet.inference.safetensors import write_model
 from jax_resnet.runs.paths import AnyPath, open_path
 from jax_resnet.training.average import BATCHES, average_checkpoints
-from jax_resnet.training.metrics import accuracy_text
 
 
 def average(
@@ -27,12 +26,10 @@ def average(
     workdir = open_path(workdir)
     mean = average_checkpoints(workdir, checkpoints=checkpoints, batches=batches)
     steps = ", ".join(f"{step:,}" for step in mean.steps)
-    metrics = mean.metrics
-    accuracy = accuracy_text(metrics)
-    print(f"mean of steps {steps}: {mean.split} accuracy {accuracy}, loss {metrics['loss']:.4f}")
+    print(f"mean of steps {steps}: {mean.text}, loss {mean.metrics['loss']:.4f}")
     folder = open_path(out) if out else workdir / "average"
     weights = (mean.params, mean.batch_stats)
-    return metrics, write_model(weights, mean.config, workdir, folder, new=bool(out))
+    return mean.metrics, write_model(weights, mean.config, workdir, folder, new=bool(out))
 
 
 def main() -> None:

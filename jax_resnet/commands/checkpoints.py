@@ -10,6 +10,7 @@ from etils import epath
 from jax_resnet.commands.cli import Parser
 from jax_resnet.errors import UserError
 from jax_resnet.runs.checkpoint import Checkpoints, Damaged
+from jax_resnet.runs.console import percent
 from jax_resnet.runs.metrics_reader import evaluations
 from jax_resnet.runs.paths import AnyPath, open_path
 
@@ -66,7 +67,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
         if row["saved"]:
             saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row["saved"]))
         metrics = ", ".join(
-            f"{split} {values['accuracy_top1']:.2%}".replace("%", " %")
+            f"{split} {percent(values['accuracy_top1'], 2)}"
             for split, values in row["metrics"].items()
             if "accuracy_top1" in values
         )

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jax_resnet.commands.ending import print_plainly
+from jax_resnet.commands.ending import flush_output, print_plainly
 from jax_resnet.commands.status import fail
 from jax_resnet.config import parse_flags
 from jax_resnet.errors import UserError, did_you_mean
@@ -101,12 +101,14 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
         sys.stdout.flush()
+    except BrokenPipeError:
+        if flush_output():
+            raise  # It was another pipe than stdout.
+        sys.exit(128 + signal.SIGPIPE)
     except UserError as e:
         sys.exit(fail(e))
-    except BrokenPipeError:
-        # The reader is gone (`| head`), and Python would flush once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    if not flush_output():
+        sys.exit(128 + signal.SIGPIPE)

@@ -76,16 +76,23 @@ def print_plainly() -> None:
             stream.reconfigure(errors="plain")
 
 
+def flush_output() -> bool:
+    """Flush stdout; return False if its reader is gone, as behind `| head`, and print nothing more to it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would flush once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return False
+    return True
+
+
 def leave(status: int) -> int:
     """Return the exit `status`, or exit at once if a thread would keep the process for minutes.
 
     The processes of a job exit together.
     """
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader is gone, and Python would flush once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    flush_output()
     names = {thread.name for thread in threading.enumerate()}
     # A mistyped flag ends the command before JAX is loaded.
     jax: Any = sys.modules.get("jax")

@@ -103,7 +103,7 @@ class Telemetry:
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
-        self.trace.__exit__()
+        self.trace.close()
         self.screen.close()
         if self.active:
             # After an error, that error is the one to report.

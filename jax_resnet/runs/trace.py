@@ -11,7 +11,7 @@ from jax_resnet.runs.paths import AnyPath
 
 
 class Trace:
-    """Trace the updates that `steps` names, "FIRST:LAST", into folder/profile. A context manager.
+    """Trace the updates that `steps` names, "FIRST:LAST", into folder/profile. To be closed.
 
     It does nothing without `steps`, or without `folder` (in all processes of a job but the first).
     Raises UserError if the updates begin after `end`, the last of the training.
@@ -39,15 +39,10 @@ class Trace:
         """Stop after the last traced update, once its `sums` are computed."""
         if self._on and step + 1 not in self._steps:
             jax.block_until_ready(sums)
-            self._stop()
+            self.close()
 
-    def _stop(self) -> None:
-        self._on = False
-        jax.profiler.stop_trace()
-
-    def __enter__(self) -> "Trace":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Stop, if a trace is on."""
         if self._on:
-            self._stop()
+            self._on = False
+            jax.profiler.stop_trace()

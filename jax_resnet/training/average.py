@@ -38,7 +38,7 @@ class Averaged:
     config: ConfigDict
     params: Any  # numpy arrays in nested dicts
     batch_stats: Any
-    split: str  # that it was evaluated on
+    text: str  # the split that it was evaluated on, and the headline of its metrics
     metrics: dict[str, Any]  # as `evaluate` gives them
 
 
@@ -67,7 +67,8 @@ def average_checkpoints(workdir: AnyPath, *, checkpoints: Sequence[str] = (), ba
     metrics = evaluate(experiment, state)
     assert metrics
     params, batch_stats = jax.device_get((state.params, state.batch_stats))
-    return Averaged(tuple(steps), config, params, batch_stats, experiment.data.eval.name, metrics)
+    text = f"{experiment.data.eval.name} {experiment.task.text(metrics)}"
+    return Averaged(tuple(steps), config, params, batch_stats, text, metrics)
 
 
 def estimate_statistics(experiment: Experiment, state: TrainState, batches: int) -> Any:

@@ -18,7 +18,7 @@ from jax_resnet.data.sampling import Phase
 from jax_resnet.data.sources import open_dataset
 from jax_resnet.errors import UserError
 from jax_resnet.models.spec import ResNetSpec
-from jax_resnet.runtime.mesh import check_divides, data_mesh, replicated
+from jax_resnet.runtime.mesh import batch_sharding, check_divides, data_mesh, replicated
 from jax_resnet.training.distill import Teacher
 from jax_resnet.training.jitted import ScheduledOptimizer, Steps, build_steps
 from jax_resnet.training.network import Network, build_network, spec_of
@@ -51,7 +51,7 @@ class Experiment:
     @property
     def sharding(self) -> NamedSharding:
         """How a batch lies over the devices."""
-        return self.steps.sharding
+        return batch_sharding(self.mesh)
 
     @property
     def last_step(self) -> int:

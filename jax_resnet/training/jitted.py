@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from jax_resnet.runtime.mesh import batch_sharding, compiler_options, parts_sharding, replicated
@@ -36,7 +35,6 @@ class Steps:
     all_finite: Any  # a tree → bool []
     learning_rate: Any  # update, counted from 0 → float32 []
     teacher_weights: tuple[Any, ...]  # those of distillation, or none
-    sharding: NamedSharding  # of a batch
 
 
 def build_steps(
@@ -67,5 +65,4 @@ def build_steps(
         all_finite=jax.jit(all_finite),
         learning_rate=jax.jit(optimizer.learning_rate),
         teacher_weights=teacher_weights,
-        sharding=sharding,
     )

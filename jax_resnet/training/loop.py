@@ -42,7 +42,8 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str], *, host: Host | N
     profile/; at the end curves.png and result.json.
 
     The calling program stays as it is: no signal handler, thread, watchdog or process is left behind, and none of its
-    own is touched. `host` may ask to stop: see runtime.host.Host.
+    own is touched. Two settings stay: OpenCV uses no threads of its own, and absl's flags count as parsed where worker
+    processes read. `host` may ask to stop: see runtime.host.Host.
 
     Returns {"step": updates done, "splits": {split: metrics}}, with metrics as `evaluate` gives them.
 
@@ -148,11 +149,13 @@ class Loop:
             done = step
             self._follow(step, sums)
             saves = plan.saves(step) or step == experiment.last_step
-            if saves or self._stop or step % experiment.config.log_every == 0 or step == start + 1:
+            reports = saves or self._stop or step % experiment.config.log_every == 0 or step == start + 1
+            if reports:
                 self._skipped.read()
-                self._raise_if_too_many_skipped(state)
+            if self._skipped.too_many:
+                raise self._skipped.study(state, self.telemetry.workdir)
+            if reports:
                 self._report(step)
-            self._raise_if_too_many_skipped(state)
             # Skipped updates in a row may end the run: do not save over a good checkpoint what comes between them.
             if saves and (not self._skipped.row or step == experiment.last_step):
                 self._save_and_evaluate(step, state)
@@ -189,10 +192,6 @@ class Loop:
     def _report(self, step: int) -> None:
         rate = self.experiment.steps.learning_rate(jax.device_put(np.int32(step - 1)))
         self.telemetry.train(step, learning_rate=float(jax.device_get(rate)), **self._window.close(step))
-
-    def _raise_if_too_many_skipped(self, state: TrainState) -> None:
-        if self._skipped.too_many:
-            raise self._skipped.study(state, self.telemetry.workdir)
 
     def _save_and_evaluate(self, step: int, state: TrainState) -> None:
         self._save(step, state)

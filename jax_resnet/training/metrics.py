@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_resnet.runs.console import percent
+
 Sums = dict[str, jax.Array]
 
 
@@ -58,4 +60,4 @@ def summary(totals: Mapping[str, float | int]) -> dict[str, float | int]:
 
 def accuracy_text(metrics: Mapping[str, float | int]) -> str:
     """Write an accuracy as `98.61 % (355 of 360)`."""
-    return f"{metrics['accuracy_top1']:.2%} ({metrics['correct_top1']:,} of {metrics['examples']:,})".replace("%", " %")
+    return f"{percent(metrics['accuracy_top1'], 2)} ({metrics['correct_top1']:,} of {metrics['examples']:,})"

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import jax
 from ml_collections import ConfigDict
@@ -49,7 +49,7 @@ class OneLabel:
 
     loss: ConfigDict  # config.loss
     outputs: int
-    headline: str = "accuracy_top1"
+    headline: ClassVar[str] = "accuracy_top1"
 
     def targets(self, batch: Mapping[str, jax.Array], kept: jax.Array | None = None) -> jax.Array:
         """Return the labels, int32 [N]; of mixed examples the probabilities of the classes, float32 [N, outputs]."""

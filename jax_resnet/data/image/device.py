@@ -7,6 +7,7 @@ augmented together or in parts.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ class ImageInputs:
     """Images as the network's input: see Inputs."""
 
     data: ConfigDict  # config.data
-    name: str = "image"
+    name: ClassVar[str] = "image"
 
     def draw(self, key: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Draws, Draws]:
         """See Inputs."""
