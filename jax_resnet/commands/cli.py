@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jax_resnet.commands.ending import flush_output, print_plainly
+from jax_resnet.commands.ending import discard_output, print_plainly
 from jax_resnet.commands.status import fail
 from jax_resnet.config import parse_flags
 from jax_resnet.errors import UserError, did_you_mean
@@ -102,13 +102,10 @@ def run(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()
     except BrokenPipeError:
-        if flush_output():
-            raise  # It was another pipe than stdout.
+        discard_output()
         sys.exit(128 + signal.SIGPIPE)
     except UserError as e:
         sys.exit(fail(e))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    if not flush_output():
-        sys.exit(128 + signal.SIGPIPE)

@@ -76,15 +76,9 @@ def print_plainly() -> None:
             stream.reconfigure(errors="plain")
 
 
-def flush_output() -> bool:
-    """Flush stdout; return False if its reader is gone, as behind `| head`, and print nothing more to it."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python would flush once more when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return False
-    return True
+def discard_output() -> None:
+    """Print nothing more to a stdout whose reader is gone, as behind `| head`: Python flushes once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def leave(status: int) -> int:
@@ -92,7 +86,10 @@ def leave(status: int) -> int:
 
     The processes of a job exit together.
     """
-    flush_output()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard_output()
     names = {thread.name for thread in threading.enumerate()}
     # A mistyped flag ends the command before JAX is loaded.
     jax: Any = sys.modules.get("jax")
